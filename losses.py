@@ -1,0 +1,159 @@
+"""Losses of tokenizer training, and the metrics PSNR, SSIM and Frechet distance.
+
+Every term comes back by name; what it weighs stands in one place, `Weights`. Paper: Eq. 1 (commitment, computed in rvq.py), Eq. 2 (total),
+Eq. 3 (reconstruction), Eq. 4 (semantic). Where the paper leaves a number open, the authors' release gives it.
+Letters: B batch, N positions, C width, H W pixels, R ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Weights:
+    """The weight of every term in the total (Eq. 2). The defaults are the release's."""
+    pixel: float = 5.0          # mean squared error, images in [-1, 1]                     Eq. 3
+    perceptual: float = 1.0     # LPIPS, where a perceptual function is given               Eq. 3
+    adversarial: float = 0.75   # times the adaptive weight                                 Eq. 3
+    deep: float = 5.0           # MSE - cos at the deep layer, against the teacher          Eq. 4
+    pooled: float = 1.0         # the same at the pooled embedding                          release
+    commitment: float = 5.0     # of both streams                                           Eq. 1, 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# terms
+
+def distance(x: Tensor, target: Tensor) -> Tensor:
+    """Eq. 4: mean squared error minus cosine similarity over the last dimension; a scalar, at best -1. Both of one shape (..., C)."""
+    x, target = x.float(), target.float()
+    return F.mse_loss(x, target) - F.cosine_similarity(x, target, dim=-1).mean()
+
+
+def tokenizer_losses(features, images: Tensor, teacher: tuple[Tensor, Tensor], perceptual=None) -> dict[str, Tensor]:
+    """The unweighted terms of Eq. 2 but the adversarial one. features: what DualTokenizer returns; images (B, 3, H, W) in [-1, 1]; teacher: deep
+    feature (B, N, C) and pooled embedding (B, C) of the frozen ViT; perceptual: (reconstruction, original) -> scalar, or None."""
+    terms = {"pixel": F.mse_loss(features.images.float(), images), "deep": distance(features.deep, teacher[0]),
+             "pooled": distance(features.pooled, teacher[1]), "commitment": sum(features.commitment.values())}
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(features.images.float(), images)
+    return terms
+
+
+def weighted(terms: dict[str, Tensor], weights: Weights) -> Tensor:
+    """Eq. 2: the sum of the terms, each times its weight."""
+    return sum(getattr(weights, name) * value for name, value in terms.items())
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows, in rank order; the gradient of each row goes back to the rank that owns it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, (B, ...) -> (R*B, ...), with gradient; the identity in a single process."""
+    return _Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
+
+
+def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """SigLIP's loss: every pair of an image and a text, of all ranks, is a yes-or-no question, and only an image's own text is a yes (Zhai et al. 2023,
+    Algorithm 1). image, text (B, C) unit vectors; scale (log) and bias. Summed over texts, averaged over images; the mean over ranks is the global loss.
+    (Counting equal captions as yes, as one might in a small world, learns several times slower.)"""
+    text = gather(text.float())                                                              # (R*B, C)
+    logits = image.float() @ text.T * scale.float().exp() + bias.float()                     # (B, R*B)
+    first = dist.get_rank() * len(image) if dist.is_available() and dist.is_initialized() else 0
+    own = torch.arange(len(image), device=image.device)
+    sign = torch.full_like(logits, -1).index_put_((own, first + own), torch.ones((), device=image.device))
+    return -F.logsigmoid(sign * logits).sum() / len(image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adversarial
+
+class Discriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) -> one logit per patch (B, 1, h, w). GroupNorm, since BatchNorm misbehaves in small batches."""
+
+    def __init__(self, width: int = 64, layers: int = 3):
+        super().__init__()
+        blocks, i = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
+        for n in range(1, layers + 1):
+            o = width * min(2 ** n, 8)
+            blocks += [nn.Conv2d(i, o, 4, stride=2 if n < layers else 1, padding=1, bias=False), nn.GroupNorm(min(32, o // 4), o), nn.LeakyReLU(0.2)]
+            i = o
+        self.blocks = nn.Sequential(*blocks, nn.Conv2d(i, 1, 4, padding=1))
+        for module in self.blocks:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss of the discriminator's logits."""
+    return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+    """|gradient of the reconstruction loss| / |gradient of the adversarial loss|, both at the decoder's last convolution and averaged over ranks,
+    clamped to [0.3, 10] (Esser et al. 2021; bounds from the release)."""
+    grads = [torch.autograd.grad(loss, last, retain_graph=True)[0].float() for loss in (reconstruction, adversarial)]
+    if dist.is_available() and dist.is_initialized():
+        for grad in grads:
+            dist.all_reduce(grad)
+    return (grads[0].norm() / (grads[1].norm() + 1e-4)).clamp(0.3, 10).detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image: x, y (B, 3, H, W) in [-1, 1], clamped and brought to [0, 1]; (B,). Equal images give inf."""
+    x, y = ((t.float() / 2 + 0.5).clamp(0, 1) for t in (x, y))
+    return -10 * (x - y).square().mean((1, 2, 3)).log10()
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of each image (Wang et al. 2004): Gaussian window 11x11, sigma 1.5, no padding, K1 .01, K2 .03, mean over RGB; range as in
+    `psnr`; (B,). Raises ValueError for images smaller than the window."""
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"SSIM needs images of at least 11 pixels a side, got {tuple(x.shape[2:])}")
+    x, y = ((t.float() / 2 + 0.5).clamp(0, 1) for t in (x, y))
+    window = torch.exp(-(torch.arange(11, device=x.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    window = window / window.sum()
+
+    def blur(t):
+        return F.conv2d(F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1)).unflatten(0, t.shape[:2])[:, :, 0]
+
+    mx, my = blur(x), blur(y)
+    vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    return ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean((1, 2, 3))
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of two sets of features (M, C), each taken as a Gaussian: |difference of means|^2 + trace(A + B - 2 (AB)^(1/2)) (Heusel et al. 2017).
+    The name of the feature function and M belong beside the number. Raises ValueError for fewer than two samples."""
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"a Frechet distance needs at least 2 samples on each side, got {len(x)} and {len(y)}")
+    x, y = x.double(), y.double()
+    a, b = x.T.cov(), y.T.cov()
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()     # trace of (AB)^(1/2), through a symmetric matrix of the same eigenvalues
+    return ((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross).item()

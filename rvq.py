@@ -1,0 +1,182 @@
+"""Residual vector quantization with an EMA codebook.
+
+A vector z is coded by D indices: the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector
+(Lee et al. 2022, RQ-VAE). The code vectors are running means of what they are chosen for, so no gradient ever touches them.
+
+    vq = ResidualVQ(dim=32, codebook_size=1024, depth=4)
+    z_q, codes, commitment = vq(z)      # (B, N, E) -> (B, N, E) straight-through, (B, N, D) int64, scalar (paper Eq. 1)
+    loss.backward(); optimizer.step()
+    vq.update()                         # once after each optimiser step: this, and never `forward`, changes the table
+
+What others get wrong, and why this file looks as it does: one table shared by all depths must not move between depths (so statistics wait in buffers
+until `update`); distances in bf16 flip codes (so autocast is off inside); "restart codes used less than once" restarts most codes of a small run at
+every step (so the threshold is relative, with a grace period); every rank must restart the same codes with the same vectors (so they are drawn
+from the global batch by a seeded generator).
+
+Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B*N vectors, T tables (1 if shared over depths, else D).
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum over ranks, in place; the identity in a single process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    """Index of the nearest row of table (K, E) for each row of x (M, E), by squared Euclidean distance in fp32: (M,) int64.
+    |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time: 256 MiB on a GPU, what fits a cache on a CPU."""
+    norms = table.square().sum(1)
+    rows = max(1, (2 ** 26 if x.is_cuda else 2 ** 19) // len(table))
+    return torch.cat([torch.addmm(norms, chunk, table.T, alpha=-2).argmin(1) for chunk in x.split(rows)])
+
+
+class ResidualVQ(nn.Module):
+    """Residual quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K.
+
+    decay       of the EMA; K codes x `dim`, one table for all depths if `shared` (as the authors' release), else one per depth
+    threshold   a code is dead when its EMA count is below this share of the average count; it restarts at a random vector of the global batch
+    grace       updates that a restarted code has to find its place before it can be called dead again
+    seed        of the restarts
+    """
+
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True, threshold: float = 0.1, grace: int = 20,
+                 seed: int = 0):
+        super().__init__()
+        self.dim, self.codebook_size, self.depth, self.shared = dim, codebook_size, depth, shared
+        self.decay, self.threshold, self.grace, self.seed = decay, threshold, grace, seed
+        tables = 1 if shared else depth
+        self.register_buffer("codebook", torch.randn(tables, codebook_size, dim))            # (T, K, E)
+        # The EMA state is part of the weights: a run that resumes without it is another run.
+        self.register_buffer("ema_count", torch.zeros(tables, codebook_size))                # (T, K)
+        self.register_buffer("ema_sum", torch.zeros(tables, codebook_size, dim))             # (T, K, E)
+        self.register_buffer("age", torch.full((tables, codebook_size), grace, dtype=torch.int32))    # updates since the last restart
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        # Filled by `forward`, emptied by `update`.
+        self.register_buffer("batch_count", torch.zeros(tables, codebook_size), persistent=False)
+        self.register_buffer("batch_sum", torch.zeros(tables, codebook_size, dim), persistent=False)
+        self._residuals: list[Tensor] = []       # (M, D, E) of each forward since the last update: what restarts draw from
+        self._draws: int | None = None           # `updates` on the host, so that seeding costs no synchronisation
+
+    def table(self, d: int) -> Tensor:
+        """The table (K, E) of depth d."""
+        return self.codebook[0 if self.shared else d]
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1): the mean over depths of
+        |z - sum of the codes so far|^2, per element. Raises ValueError for another E."""
+        if z.shape[-1] != self.dim:
+            raise ValueError(f"ResidualVQ: got vectors of {z.shape[-1]} numbers, expected {self.dim}; check the projection before the quantizer")
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            x = z.detach().reshape(-1, 1, self.dim)                                          # (M, 1, E)
+            codes, chosen = self._search(x[:, 0])                                            # (M, D), (M, D, E)
+            partial = chosen.cumsum(1)
+            if self.training:
+                self._collect(x - partial + chosen, codes)                                   # each depth with the residual that it saw
+            commitment = (z.reshape(-1, 1, self.dim) - partial).square().mean()
+            z_q = z + (partial[:, -1].view_as(z) - z).detach()
+        return z_q, codes.view(*z.shape[:-1], self.depth), commitment
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """z (B, N, E) -> codes (B, N, D), with no statistics kept."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self._search(z.float().reshape(-1, self.dim))[0].view(*z.shape[:-1], self.depth)
+
+    def _search(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (M, E) -> codes (M, D) and the code vectors chosen (M, D, E), greedily depth by depth."""
+        codes, chosen = [], []
+        for d in range(self.depth):
+            codes.append(nearest(residual, self.table(d)))
+            chosen.append(F.embedding(codes[-1], self.table(d)))
+            residual = residual - chosen[-1]
+        return torch.stack(codes, 1), torch.stack(chosen, 1)
+
+    @torch.no_grad()
+    def _collect(self, residuals: Tensor, codes: Tensor):
+        """Add what each code was chosen for, residuals (M, D, E) and codes (M, D), to the batch statistics."""
+        tables = len(self.codebook)
+        row = codes if self.shared else codes + torch.arange(self.depth, device=codes.device) * self.codebook_size
+        row = row.flatten()
+        self.batch_count.view(-1).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
+        self.batch_sum.view(tables * self.codebook_size, self.dim).index_add_(0, row, residuals.flatten(0, 1))
+        self._residuals.append(residuals)
+
+    @torch.no_grad()
+    def update(self, skip: Tensor | None = None):
+        """Move the table by what was chosen since the last call, on all ranks alike. skip: a bool scalar on the device; where true (a step that was
+        not taken) the statistics are dropped and nothing else changes."""
+        if not self._residuals:
+            raise RuntimeError("ResidualVQ.update: nothing was quantized in training mode since the last update; call it once after each optimiser step")
+        candidates = self._candidates()                                                      # (T, K, E)
+        count, total = all_reduce(self.batch_count), all_reduce(self.batch_sum)
+        new_count = self.ema_count.lerp(count, 1 - self.decay)
+        new_sum = self.ema_sum.lerp(total, 1 - self.decay)
+        mean = new_count.mean(1, keepdim=True)                                               # (T, 1)
+        dead = (new_count < self.threshold * mean) & (self.age >= self.grace)                # (T, K)
+        # A restarted code starts as light as a live code may be, so that its first hits soon move it to where it is needed.
+        new_count = torch.where(dead, self.threshold * mean, new_count)
+        new_sum = torch.where(dead[..., None], candidates * new_count[..., None], new_sum)
+        book = torch.where(new_count[..., None] > 0, new_sum / new_count.clamp(min=1e-12)[..., None], self.codebook)
+        age = torch.where(dead, 0, self.age + 1)
+        keep = torch.zeros((), dtype=torch.bool, device=count.device) if skip is None else skip
+        for old, new in ((self.codebook, book), (self.ema_count, new_count), (self.ema_sum, new_sum), (self.age, age)):
+            old.copy_(torch.where(keep, old, new))
+        self.updates += 1        # skipped or not: the next draw is another one
+        self.batch_count.zero_(), self.batch_sum.zero_(), self._residuals.clear()
+
+    def _candidates(self) -> Tensor:
+        """One vector of the global batch for every code, the same on all ranks (T, K, E). Vectors are numbered rank by rank, sample by sample, as they
+        would be in a single process with the whole batch; every rank fills in those it owns."""
+        local = torch.cat(self._residuals)                                                   # (M, D, E)
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
+        if self._draws is None:
+            self._draws = int(self.updates)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._draws)
+        self._draws += 1
+        shape = self.codebook.shape[:2]
+        sample = torch.randint(ranks * len(local), shape, generator=generator)
+        depth = torch.randint(self.depth, shape, generator=generator) if self.shared else torch.arange(self.depth)[:, None].expand(shape)
+        sample, depth = sample.to(local.device, non_blocking=True) - rank * len(local), depth.to(local.device, non_blocking=True)
+        mine = (sample >= 0) & (sample < len(local))
+        return all_reduce(local[sample.clamp(0, len(local) - 1), depth] * mine[..., None])
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._draws = None       # to be read again from `updates`
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Codes (B, N, D) -> their code vectors (B, N, D, E), whose sum over D is `embed`. Raises ValueError for another D or a code outside 0..K-1
+        (on a CPU; on CUDA such a code is an indexing error, since looking would cost a synchronisation)."""
+        if codes.shape[-1] != self.depth:
+            raise ValueError(f"ResidualVQ: got codes of depth {codes.shape[-1]}, expected {self.depth}")
+        if codes.device.type == "cpu" and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(f"ResidualVQ: got codes from {int(codes.min())} to {int(codes.max())}, expected 0 to {self.codebook_size - 1}")
+        if self.shared:
+            return F.embedding(codes, self.codebook[0])
+        return self.codebook[torch.arange(self.depth, device=codes.device), codes]
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (B, N, D) -> quantized vectors (B, N, E)."""
+        return self.vectors(codes).sum(-2)
+
+
+def histogram(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often each code occurs at each depth: codes (..., D) -> (D, K) int64."""
+    depth = codes.shape[-1]
+    row = codes.reshape(-1, depth) + torch.arange(depth, device=codes.device) * codebook_size
+    return torch.bincount(row.flatten(), minlength=depth * codebook_size).view(depth, codebook_size)
+
+
+def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts (..., K) -> share of codes that occur, and exp(entropy) of the distribution: the number of codes that are used as if evenly. (...,) each."""
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()

@@ -1,0 +1,694 @@
+"""The tokenizer: a SigLIP ViT whose shallow layer gives pixel codes, whose deep layer gives semantic codes, and a convolutional decoder.
+
+    image -> ViT ... shallow layer -> projection to E -> RVQ -> pixel codes -> projection to C -> convolutional decoder -> image
+               ... deep layer    -> projection to E -> RVQ -> semantic codes -> projection to C: *replaces the hidden state*
+               ... last layers -> norm -> attention pooling -> pooled embedding, compared with text (zero-shot)
+
+    tokenizer = DualTokenizer.from_pretrained("out/tokenizer")
+    codes = tokenizer.encode(images)            # (B, 3, H, W) in [-1, 1] -> (B, N, S, D), pixel stream first
+    images = tokenizer.decode(codes)            # from the pixel codes alone
+    vectors = tokenizer.embed(codes)            # (B, N, S*E), what a language model reads
+    pooled = tokenizer.pool(images)             # (B, C), through the semantic codes
+
+Papers: DualToken (ICLR 2026) §3.2 and Appendix B; SigLIP (Zhai et al. 2023). SigLIP's parameters have Hugging Face's names, the rest has the names of the
+authors' released checkpoints, so loading is nearly the identity (`RELEASED_NAMES` is the rest).
+
+Letters: B batch, N image positions, C width, E code dimension, D depth, K codebook size, S streams, L layers, T text length, V vocabulary.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rvq import ResidualVQ
+
+STREAMS = ("pixel", "semantic")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configuration and presets
+
+@dataclass
+class TowerConfig:
+    """Sizes of one transformer, by Hugging Face's names. The defaults are Hugging Face's too: a published config.json leaves them out."""
+    hidden_size: int = 768              # C
+    intermediate_size: int = 3072       # of the MLP
+    num_hidden_layers: int = 12         # L
+    num_attention_heads: int = 12
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+
+
+@dataclass
+class VisionConfig(TowerConfig):
+    image_size: int = 224               # pixels a side
+    patch_size: int = 16
+
+    @property
+    def grid(self) -> int:
+        """Positions a side. The convolution drops what is left over: 384 / 14 -> 27, as SigLIP-So400m/14-384 does."""
+        return self.image_size // self.patch_size
+
+
+@dataclass
+class TextConfig(TowerConfig):
+    vocab_size: int = 32000             # V
+    max_position_embeddings: int = 64   # T
+    projection_size: int = 0            # of the output; 0: hidden_size
+
+
+@dataclass
+class TokenizerConfig:
+    """Everything that rebuilds a DualTokenizer."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    preset: str = ""                    # what it was made from, for the record
+    shallow_layer: int = 0              # pixel stream leaves after this layer, counted from 1; 0: a quarter of the layers (paper App. B)
+    deep_layer: int = 0                 # semantic stream leaves after this one; 0: the last but one
+    shortcut_layer: int = 0             # release: 0.6 x its projection is added to the pixel branch; 0: none (paper)
+    shortcut_weight: float = 0.6
+    codebook_size: int = 16384          # K, each stream
+    depth: int = 4                      # D
+    code_dim: int = 32                  # E
+    shared_codebook: bool = True        # one table for all depths of a stream
+    decoder_channels: int = 128         # of the finest level
+    decoder_multipliers: tuple = (1, 1, 4, 4, 8)    # per level, finest first; the side doubles between levels
+    decoder_blocks: int = 2             # residual blocks a level, plus one
+    decoder_groups: int = 32            # of every GroupNorm
+    decoder_in: int = 1024              # channels that enter the decoder
+    latent_grid: int = 0                # side that the latent is resized to before the decoder; 0: the ViT's grid
+
+    def __post_init__(self):
+        self.decoder_multipliers = tuple(self.decoder_multipliers)
+        layers, width = self.vision.num_hidden_layers, self.vision.hidden_size
+        self.shallow_layer = self.shallow_layer or max(1, layers // 4)
+        self.deep_layer = self.deep_layer or layers - 1
+        self.latent_grid = self.latent_grid or self.vision.grid
+        if not 1 <= self.shallow_layer <= self.deep_layer <= layers or not 0 <= self.shortcut_layer <= self.deep_layer:
+            raise ValueError(f"shallow layer {self.shallow_layer}, deep layer {self.deep_layer}, shortcut layer {self.shortcut_layer}: expected "
+                             f"1 <= shallow <= deep <= {layers} and 0 <= shortcut <= deep")
+        if width % self.code_dim:
+            raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: the projections average width / E heads")
+        for channels in (self.decoder_in, *(self.decoder_channels * m for m in self.decoder_multipliers)):
+            if channels % self.decoder_groups:
+                raise ValueError(f"{channels} decoder channels are not a multiple of {self.decoder_groups} normalisation groups")
+
+    @property
+    def positions(self) -> int:
+        return self.vision.grid ** 2    # N
+
+
+def _sizes(width, mlp, layers, heads, **more):
+    return dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, **more)
+
+
+_LARGE, _SO400M = _sizes(1024, 4096, 24, 16), _sizes(1152, 4304, 27, 16)
+PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and decoder as released; nano and small are ours, for one hour of reading
+    "nano": dict(
+        vision=_sizes(128, 512, 6, 4, image_size=32, patch_size=8), text=_sizes(128, 256, 2, 4, vocab_size=257, max_position_embeddings=64),
+        shallow_layer=2, codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 4), decoder_blocks=0,
+        decoder_groups=8, decoder_in=128),
+    "small": dict(
+        vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8), text=_sizes(256, 512, 3, 4, vocab_size=257, max_position_embeddings=64),
+        codebook_size=1024, depth=4, code_dim=32, decoder_channels=64, decoder_multipliers=(1, 2, 2, 4), decoder_blocks=1,
+        decoder_groups=16, decoder_in=256),
+    "siglip-l-256": dict(
+        vision=dict(_LARGE, image_size=256), text=dict(_LARGE), depth=4, codebook_size=16384),
+    "so400m-384": dict(
+        vision=dict(_SO400M, image_size=384, patch_size=14), text=dict(_SO400M), shallow_layer=6, depth=8, codebook_size=16384, latent_grid=24),
+    "siglip2-so-256": dict(
+        vision=dict(_SO400M, image_size=256), text=dict(_SO400M, vocab_size=256000), shallow_layer=6, depth=8, codebook_size=16384),
+}
+
+
+def preset_config(name: str, image_size: int = 0, **changes) -> TokenizerConfig:
+    """The configuration of a preset, at another resolution if image_size is given, with other changes by field name.
+    Raises ValueError for an unknown preset or sizes that do not fit together."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
+    row = PRESETS[name] | changes
+    vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}))
+    patch, side = vision.get("patch_size", 16), vision["image_size"]
+    step = 16 if row.get("latent_grid") else patch      # patches of 14 come with a decoder of scale 16, and a latent resized to fit: 27 -> 24 -> 384
+    if side % step or side < step:
+        raise ValueError(f"image size {side} is not a multiple of {step} pixels, as the preset {name} needs; choose one, such as {max(1, side // step) * step}")
+    if row.get("latent_grid"):
+        row["latent_grid"] = side // step
+    return TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text: captions to ids
+
+PAD = 256       # after the 256 bytes
+
+
+def text_ids(captions: list[str], length: int) -> Tensor:
+    """UTF-8 bytes, padded with PAD to `length`; longer captions are cut: list of B strings -> (B, length) int64."""
+    rows = torch.full((len(captions), length), PAD)
+    for row, caption in zip(rows, captions):
+        data = caption.encode("utf-8")[:length]
+        row[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else row[:0]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP: two transformers and a sigmoid
+
+class Attention(nn.Module):
+    """Multi-head self-attention, not causal, every linear map with bias: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, c: TowerConfig):
+        super().__init__()
+        self.heads = c.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))   # (B, heads, N, C / heads)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: TowerConfig):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(c.hidden_size, c.intermediate_size), nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, c: TowerConfig):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps) for _ in range(2))
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: TowerConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches and positions: (B, 3, H, W) -> (B, N, C), row by row."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size)
+        self.position_embedding = nn.Embedding(c.grid ** 2, c.hidden_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.patch_embedding(images).flatten(2).transpose(1, 2) + self.position_embedding.weight
+
+
+class PoolingHead(nn.Module):
+    """Attention pooling: one learned query, the probe, looks at all positions: (B, N, C) -> (B, C)."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, c.hidden_size))
+        self.attention = nn.MultiheadAttention(c.hidden_size, c.num_attention_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(self.probe.expand(len(x), -1, -1), x, x, need_weights=False)[0]     # no residual round the attention
+        return (y + self.mlp(self.layernorm(y)))[:, 0]
+
+
+class VisionTower(nn.Module):
+    """SigLIP's ViT. `checkpointing`: recompute each layer in the backward pass instead of keeping its activations."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.config, self.checkpointing = c, False
+        self.embeddings, self.encoder = VisionEmbeddings(c), Encoder(c)
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.head = PoolingHead(c)
+
+    def run(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Layers first ... last, counted from 1, on x (B, N, C)."""
+        for layer in self.encoder.layers[first - 1:last]:
+            x = recomputed(self.checkpointing, layer, x)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """State after the last layer (B, N, C) -> pooled embedding (B, C), not normalised."""
+        return self.head(self.post_layernorm(x))
+
+    def forward(self, images: Tensor, deep_layer: int = 0) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) -> state after the deep layer (B, N, C), by default the last but one, and pooled embedding (B, C)."""
+        layers = self.config.num_hidden_layers
+        deep = self.run(self.embeddings(images), 1, deep_layer or layers - 1)
+        return deep, self.pool(self.run(deep, (deep_layer or layers - 1) + 1, layers))
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
+
+
+class TextTower(nn.Module):
+    """ids (B, T), padded to the full length as SigLIP's are (there is no mask) -> (B, C): the last position, through a linear head."""
+
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.embeddings, self.encoder = TextEmbeddings(c), Encoder(c)
+        self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.head = nn.Linear(c.hidden_size, c.projection_size or c.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.head(self.final_layer_norm(x)[:, -1])
+
+
+class SigLIP(nn.Module):
+    """Image and text towers in one space (Zhai et al. 2023); parameters, function and files as Hugging Face's SiglipModel."""
+
+    def __init__(self, vision: VisionConfig, text: TextConfig):
+        super().__init__()
+        text = replace(text, projection_size=vision.hidden_size)
+        self.vision_config, self.text_config = vision, text
+        self.vision_model, self.text_model = VisionTower(vision), TextTower(text)
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor([math.log(10.0)])), nn.Parameter(torch.tensor([-10.0]))
+        self.apply(_init)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
+        return F.normalize(self.vision_model(images)[1], dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> unit vectors (B, C)."""
+        return F.normalize(self.text_model(ids), dim=-1)
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> image vectors (B, C), text vectors (B, C), logit scale (log) and bias."""
+        return self.encode_image(images), self.encode_text(ids), self.logit_scale, self.logit_bias
+
+    def save_pretrained(self, folder: str):
+        config = {"model_type": "siglip", "vision_config": asdict(self.vision_config), "text_config": asdict(self.text_config)}
+        save_model(folder, self, config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> "SigLIP":
+        """A folder with config.json and model.safetensors in Hugging Face's layout. Raises ValueError if anything is missing, left over or misshapen."""
+        config = read_config(folder)
+        if "vision_config" not in config or "text_config" not in config:
+            raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got {', '.join(config)[:120]}")
+        model = cls(_config(VisionConfig, config["vision_config"], folder), _config(TextConfig, config["text_config"], folder))
+        # Checkpoints of old transformers releases also hold the positions 0, 1, 2, ... themselves.
+        load_weights(model, read_weights(folder, ignore=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")), folder)
+        return model
+
+
+def _init(module: nn.Module):
+    """Weights such that outputs are as large as inputs, zero biases; norms stay at one. Embeddings start large: at the usual 0.02 positions drown in the
+    patches, and a from-scratch nano run needs twice the steps."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.2)
+    elif isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        nn.init.zeros_(module.bias)
+
+
+def recomputed(on: bool, function, x: Tensor) -> Tensor:
+    """function(x), and, if on and training, once more in the backward pass instead of keeping what it computed."""
+    return checkpoint(function, x, use_reentrant=False) if on and torch.is_grad_enabled() else function(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# projections into and out of the code space
+
+class ProjectionAttention(nn.Module):
+    """Attention from width i to width o. Heads = wide / narrow, each as wide as the narrow side. Going in (o < i) the heads are averaged; coming out
+    they stand side by side, and positions see only those before them."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__()
+        wide = max(i, o)
+        self.heads, self.causal = wide // min(i, o), o > i
+        self.qkv = nn.Linear(i, 3 * wide, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(wide)), nn.Parameter(torch.zeros(wide))     # a bias on the keys would cancel in the softmax
+        self.proj = nn.Linear(o, o)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # (B, heads, N, narrow) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.proj(y.transpose(1, 2).flatten(2) if self.causal else y.mean(1))
+
+
+class GeGLU(nn.Module):
+    """Gated MLP with a norm of its own, hidden width twice the outer one."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.w0, self.w1, self.w2 = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.w2(F.gelu(self.w0(x), approximate="tanh") * self.w1(x))
+
+
+class Projection(nn.Module):
+    """Attention plus linear skip, then a gated MLP: (B, N, i) -> (B, N, o). C -> E before a quantizer, E -> C after it (release; not in the paper)."""
+
+    def __init__(self, i: int, o: int):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(i), nn.LayerNorm(o), nn.LayerNorm(i)
+        self.attn, self.proj, self.mlp = ProjectionAttention(i, o), nn.Linear(i, o), GeGLU(o)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
+        return y + self.mlp(self.norm2(y))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# convolutional decoder (VQGAN's, Esser et al. 2021)
+
+class ResBlock(nn.Module):
+    """Two convolutions round a skip: (B, i, h, w) -> (B, o, h, w)."""
+
+    def __init__(self, i: int, o: int, groups: int, first_kernel: int = 3):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, i, eps=1e-6), nn.Conv2d(i, o, first_kernel, padding=first_kernel // 2)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, o, eps=1e-6), nn.Conv2d(o, o, 3, padding=1)
+        if i != o:
+            self.nin_shortcut = nn.Conv2d(i, o, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all places of a feature map."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (p(y).flatten(2).transpose(1, 2) for p in (self.q, self.k, self.v))                 # (B, hw, width)
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention at the coarsest; then twice the side, except at the finest."""
+
+    def __init__(self, i: int, o: int, c: TokenizerConfig, coarsest: bool, finest: bool):
+        super().__init__()
+        blocks, groups = c.decoder_blocks + 1, c.decoder_groups
+        self.block = nn.ModuleList(ResBlock(i if n == 0 else o, o, groups) for n in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(o, groups) for _ in range(blocks if coarsest else 0))
+        self.upsample = nn.Identity() if finest else Upsample(o)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[n](x)
+        return self.upsample(x)
+
+
+class Decoder(nn.Module):
+    """(B, decoder_in, g, g) -> images (B, 3, g * 2^(levels - 1), ...), neither clamped nor squashed."""
+
+    def __init__(self, c: TokenizerConfig):
+        super().__init__()
+        widths, groups = [c.decoder_channels * m for m in c.decoder_multipliers], c.decoder_groups
+        self.checkpointing = False
+        self.conv_in = nn.Conv2d(c.decoder_in, widths[-1], 3, padding=1)
+        self.mid = nn.Module()      # a bare module, for the names
+        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = ResBlock(widths[-1], widths[-1], groups), AttnBlock(widths[-1], groups), ResBlock(widths[-1], widths[-1], groups)
+        top = len(widths) - 1
+        self.up = nn.ModuleList(Level(widths[min(n + 1, top)], widths[n], c, n == top, n == 0) for n in range(top + 1))
+        self.norm_out, self.conv_out = nn.GroupNorm(groups, widths[0], eps=1e-6), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(x))))
+        for level in reversed(self.up):     # up.0 is the finest
+            x = recomputed(self.checkpointing, level, x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tokenizer
+
+@dataclass
+class Features:
+    """What a training forward returns."""
+    images: Tensor          # (B, 3, H, W) reconstructions, not clamped
+    deep: Tensor            # (B, N, C) quantized deep feature, projected back
+    pooled: Tensor          # (B, C) pooled embedding after the remaining layers
+    commitment: dict        # stream -> scalar (Eq. 1)
+    codes: Tensor           # (B, N, S, D)
+
+
+class DualTokenizer(nn.Module):
+    """One ViT, two codebooks (paper §3.2, Fig. 2 right)."""
+
+    def __init__(self, config: TokenizerConfig, siglip: SigLIP | None = None):
+        super().__init__()
+        c = self.config = config
+        width = c.vision.hidden_size
+        self.siglip_model = siglip or SigLIP(c.vision, c.text)
+        self.prequant_pix, self.prequant_sem = Projection(width, c.code_dim), Projection(width, c.code_dim)
+        self.prequant_shortcut = Projection(width, c.code_dim) if c.shortcut_layer else None
+        self.postquant_pix, self.postquant_sem = Projection(c.code_dim, width), Projection(c.code_dim, width)
+        self.quantizer_pix, self.quantizer_sem = (ResidualVQ(c.code_dim, c.codebook_size, c.depth, shared=c.shared_codebook, seed=n) for n in range(2))
+        self.post_quant_conv = ResBlock(width, c.decoder_in, c.decoder_groups, first_kernel=1)
+        self.decoder = Decoder(c)
+
+    @property
+    def quantizers(self) -> dict[str, ResidualVQ]:
+        return {"pixel": self.quantizer_pix, "semantic": self.quantizer_sem}
+
+    def checkpointing(self, on: bool = True):
+        """Trade compute for memory: recompute ViT layers and decoder levels in the backward pass. Quantizers stay outside, so they count once."""
+        self.siglip_model.vision_model.checkpointing = self.decoder.checkpointing = on
+
+    def latents(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) -> what the quantizers receive: pixel (B, N, E), semantic (B, N, E). Raises ValueError for another size."""
+        c, vit = self.config, self.siglip_model.vision_model
+        side = c.vision.image_size
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
+            raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {side}, {side}): resize and crop them first")
+        x, taken, shortcut, pixel = vit.embeddings(images), 0, None, None
+        for n in sorted({c.shallow_layer, c.deep_layer} | ({c.shortcut_layer} - {0})):
+            x, taken = vit.run(x, taken + 1, n), n
+            if n == c.shortcut_layer:
+                shortcut = self.prequant_shortcut(x)
+            if n == c.shallow_layer:
+                pixel = self.prequant_pix(x)
+        if shortcut is not None:
+            pixel = pixel + c.shortcut_weight * shortcut         # in code space, before quantising (release)
+        return pixel, self.prequant_sem(x)
+
+    def _pool(self, deep: Tensor) -> Tensor:
+        """Quantized deep feature (B, N, C) -> pooled embedding (B, C): it *becomes* the state of the remaining layers."""
+        vit = self.siglip_model.vision_model
+        return vit.pool(vit.run(deep, self.config.deep_layer + 1, self.config.vision.num_hidden_layers))
+
+    def _decode(self, z_q: Tensor) -> Tensor:
+        """Quantized pixel vectors (B, N, E) -> images (B, 3, H, W)."""
+        c = self.config
+        x = self.postquant_pix(z_q).transpose(1, 2).unflatten(2, (c.vision.grid, c.vision.grid))              # (B, C, g, g)
+        if c.latent_grid != c.vision.grid:
+            x = F.interpolate(x, size=(c.latent_grid, c.latent_grid), mode="bilinear", align_corners=False)   # 27 -> 24
+        return self.decoder(self.post_quant_conv(x))
+
+    def forward(self, images: Tensor) -> Features:
+        """The training pass: both streams, quantized straight-through."""
+        pixel, semantic = self.latents(images)
+        pixel_q, pixel_codes, pixel_commitment = self.quantizer_pix(pixel)
+        semantic_q, semantic_codes, semantic_commitment = self.quantizer_sem(semantic)
+        deep = self.postquant_sem(semantic_q)
+        return Features(self._decode(pixel_q), deep, self._pool(deep), {"pixel": pixel_commitment, "semantic": semantic_commitment},
+                        torch.stack([pixel_codes, semantic_codes], 2))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> codes (B, N, S, D) int64, pixel stream first."""
+        return torch.stack([quantizer.encode(z) for quantizer, z in zip(self.quantizers.values(), self.latents(images))], 2)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (B, N, S, D) -> code vectors summed over depth, streams side by side: (B, N, S*E). Raises ValueError for other shapes or codes."""
+        self._check(codes)
+        return torch.cat([quantizer.embed(codes[:, :, s]) for s, quantizer in enumerate(self.quantizers.values())], -1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, N, S, D) -> images (B, 3, H, W) in [-1, 1]; only the pixel stream is looked at."""
+        self._check(codes)
+        return self._decode(self.quantizer_pix.embed(codes[:, :, 0])).clamp(-1, 1)
+
+    def pool_codes(self, codes: Tensor) -> Tensor:
+        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised; only the semantic stream is looked at."""
+        self._check(codes)
+        return self._pool(self.postquant_sem(self.quantizer_sem.embed(codes[:, :, 1])))
+
+    def pool(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> pooled embedding (B, C) through the semantic codes, for zero-shot; not normalised."""
+        return self.pool_codes(self.encode(images))
+
+    def _check(self, codes: Tensor):
+        shape = (self.config.positions, len(STREAMS), self.config.depth)
+        if codes.dim() != 4 or tuple(codes.shape[1:]) != shape:
+            raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, N, S, D) = (B, {', '.join(map(str, shape))})")
+
+    def save_pretrained(self, folder: str, **more):
+        """config.json and model.safetensors; `more` goes into config.json too."""
+        save_model(folder, self, {"model_type": "dualtoken", **asdict(self.config), **more})
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> "DualTokenizer":
+        """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
+        config = read_config(folder)
+        if config.get("model_type") != "dualtoken":
+            raise ValueError(f"{folder}/config.json is no tokenizer of ours: model_type is {config.get('model_type')!r}, expected 'dualtoken'")
+        config["vision"], config["text"] = _config(VisionConfig, config["vision"], folder), _config(TextConfig, config["text"], folder)
+        model = cls(_config(TokenizerConfig, config, folder))
+        load_weights(model, read_weights(folder), folder)
+        return model.eval()
+
+    @classmethod
+    def from_released(cls, folder: str) -> "DualTokenizer":
+        """The authors' released layout: config.json (theirs, with the backbone's sizes under `siglip`) and weights.safetensors. In eval mode.
+        Raises ValueError as `from_pretrained` does."""
+        config = read_config(folder)
+        c, siglip = config.get("rqvaesiglip"), config.get("siglip")
+        if not c or not siglip:
+            raise ValueError(f"{folder}/config.json is not the released layout: expected rqvaesiglip and siglip, got {', '.join(config)[:120]}")
+        dd, vq = c["ddconfig"], c["vq_pix"]
+        if dd["attn_resolutions"] != [dd["resolution"] // 2 ** (len(dd["ch_mult"]) - 1)]:
+            raise ValueError(f"{folder}/config.json has decoder attention at {dd['attn_resolutions']}, expected it at the coarsest level alone")
+        text = _config(TextConfig, siglip["text_config"], folder)
+        model = cls(TokenizerConfig(
+            vision=_config(VisionConfig, siglip["vision_config"], folder), text=text, preset="released", shallow_layer=c["layer_recon"],
+            deep_layer=c["layer_sem"], shortcut_layer=c.get("layer_shortcut") or 0, shortcut_weight=c.get("weight_shortcut", 0.0),
+            codebook_size=vq["n_embed"], depth=vq["code_shape"][-1], code_dim=vq["embed_dim"], shared_codebook=vq["shared_codebook"],
+            decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"], decoder_in=dd["decoder_in_channels"],
+            latent_grid=(c.get("decoder_latent_shape") or [0])[0]))
+        load_weights(model, _from_released(read_weights(folder, "weights.safetensors"), model.config), folder)
+        return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, Tensor]:
+    """Names and shapes of the release to ours: tables lose their padding row, D copies of a shared table become one, the key bias (which cannot
+    matter) is dropped, and what we count beyond the release starts fresh."""
+    out, tables = {}, 1 if c.shared_codebook else c.depth
+    for name, value in weights.items():
+        if not name.startswith("quantizer_") and not name.endswith("zero_k_bias"):
+            out[name] = value.float()
+    for stream in ("quantizer_pix", "quantizer_sem"):
+        for ours, theirs in (("codebook", "weight"), ("ema_sum", "embed_ema"), ("ema_count", "cluster_size_ema")):
+            found = [weights.get(f"{stream}.codebooks.{d}.{theirs}") for d in range(tables)]
+            if all(value is not None for value in found):
+                out[f"{stream}.{ours}"] = torch.stack([value[:c.codebook_size].float() for value in found])
+        out[f"{stream}.age"] = torch.zeros(tables, c.codebook_size, dtype=torch.int32)
+        out[f"{stream}.updates"] = torch.zeros((), dtype=torch.int64)
+    return out
+
+
+def save_model(folder: str, model: nn.Module, config: dict):
+    """model.safetensors, then config.json, each under a temporary name first."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "model.safetensors")
+    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, path + ".tmp", metadata={"format": "pt"})
+    os.replace(path + ".tmp", path)
+    write_json(os.path.join(folder, "config.json"), config)
+
+
+def write_json(path: str, content):
+    """Pretty JSON under a temporary name, then renamed."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def read_config(folder: str) -> dict:
+    """config.json of a folder. Raises ValueError if there is none or it is no JSON object."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except OSError as error:
+        raise ValueError(f"no model in {folder!r}: {path} cannot be read ({error.strerror}); expected a folder with config.json and model.safetensors") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def _config(cls, values: dict, folder: str):
+    """A dataclass from the fields that it knows; fields that others added are left alone."""
+    try:
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{folder}/config.json does not describe a {cls.__name__}: {error}") from None
+
+
+def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = ()) -> dict[str, Tensor]:
+    """All tensors of a safetensors file but the ignored. Raises ValueError for a missing, truncated or damaged file."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise ValueError(f"no weights at {path}; expected a safetensors file")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key not in ignore}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); copy or save it again") from None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str):
+    """Load all or raise ValueError with every missing, unexpected and misshapen tensor by name."""
+    own = model.state_dict()
+    wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in weights]
+    wrong += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in own]
+    wrong += [f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+              for name in own if name in weights and own[name].shape != weights[name].shape]
+    if wrong:
+        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong))
+    model.load_state_dict(weights)

@@ -1,0 +1,827 @@
+"""Train the tokenizer: first a small SigLIP of its own (unless --siglip gives one), then both codebooks and the decoder, as in the paper.
+
+    python train_tokenizer.py                                                     # a CPU, minutes, the built-in world -> out/tokenizer
+    python train_tokenizer.py --preset small                                      # one GPU, textured world
+    torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip FOLDER --data "cc12m/{00000..01242}.tar" --workers 8 --compile --checkpointing
+    python train_tokenizer.py --data photos --image-size 64 --preset small        # a folder of pictures with captions
+    python train_tokenizer.py --resume                                            # go on where a run stopped
+    python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
+
+A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the same
+for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages, main.
+"""
+
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from data import shapes
+from data.images import ImageData
+from losses import (Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
+                    tokenizer_losses, weighted)
+from rvq import all_reduce, histogram, usage_and_perplexity
+from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, text_ids, write_json
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings of training, by preset: sizes are in tokenizer.py
+
+@dataclass
+class Settings:
+    """How a preset is trained. The defaults are the release's (the paper: batch 64)."""
+    data: str = "textured"          # plain or textured: the built-in world; else a source of images
+    siglip_steps: int = 20_000      # of the stage that makes a SigLIP where none is given
+    siglip_batch: int = 1024
+    siglip_lr: float = 1e-3
+    steps: int = 781_000
+    batch: int = 256                # images a step, over all ranks
+    lr: float = 7.2e-5              # peak, AdamW; cosine to zero
+    betas: tuple = (0.5, 0.9)
+    weight_decay: float = 1e-4      # not on biases and norms
+    warmup: int = 10_000            # steps of linear rise
+    gan: bool = True
+    gan_start: float = 20_000 / 781_000     # share of the run without the adversarial term
+    gan_width: int = 64             # of the discriminator
+    gan_layers: int = 3
+    gan_lr: float = 7.2e-5
+    weights: Weights = field(default_factory=Weights)
+
+
+# At toy scale the semantic gradient, at full weight, costs 2 dB of PSNR and buys no zero-shot accuracy: hence 0.04 of the release's weights.
+_TOY = Weights(pixel=5, deep=0.2, pooled=0.04, commitment=1)
+SETTINGS = {
+    "nano": Settings(data="plain", siglip_steps=1200, siglip_batch=128, siglip_lr=1e-3, steps=700, batch=64, lr=2e-3, betas=(0.9, 0.95), warmup=50,
+                     gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4, weights=_TOY),
+    "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, betas=(0.9, 0.95), warmup=100,
+                      gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4, weights=_TOY),
+    "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
+}
+VALIDATION_SEED = 12_345            # whatever --seed is, so that numbers of different runs compare
+
+
+def flags(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("what")
+    g.add_argument("--preset", default="nano", help=f"sizes and settings: {', '.join(PRESETS)}")
+    g.add_argument("--out", default="out/tokenizer", help="run folder")
+    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; default: the preset's")
+    g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
+    g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, Hugging Face's layout; default: train one first")
+    g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's")
+    g = p.add_argument_group("model")
+    g.add_argument("--shallow-layer", type=int, default=0, help="layer the pixel stream leaves after; 0: the preset's, a quarter of all")
+    g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
+    g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
+    g = p.add_argument_group("optimisation (0: the preset's)")
+    g.add_argument("--steps", type=int, default=0, help="steps of the tokenizer stage")
+    g.add_argument("--batch-size", type=int, default=0, help="images a step over all ranks, in both stages")
+    g.add_argument("--lr", type=float, default=0.0, help="peak learning rate of the tokenizer stage")
+    g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
+    g.add_argument("--accumulate", type=int, default=1, help="micro-batches that a rank's share of a step is split into, where memory is short")
+    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
+    g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
+    g.add_argument("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row whose gradient is not finite")
+    g = p.add_argument_group("machine")
+    g.add_argument("--seed", type=int, default=0, help="of weights, data order and crops")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 autocast on CUDA, else fp32; quantizers are always fp32")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile ViT layers and decoder")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations in the backward pass to save memory")
+    g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
+    g = p.add_argument_group("run")
+    g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from the state in --out")
+    g.add_argument("--log-every", type=int, default=20, help="steps between log lines")
+    g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0: only at the end")
+    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
+    g.add_argument("--bench", action="store_true", help="time 20 steps of each stage, write nothing")
+    args = p.parse_args(argv)
+    low = {"steps": 0, "batch_size": 0, "siglip_steps": 0, "accumulate": 1, "max_bad_steps": 1, "seed": 0, "workers": 0, "log_every": 1, "eval_every": 0,
+           "save_every": 1, "eval_images": 2, "image_size": 0, "shallow_layer": 0, "deep_layer": 0, "shortcut_layer": 0, "lr": 0}
+    for name, least in low.items():
+        if not getattr(args, name) >= least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+    if not (args.gan_start == -1 or 0 <= args.gan_start <= 1) or not args.clip > 0:
+        raise ValueError(f"--gan-start is {args.gan_start} (expected a share from 0 to 1, or -1), --clip is {args.clip} (expected more than 0)")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plumbing, shared with train_mllm.py: ranks, optimiser, the loop, checkpoints, log, pictures
+
+class Ranks:
+    """This process among those that torchrun started, or alone. NCCL on CUDA, gloo on a CPU."""
+
+    def __init__(self, device: str):
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        try:
+            self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", self.device.index or int(os.environ.get("LOCAL_RANK", 0)))
+                torch.cuda.set_device(self.device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, or a device that this torch sees") from None
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.first = self.rank == 0
+
+    def say(self, *words):
+        """Print, on the first rank only."""
+        if self.first:
+            print(*words, flush=True)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """DDP where there are several ranks. Buffers are not broadcast: codebooks are equal because every rank computes the same update."""
+        if self.count == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False)
+
+    def gather_rows(self, rows: dict) -> dict:
+        """Per-rank {name: tensor or list} -> the same of all ranks, concatenated in rank order, tensors on the CPU."""
+        rows = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in rows.items()}
+        parts = [rows]
+        if self.count > 1:
+            parts = [None] * self.count
+            dist.all_gather_object(parts, rows)
+        return {name: torch.cat([p[name] for p in parts]) if isinstance(value, Tensor) else sum((p[name] for p in parts), []) for name, value in rows.items()}
+
+
+def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trainable; no decay on biases, norms and other vectors. Fused: it can skip a step by a flag on the device."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}, {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def step_or_skip(optimizer, lr: float, bad: Tensor):
+    """One optimiser step at this learning rate; where bad (bool scalar on the device) is true, nothing changes. No synchronisation."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.grad_scale, optimizer.found_inf = None, bad.float()       # the protocol of torch's GradScaler
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at a step: linear rise, then a cosine to zero."""
+    warmup = min(warmup, steps // 10)
+    return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+class Stage:
+    """A step of the recipe, as `fit` sees it: `name`, `folder`, `model`, `optimizer`, `steps`, `batch` (images of all ranks), `lr`, `warmup`, and
+    `settings`, a dict that must not change when a run resumes. What is fitted, and how, is in the methods."""
+
+    def __init__(self, args, ranks: Ranks):
+        self.args, self.ranks = args, ranks
+        bf16 = args.precision == "bf16" or args.precision == "auto" and ranks.device.type == "cuda"
+        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    def loss(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> what to differentiate, and its terms by name."""
+        raise NotImplementedError
+
+    def after_step(self, bad: Tensor, lr: float):
+        """After the optimiser's step, which was skipped where bad."""
+
+    def extra_state(self) -> dict:
+        """What to keep in a checkpoint besides model and optimiser: {name: module or optimiser}."""
+        return {}
+
+    def log(self) -> dict:
+        """More numbers for the log line."""
+        return {}
+
+    def evaluate(self) -> dict:
+        """Metrics; called on all ranks."""
+        return {}
+
+    def save(self):
+        """What others load, on the first rank."""
+
+
+def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
+    """The training loop. batches(start) yields (images on the device, captions, reports of broken samples) from a step on. Nothing in a step waits for
+    the device; losses, bad steps and code usage are looked at when a log line is due."""
+    args, ranks, model = stage.args, stage.ranks, stage.model
+    wrapped = stage.wrapped = ranks.wrap(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    stream, sums, waited, broken = iter(batches(start)), {}, 0.0, []
+    streak = torch.zeros((), device=ranks.device)       # bad steps in a row, and the longest such row since the last look
+    longest, skipped = torch.zeros_like(streak), torch.zeros_like(streak)
+    look_every = min(args.log_every, args.max_bad_steps)
+    begun, since, seen = time.time() - elapsed, time.time(), start
+    for step in range(start, stage.steps):
+        before = time.time()
+        images, captions, reports = next(stream)
+        waited, broken = waited + time.time() - before, broken + reports
+        lr = stage.lr * cosine(step, stage.steps, stage.warmup)
+        size = len(images) // args.accumulate
+        for micro in range(args.accumulate):
+            part = slice(micro * size, (micro + 1) * size)
+            last = micro == args.accumulate - 1
+            with wrapped.no_sync() if ranks.count > 1 and not last else contextlib.nullcontext():
+                with stage.autocast():
+                    total, terms = stage.loss(images[part], captions[part], step)
+                (total / args.accumulate).backward()
+            for name, value in {"loss": total, **terms}.items():
+                finite = value.detach().float().isfinite()
+                old = sums.get(name, torch.zeros(3, device=ranks.device))        # sum, finite values, others
+                sums[name] = old + torch.stack([value.detach().float().nan_to_num(0, 0, 0), finite.float(), 1 - finite.float()])
+        norm = nn.utils.clip_grad_norm_(parameters, args.clip)
+        bad = ~norm.isfinite()                          # the same on all ranks: gradients are averaged
+        step_or_skip(stage.optimizer, lr, bad)
+        stage.after_step(bad, lr)
+        streak = (streak + 1) * bad
+        longest, skipped = torch.maximum(longest, streak), skipped + bad
+
+        done = step + 1
+        if done % look_every == 0 or done == stage.steps:
+            if longest.item() >= args.max_bad_steps:
+                terms = [name for name, value in sums.items() if value[2] > 0] or ["gradient"]
+                raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite ({', '.join(terms)}); "
+                                 f"the weights before them are kept in {stage.folder}: lower --lr, or look at the data")
+        if done % args.log_every == 0 or done == stage.steps:
+            table = torch.stack(list(sums.values()))
+            table = all_reduce(table).tolist()
+            line = {"step": done, **{name: row[0] / max(row[1], 1) for name, row in zip(sums, table)}, "norm": norm.item(), "lr": lr, **stage.log()}
+            if skipped.item():
+                line |= {"skipped": int(skipped), "not_finite": [name for name, row in zip(sums, table) if row[2]] or ["gradient"]}
+            now = time.time()
+            line |= {"images_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since), "seconds": now - begun}
+            write_log(stage, line, broken)
+            sums, waited, broken, since, seen = {}, 0.0, [], now, done
+            longest.zero_(), skipped.zero_()
+        final = done == stage.steps
+        if final or args.eval_every and done % args.eval_every == 0:
+            metrics = stage.evaluate()
+            if ranks.first:
+                append_log(stage.folder, {"step": done, **{f"eval_{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}})
+            since = time.time()         # evaluation is not training time
+        if final or done % args.save_every == 0:
+            save_state(stage, done, time.time() - begun)
+            since += time.time() - now if done % args.log_every == 0 else 0
+    stage.seconds = time.time() - begun
+    return stage
+
+
+def show(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and (abs(value) < 0.01 or abs(value) >= 1000) else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def write_log(stage: Stage, line: dict, broken: list[str]):
+    """One line for a person, the same as JSON in the run folder, and every broken sample by name."""
+    if not stage.ranks.first:
+        return
+    left = (stage.steps - line["step"]) * stage.batch / line["images_per_second"]
+    words = [f"{name} {show(value)}" for name, value in line.items() if name not in ("step", "seconds", "not_finite", "waiting")]
+    print(f"{stage.name} {line['step']}/{stage.steps}  " + "  ".join(words) + f"  left {left / 60:.1f} min", flush=True)
+    if "skipped" in line:
+        print(f"  {line['skipped']} steps skipped, not finite: {', '.join(line['not_finite'])}", flush=True)
+    if broken:
+        line["broken"] = broken
+        print(f"  {len(broken)} broken samples replaced: " + "; ".join(broken[:3]) + (" ..." if len(broken) > 3 else ""), flush=True)
+    append_log(stage.folder, line)
+
+
+def append_log(folder: str, line: dict):
+    with open(os.path.join(folder, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_log(folder: str) -> list[dict]:
+    path = os.path.join(folder, "log.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]       # a line that a kill cut short does not count
+
+
+def save_state(stage: Stage, step: int, seconds: float):
+    """state.pt, which holds the weights too: one file, one rename, so that a kill never pairs weights and optimiser of different steps.
+    Then what others load, curves and samples."""
+    if stage.ranks.first:
+        parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}
+        state = {"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **{name: part.state_dict() for name, part in parts.items()}}
+        path = os.path.join(stage.folder, "state.pt")
+        torch.save(state, path + ".tmp")
+        os.replace(path + ".tmp", path)
+        stage.save()
+        draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))
+    if stage.ranks.count > 1:
+        dist.barrier()
+
+
+def load_state(stage: Stage) -> tuple[int, float]:
+    """Back to where `save_state` was: -> step, seconds. The log loses what came after. Raises ValueError for a damaged file or other settings."""
+    path = os.path.join(stage.folder, "state.pt")
+    try:
+        state = torch.load(path, map_location=stage.ranks.device, weights_only=True)
+        found = state["settings"]
+    except Exception as error:      # torch.load raises nearly anything on damaged bytes
+        raise ValueError(f"{path} cannot be resumed from ({type(error).__name__}: {str(error).splitlines()[0][:100]}); expected what a run of this script wrote") from None
+    changed = [f"{key} {found.get(key)!r} -> {value!r}" for key, value in stage.settings.items() if found.get(key) != value]
+    if changed:
+        raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed)}); resume with the same ones, or start anew in another --out")
+    stage.model.load_state_dict(state["model"])
+    for name, part in {"optimizer": stage.optimizer, **stage.extra_state()}.items():
+        part.load_state_dict(state[name])
+    if stage.ranks.first:
+        kept = [line for line in read_log(stage.folder) if line["step"] <= state["step"]]
+        path = os.path.join(stage.folder, "log.jsonl")
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(path + ".tmp", path)
+    stage.ranks.say(f"{stage.name}: resumed at step {state['step']} of {stage.steps}")
+    return state["step"], state["seconds"]
+
+
+def to_picture(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> B PIL images, rounded to 8 bits."""
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def save_grid(rows: list[Tensor], path: str, cell: int = 96):
+    """A PNG with one row of pictures per tensor (B, 3, H, W), each picture at least `cell` pixels wide, enlarged by a whole number."""
+    pictures = [to_picture(row) for row in rows]
+    side, scale = pictures[0][0].width, max(1, cell // pictures[0][0].width)
+    gap, cell = 4, side * scale
+    sheet = Image.new("RGB", (len(pictures[0]) * (cell + gap) + gap, len(rows) * (cell + gap) + gap), "white")
+    for y, row in enumerate(pictures):
+        for x, picture in enumerate(row):
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (gap + x * (cell + gap), gap + y * (cell + gap)))
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    sheet.save(path)
+
+
+def draw_curves(log: list[dict], path: str, width: int = 300, height: int = 150):
+    """A PNG with one small panel per number in the log, over steps."""
+    skip = {"step", "seconds", "waiting", "skipped"}
+    names = [name for name in dict.fromkeys(key for line in log for key in line) if name not in skip and not isinstance(log[0].get(name, 0.0), (list, str))]
+    series = {name: [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}
+    series = {name: points for name, points in series.items() if len(points) > 1}
+    if not series:
+        return
+    columns = min(4, len(series))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(series) / columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (name, points) in enumerate(series.items()):
+        left, top = n % columns * width + 10, n // columns * height + 22
+        w, h = width - 20, height - 42
+        (low, high), last = (f(v for _, v in points) for f in (min, max)), points[-1][0]
+        first = points[0][0]
+        line = [(left + w * (s - first) / max(1, last - first), top + h - h * (v - low) / ((high - low) or 1)) for s, v in points]
+        draw.rectangle((left, top, left + w, top + h), outline=(220, 220, 220))
+        draw.line(line, fill=(40, 90, 200), width=2)
+        draw.text((left, top - 16), f"{name}  {show(float(points[-1][1]))}", fill="black")
+        draw.text((left, top + h + 3), f"{show(float(low))} .. {show(float(high))}   step {last}", fill=(120, 120, 120))
+    sheet.save(path + ".tmp", format="PNG")
+    os.replace(path + ".tmp", path)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: the device's on CUDA, else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource     # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+def commit() -> str:
+    """The commit of this code, or "unknown"."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}      # dense bf16 FLOP/s, for model FLOPs utilisation
+
+
+def bench(stage: Stage, batches, steps: int = 20, warmup: int = 3):
+    """Time some steps of a stage and print what they take; writes nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+    device, stream = stage.ranks.device, iter(batches(0))
+    stage.wrapped = stage.ranks.wrap(stage.model)
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+    def one():
+        begun = time.time()
+        images, captions, _ = next(stream)
+        waited = time.time() - begun
+        with stage.autocast():
+            total, _ = stage.loss(images, captions, stage.steps)     # as late as it gets: everything is on
+        total.backward()
+        norm = nn.utils.clip_grad_norm_([p for p in stage.model.parameters() if p.requires_grad], stage.args.clip)
+        step_or_skip(stage.optimizer, stage.lr, ~norm.isfinite())
+        stage.after_step(~norm.isfinite(), stage.lr)
+        return waited
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        one()
+    for _ in range(warmup):
+        one()
+    wait()
+    begun = time.time()
+    waited = sum(one() for _ in range(steps))
+    wait()
+    seconds = (time.time() - begun) / steps
+    peak = next((flops for name, flops in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
+    used = f", {counter.get_total_flops() / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""
+    stage.ranks.say(f"{stage.name}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} images/s, {counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
+                    f"{used}, {waited / steps / seconds:.2%} of it waiting for data, peak memory {peak_memory_gib(device):.2f} GiB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+class Data:
+    """Training and validation images with captions, of the built-in world or of real images. Captions become ids in the stages."""
+
+    def __init__(self, source: str, val_source: str, size: int, args, ranks: Ranks):
+        self.source, self.size, self.args, self.ranks, self.worlds = source, size, args, ranks, source in shapes.DIFFICULTIES
+        if self.worlds:
+            if val_source:
+                raise ValueError(f"--val-data {val_source!r} goes with images, and --data is the built-in world {source!r}; leave it out")
+            self.train, self.val = shapes.World(source, size, args.seed), shapes.World(source, size, VALIDATION_SEED, "val")
+            return
+        data = ImageData(source, size, train=True, seed=args.seed)
+        self.train, self.val = (data, ImageData(val_source, size, train=False)) if val_source else data.split()
+        for report in dict.fromkeys(self.train.broken + self.val.broken):
+            ranks.say(f"  {report}")
+        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out")
+
+    def batches(self, batch: int):
+        """-> function of a start step that yields this rank's part of each global batch, without end: (images (b, 3, H, W) on the device in [-1, 1],
+        captions, reports). Step t is the same whatever ranks there are: rank r has the r-th block."""
+        ranks, local = self.ranks, batch // self.ranks.count
+        if batch % (ranks.count * self.args.accumulate):
+            raise ValueError(f"--batch-size {batch} is not a multiple of {ranks.count} ranks x {self.args.accumulate} micro-batches; choose one that is")
+
+        def from_world(start):
+            for step in itertools.count(start):
+                first = (step * ranks.count + ranks.rank) * local
+                yield *self.train.batch(range(first, first + local), ranks.device), []
+
+        def from_images(start):
+            for images, captions, reports in self.train.load(batch, start, rank=ranks.rank, ranks=ranks.count, workers=self.args.workers,
+                                                             pin=ranks.device.type == "cuda"):
+                yield self._signed(images), captions, reports
+
+        return from_world if self.worlds else from_images
+
+    def _signed(self, images: Tensor) -> Tensor:
+        return images.to(self.ranks.device, non_blocking=True).float() / 127.5 - 1
+
+    def validation(self, batch: int = 64):
+        """Yields (images, captions), this rank's share of the first --eval-images held-out samples."""
+        n = self.args.eval_images
+        if self.worlds:
+            mine = range(self.ranks.rank, n, self.ranks.count)
+            for i in range(0, len(mine), batch):
+                yield self.val.batch(mine[i:i + batch], self.ranks.device)
+            return
+        local = max(1, min(batch, len(self.val) // self.ranks.count))
+        stop = math.ceil(math.ceil(n / self.ranks.count) / local)
+        for images, captions, reports in self.val.load(local * self.ranks.count, stop=stop, rank=self.ranks.rank, ranks=self.ranks.count, workers=self.args.workers):
+            for report in reports:
+                print(f"  {report}", flush=True)
+            yield self._signed(images), captions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+def retrieval(image: Tensor, text: Tensor, captions: list[str]) -> dict[str, float]:
+    """R@1 both ways over unit vectors (M, C) of M pairs. A hit is the right caption, word for word: several pictures may share it."""
+    names = {caption: n for n, caption in enumerate(dict.fromkeys(captions))}
+    label = torch.tensor([names[caption] for caption in captions])
+    similar = image @ text.T
+    return {"i2t": (label[similar.argmax(1)] == label).double().mean().item(), "t2i": (label[similar.argmax(0)] == label).double().mean().item()}
+
+
+def zero_shot(pool, siglip: SigLIP, data: Data, split: str) -> float:
+    """Accuracy on single-shape scenes of the built-in world among the captions "a COLOUR SHAPE": over the pairs seen in training (split val), or over
+    all pairs, on scenes with the others (split held_out). pool: images -> (B, C)."""
+    seen, rank, ranks = shapes.seen_pairs(data.source), data.ranks.rank, data.ranks.count
+    pairs = seen if split == "val" else seen + shapes.held_out_pairs(data.source)
+    world = shapes.World(data.source, data.size, VALIDATION_SEED, split, single=1.0)
+    text = siglip.encode_text(text_ids([f"a {c} {s}" for c, s in pairs], siglip.text_config.max_position_embeddings).to(data.ranks.device))
+    mine, right = range(rank, data.args.eval_images // 2, ranks), 0
+    for i in range(0, len(mine), 128):
+        scenes = world.scenes(mine[i:i + 128])
+        label = torch.tensor([pairs.index((scene[0].colour, scene[0].shape)) for scene in scenes], device=data.ranks.device)
+        right += ((F.normalize(pool(shapes.render(scenes, data.size, data.ranks.device)).float(), dim=-1) @ text.T).argmax(1) == label).sum()
+    total = torch.tensor([float(right), len(mine)], device=data.ranks.device)
+    all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]:
+    """On single-shape validation scenes: the share that the reader reads right in the originals, and, of those, the share right in the reconstructions."""
+    world = shapes.World(data.source, data.size, VALIDATION_SEED, "val", single=1.0)
+    mine, counts = range(data.ranks.rank, data.args.eval_images // 2, data.ranks.count), torch.zeros(3, device=data.ranks.device)
+    for i in range(0, len(mine), 128):
+        scenes = world.scenes(mine[i:i + 128])
+        images = shapes.render(scenes, data.size, data.ranks.device)
+        sides = [shapes.read(x, data.source) for x in (images, tokenizer.decode(tokenizer.encode(images)))]
+        original, rebuilt = ([shapes.same(a, b) for a, b in zip(scenes, side)] for side in sides)
+        counts += torch.tensor([len(scenes), sum(original), sum(a and b for a, b in zip(original, rebuilt))], dtype=torch.float32, device=counts.device)
+    n, right, both = all_reduce(counts).tolist()
+    return right / n, both / max(right, 1)
+
+
+@torch.no_grad()
+def evaluate_siglip(siglip: SigLIP, data: Data) -> dict:
+    """Retrieval, and zero-shot on the built-in world."""
+    siglip.eval()
+    length, image, text, words = siglip.text_config.max_position_embeddings, [], [], []
+    for images, captions in data.validation():
+        image.append(siglip.encode_image(images)), text.append(siglip.encode_text(text_ids(captions, length).to(images.device)))
+        words += captions
+    rows = data.ranks.gather_rows({"image": torch.cat(image), "text": torch.cat(text), "captions": words})
+    metrics = {f"retrieval_{k}": v for k, v in retrieval(rows["image"], rows["text"], rows["captions"]).items()}
+    if data.worlds:
+        metrics |= {"zero_shot": zero_shot(lambda x: siglip.vision_model(x)[1], siglip, data, "val"),
+                    "zero_shot_held_out": zero_shot(lambda x: siglip.vision_model(x)[1], siglip, data, "held_out")}
+    siglip.train()
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data) -> dict:
+    """All metrics of DESIGN's metrics.json that come from images: fd is the Frechet distance of the teacher's pooled features, on `images` samples."""
+    was_training, siglip = tokenizer.training, tokenizer.siglip_model
+    tokenizer.eval()
+    device, c = data.ranks.device, tokenizer.config
+    rows = {name: [] for name in ("psnr", "ssim", "real", "fake", "image", "text")}
+    counts, words = {s: torch.zeros(c.depth, c.codebook_size, device=device) for s in STREAMS}, []
+    for images, captions in data.validation():
+        codes = tokenizer.encode(images)
+        rebuilt = tokenizer.decode(codes)
+        rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images))
+        rows["real"].append(teacher(images, c.deep_layer)[1].float()), rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
+        rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(), dim=-1))
+        rows["text"].append(siglip.encode_text(text_ids(captions, c.text.max_position_embeddings).to(device)))
+        words += captions
+        for s, stream in enumerate(STREAMS):
+            counts[stream] += histogram(codes[:, :, s], c.codebook_size)
+    rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items()}, "captions": words})
+    metrics = {"retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
+               "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"]),
+               "psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"]), "images": len(words)}
+    metrics["images"] = len(rows["captions"])
+    for what, index in (("usage", 0), ("perplexity", 1)):
+        by_depth = {s: usage_and_perplexity(all_reduce(counts[s].clone()))[index].tolist() for s in STREAMS}
+        over_all = {s: usage_and_perplexity(all_reduce(counts[s].clone()).sum(0))[index].item() for s in STREAMS}
+        metrics |= {what: over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()}, f"{what}_by_depth": by_depth}
+    if data.worlds:
+        metrics |= {"zero_shot": zero_shot(tokenizer.pool, siglip, data, "val"), "teacher_zero_shot": zero_shot(lambda x: teacher(x)[1], siglip, data, "val"),
+                    "zero_shot_held_out": zero_shot(tokenizer.pool, siglip, data, "held_out"),
+                    "teacher_zero_shot_held_out": zero_shot(lambda x: teacher(x)[1], siglip, data, "held_out")}
+        metrics["reader_originals"], metrics["reader_accuracy"] = reader_accuracy(tokenizer, data)
+    tokenizer.train(was_training)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the two stages
+
+def compile_parts(*modules: nn.Module):
+    """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they are too."""
+    for module in modules:
+        for part in module.modules():
+            if type(part).__name__ in ("Layer", "Decoder"):
+                part.compile()
+
+
+class SigLIPStage(Stage):
+    """Sigmoid contrastive training on pairs of image and caption, from scratch."""
+    name = "siglip"
+
+    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data):
+        super().__init__(args, ranks)
+        self.folder, self.data = os.path.join(args.out, "siglip"), data
+        self.steps, self.batch, self.lr, self.warmup = settings.siglip_steps, settings.siglip_batch, settings.siglip_lr, settings.warmup
+        torch.manual_seed(args.seed)
+        self.model = SigLIP(config.vision, config.text).to(ranks.device)
+        self.model.vision_model.checkpointing = args.checkpointing
+        if args.compile:
+            compile_parts(self.model)
+        self.optimizer = adamw([self.model], self.lr, (0.9, 0.95), settings.weight_decay)
+        self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "image_size": data.size, "steps": self.steps,
+                         "batch": self.batch, "lr": self.lr, "seed": args.seed}
+
+    def loss(self, images, captions, step):
+        ids = text_ids(captions, self.model.text_config.max_position_embeddings).to(images.device, non_blocking=True)
+        loss = sigmoid_contrastive(*self.wrapped(images, ids))
+        return loss, {"scale": self.model.logit_scale[0].exp(), "bias": self.model.logit_bias[0]}
+
+    def evaluate(self):
+        self.metrics = evaluate_siglip(self.model, self.data)
+        self.ranks.say(f"siglip: " + "  ".join(f"{name} {show(value)}" for name, value in self.metrics.items()))
+        return self.metrics
+
+    def save(self):
+        self.model.save_pretrained(self.folder)
+
+
+class TokenizerStage(Stage):
+    """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2). The text tower stays as it is."""
+    name = "tokenizer"
+
+    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP):
+        super().__init__(args, ranks)
+        self.folder, self.data, self.weights = args.out, data, settings.weights
+        self.steps, self.batch, self.lr, self.warmup = settings.steps, settings.batch, settings.lr, settings.warmup
+        self.teacher = copy.deepcopy(siglip.vision_model).eval().requires_grad_(False).to(ranks.device)
+        torch.manual_seed(args.seed)
+        self.model = DualTokenizer(config, siglip).to(ranks.device)
+        for part in (siglip.text_model, siglip.logit_scale, siglip.logit_bias):
+            part.requires_grad_(False)
+        self.model.checkpointing(args.checkpointing)
+        if args.compile:
+            compile_parts(self.model, self.teacher)
+        self.optimizer = adamw([self.model], self.lr, settings.betas, settings.weight_decay)
+        self.gan_from = round(settings.gan_start * self.steps) if settings.gan else self.steps + 1
+        if settings.gan:
+            self.discriminator = Discriminator(settings.gan_width, settings.gan_layers).to(ranks.device)
+            self.gan_lr = settings.gan_lr
+            self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
+        self.gan_steps, self.codes = 0, None
+        self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
+                         "lr": self.lr, "seed": args.seed, "gan": settings.gan, "gan_start": settings.gan_start, "accumulate": args.accumulate,
+                         "config": json.loads(json.dumps(asdict(config)))}
+
+    def loss(self, images, captions, step):
+        features = self.wrapped(images)
+        with torch.no_grad():
+            target = self.teacher(images, self.model.config.deep_layer)
+        terms = tokenizer_losses(features, images, target)
+        total, more = weighted(terms, self.weights), {}
+        self.codes = features.codes
+        if step >= self.gan_from:
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}        # its gradient is for the second pass alone
+            adversarial = -torch.func.functional_call(self.discriminator, frozen, (features.images,)).float().mean()
+            weight = adaptive_weight(terms["pixel"], adversarial, self.model.decoder.conv_out.weight)
+            total = total + self.weights.adversarial * weight * adversarial
+            judged = discriminator_loss(self.discriminator(images), self.discriminator(features.images.detach()))
+            (judged / self.args.accumulate).backward()
+            self.gan_steps += 1
+            more = {"adversarial": adversarial, "adaptive": weight, "discriminator": judged}
+        return total, {**terms, **{f"commitment_{name}": value for name, value in features.commitment.items()}, **more}
+
+    def after_step(self, bad, lr):
+        for quantizer in self.model.quantizers.values():
+            quantizer.update(skip=bad)
+        if self.gan_steps:
+            for p in self.discriminator.parameters():
+                all_reduce(p.grad).div_(self.ranks.count)
+            norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.clip)
+            step_or_skip(self.gan_optimizer, self.gan_lr, bad | ~norm.isfinite())
+            self.gan_steps = 0
+
+    def extra_state(self):
+        return {"discriminator": self.discriminator, "gan_optimizer": self.gan_optimizer} if self.gan_from <= self.steps else {}
+
+    def log(self):
+        c = self.model.config
+        usage = (usage_and_perplexity(all_reduce(histogram(self.codes[:, :, s], c.codebook_size).sum(0)))[0].item() for s in range(len(STREAMS)))
+        return {f"usage_{stream}": value for stream, value in zip(STREAMS, usage)}
+
+    def evaluate(self):
+        self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
+        return self.metrics
+
+    def save(self):
+        self.model.save_pretrained(self.folder)
+        images = torch.cat([images for images, _ in itertools.islice(self.data.validation(8), 2)])[:16]
+        self.model.eval()
+        with torch.no_grad():
+            rebuilt = self.model.decode(self.model.encode(images))
+        self.model.train()
+        save_grid([images[:8], rebuilt[:8], images[8:], rebuilt[8:]] if len(images) == 16 else [images, rebuilt], os.path.join(self.folder, "samples", "reconstructions.png"))
+
+
+def finish(stage: Stage, images_per_second: float) -> dict:
+    """metrics.json of a run, and a table on the screen."""
+    args, ranks = stage.args, stage.ranks
+    report = {"preset": args.preset, "design": "dual", "streams": list(STREAMS), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
+              "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+              "ranks": ranks.count, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
+              "images_per_second": round(images_per_second, 1), "torch": torch.__version__, "commit": commit()}
+    report = {**stage.metrics, **report}
+    if ranks.first:
+        write_json(os.path.join(stage.folder, "metrics.json"), report)
+        print(f"\n{stage.name}: {os.path.join(stage.folder, 'metrics.json')}")
+        for name, value in report.items():
+            value = "  ".join(f"{k} {show(v)}" for k, v in value.items() if not isinstance(v, list)) if isinstance(value, dict) else show(value)
+            if value:
+                print(f"  {name:28} {value}")
+    return report
+
+
+def main(argv=None):
+    args = flags(argv)
+    if args.preset not in SETTINGS:
+        raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}")
+
+    # ---- settings: the preset's, and what was given by hand
+    s = SETTINGS[args.preset]
+    s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, siglip_batch=args.batch_size or s.siglip_batch,
+                lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
+                gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
+    layers = {name: getattr(args, name) for name in ("shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
+    config = preset_config(args.preset, args.image_size, **layers)
+
+    # ---- device, ranks, data
+    ranks = Ranks(args.device)
+    if ranks.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True       # one image size per run
+    data = Data(s.data, args.val_data, config.vision.image_size, args, ranks)
+    precision = "bf16 autocast" if args.precision == "bf16" or args.precision == "auto" and ranks.device.type == "cuda" else "fp32"
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
+
+    # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
+    if args.siglip:
+        siglip = SigLIP.from_pretrained(args.siglip)
+        config = replace(config, vision=replace(siglip.vision_config, image_size=config.vision.image_size), text=siglip.text_config, deep_layer=layers.get("deep_layer", 0),
+                         shallow_layer=layers.get("shallow_layer", 0))
+    else:
+        stage = SigLIPStage(args, ranks, s, config, data)
+        if args.bench:
+            bench(stage, data.batches(stage.batch))
+        elif kept(stage):
+            ranks.say(f"siglip: {stage.folder} is kept from an earlier run with these settings; delete it to train it again")
+        else:
+            train(stage, data)
+        siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
+
+    # ---- stage 2: the tokenizer
+    stage = TokenizerStage(args, ranks, s, config, data, siglip)
+    if args.bench:
+        bench(stage, data.batches(stage.batch))
+    else:
+        train(stage, data)
+        ranks.say(f"pictures: {os.path.join(stage.folder, 'samples', 'reconstructions.png')}, {os.path.join(stage.folder, 'curves.png')}")
+
+
+def kept(stage: Stage) -> bool:
+    """Whether a finished stage with the same settings lies in its folder. Called on all ranks, before anyone writes."""
+    path = os.path.join(stage.folder, "metrics.json")
+    return os.path.exists(path) and read_config(stage.folder).get("model_type") == "siglip" and json.load(open(path, encoding="utf-8")).get("settings") == stage.settings
+
+
+def train(stage: Stage, data: Data):
+    """Fit a stage, from the beginning or from its checkpoint, and write its metrics."""
+    os.makedirs(stage.folder, exist_ok=True)
+    state, log = (os.path.join(stage.folder, name) for name in ("state.pt", "log.jsonl"))
+    step, seconds = 0, 0.0
+    if stage.args.resume and os.path.exists(state):
+        step, seconds = load_state(stage)
+    elif stage.ranks.first and os.path.exists(log):
+        os.remove(log)
+    begun = time.time()
+    fit(stage, data.batches(stage.batch), step, seconds)
+    if not hasattr(stage, "metrics"):       # resumed at the very end
+        stage.evaluate()
+    stage.metrics["settings"] = stage.settings
+    finish(stage, (stage.steps - step) * stage.batch / max(time.time() - begun, 1e-9))
+
+
+def run(main):
+    """A script's entry: what a user can put right ends in one sentence and exit status 1, not in a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; --resume goes on from the last checkpoint")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
