@@ -33,9 +33,14 @@ def all_reduce(x: Tensor) -> Tensor:
 def nearest(x: Tensor, table: Tensor) -> Tensor:
     """Index of the nearest row of table (K, E) for each row of x (M, E), by squared Euclidean distance in fp32: (M,) int64.
     |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time: 256 MiB on a GPU, what fits a cache on a CPU."""
-    norms = table.square().sum(1)
-    rows = max(1, (2 ** 26 if x.is_cuda else 2 ** 19) // len(table))
-    return torch.cat([torch.addmm(norms, chunk, table.T, alpha=-2).argmin(1) for chunk in x.split(rows)])
+    norms, codes = table.square().sum(1), torch.empty(len(x), dtype=torch.int64, device=x.device)
+    rows = max(1, (2 ** 26 if x.is_cuda else 2 ** 20) // len(table))
+    distances = x.new_empty(min(rows, len(x)), len(table))      # one buffer, filled again and again
+    for i in range(0, len(x), rows):
+        part = x[i:i + rows]
+        torch.addmm(norms, part, table.T, alpha=-2, out=distances[:len(part)])
+        torch.argmin(distances[:len(part)], 1, out=codes[i:i + rows])
+    return codes
 
 
 class ResidualVQ(nn.Module):

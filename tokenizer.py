@@ -117,7 +117,7 @@ def _sizes(width, mlp, layers, heads, **more):
 _LARGE, _SO400M = _sizes(1024, 4096, 24, 16), _sizes(1152, 4304, 27, 16)
 PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and decoder as released; nano and small are ours, for one hour of reading
     "nano": dict(
-        vision=_sizes(128, 512, 6, 4, image_size=32, patch_size=8), text=_sizes(128, 256, 2, 4, vocab_size=257, max_position_embeddings=64),
+        vision=_sizes(128, 512, 6, 4, image_size=32, patch_size=8), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
         shallow_layer=2, codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 4), decoder_blocks=0,
         decoder_groups=8, decoder_in=128),
     "small": dict(
@@ -298,6 +298,7 @@ class SigLIP(nn.Module):
         self.vision_model, self.text_model = VisionTower(vision), TextTower(text)
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor([math.log(10.0)])), nn.Parameter(torch.tensor([-10.0]))
         self.apply(_init)
+        nn.init.normal_(self.text_model.embeddings.token_embedding.weight)      # padding is most of a text: small differences would drown in it
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""

@@ -66,7 +66,7 @@ class Settings:
 # At toy scale the semantic gradient, at full weight, costs 2 dB of PSNR and buys no zero-shot accuracy: hence 0.04 of the release's weights.
 _TOY = Weights(pixel=5, deep=0.2, pooled=0.04, commitment=1)
 SETTINGS = {
-    "nano": Settings(data="plain", siglip_steps=1200, siglip_batch=128, siglip_lr=1e-3, steps=700, batch=64, lr=2e-3, betas=(0.9, 0.95), warmup=50,
+    "nano": Settings(data="plain", siglip_steps=600, siglip_batch=128, siglip_lr=1e-3, steps=1200, batch=64, lr=2e-3, betas=(0.9, 0.95), warmup=50,
                      gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4, weights=_TOY),
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, betas=(0.9, 0.95), warmup=100,
                       gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4, weights=_TOY),
@@ -626,6 +626,7 @@ class SigLIPStage(Stage):
         self.steps, self.batch, self.lr, self.warmup = settings.siglip_steps, settings.siglip_batch, settings.siglip_lr, settings.warmup
         torch.manual_seed(args.seed)
         self.model = SigLIP(config.vision, config.text).to(ranks.device)
+        nn.init.constant_(self.model.logit_bias, -math.log(self.batch))     # the share of pairs that match, as a logit; SigLIP's -10 is for 32,768
         self.model.vision_model.checkpointing = args.checkpointing
         if args.compile:
             compile_parts(self.model)
@@ -736,6 +737,8 @@ def finish(stage: Stage, images_per_second: float) -> dict:
         write_json(os.path.join(stage.folder, "metrics.json"), report)
         print(f"\n{stage.name}: {os.path.join(stage.folder, 'metrics.json')}")
         for name, value in report.items():
+            if name == "settings":
+                continue
             value = "  ".join(f"{k} {show(v)}" for k, v in value.items() if not isinstance(v, list)) if isinstance(value, dict) else show(value)
             if value:
                 print(f"  {name:28} {value}")
