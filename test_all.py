@@ -1017,11 +1017,11 @@ def test_tokenizer_matches_the_release():
 def test_tokenizer_encode_embed_decode_pool_agree_with_forward(tokenizer, pictures):
     with torch.no_grad():
         out, codes = tokenizer(pictures), tokenizer.encode(pictures)
-        assert codes.shape == (6, 16, 2, 4) and codes.dtype == torch.int64 and torch.equal(codes, out.codes)
+        assert codes.shape == (6, 64, 2, 4) and codes.dtype == torch.int64 and torch.equal(codes, out.codes)
         torch.testing.assert_close(tokenizer.decode(codes), out.images.clamp(-1, 1), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(tokenizer.pool(pictures), out.pooled, atol=1e-4, rtol=1e-4)
         vectors = tokenizer.embed(codes)
-        assert vectors.shape == (6, 16, 64)
+        assert vectors.shape == (6, 64, 64)
         torch.testing.assert_close(vectors[..., :32], tokenizer.quantizer_pix.embed(codes[:, :, 0]))
         torch.testing.assert_close(vectors[..., 32:], tokenizer.quantizer_sem.embed(codes[:, :, 1]))
 
@@ -1070,7 +1070,7 @@ def test_tokenizer_checkpointing_changes_nothing(pictures):
         (out.images.square().mean() + out.pooled.square().mean()).backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
         counts.append(model.quantizer_pix.batch_count.sum().item())
-    assert counts == [6 * 16 * 4] * 2       # recomputation is not counted twice
+    assert counts == [6 * 64 * 4] * 2       # recomputation is not counted twice
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
 
@@ -1085,7 +1085,7 @@ def test_tokenizer_shortcut_layer_changes_the_pixel_latent(pictures):
     torch.testing.assert_close(pixel, plain + 0.6 * x, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name, positions, layers, depth", [("nano", 16, (2, 5, 6), 4), ("small", 64, (2, 7, 8), 4), ("siglip-l-256", 256, (6, 23, 24), 4),
+@pytest.mark.parametrize("name, positions, layers, depth", [("nano", 64, (2, 5, 6), 4), ("nano-64", 64, (2, 5, 6), 4), ("small", 64, (2, 7, 8), 4), ("siglip-l-256", 256, (6, 23, 24), 4),
                                                             ("so400m-384", 729, (6, 26, 27), 8), ("siglip2-so-256", 256, (6, 26, 27), 8)])
 def test_tokenizer_presets_have_the_papers_sizes(name, positions, layers, depth):
     c = preset_config(name)
@@ -1103,7 +1103,7 @@ def test_tokenizer_files_round_trip_and_raise(tokenizer, pictures, tmp_path):
     weights = load_file(tmp_path / "a/model.safetensors")
     save_file({k: v for k, v in weights.items() if k != "decoder.conv_out.bias"} | {"stranger": torch.zeros(2), "decoder.conv_in.bias": torch.zeros(5)},
               tmp_path / "a/model.safetensors")
-    with pytest.raises(ValueError, match=r"missing decoder.conv_out.bias \(3,\); unexpected stranger \(2,\); decoder.conv_in.bias is \(5,\), expected \(128,\)"):
+    with pytest.raises(ValueError, match=r"missing decoder.conv_out.bias \(3,\); unexpected stranger \(2,\); decoder.conv_in.bias is \(5,\), expected \(64,\)"):
         DualTokenizer.from_pretrained(str(tmp_path / "a"))
     (tmp_path / "a/model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ValueError, match="truncated or damaged"):
@@ -1130,7 +1130,7 @@ def test_tokenizer_siglip_files_are_hugging_faces(tmp_path):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: preset_config("tiny"), "no preset 'tiny'; expected one of nano"), (lambda: preset_config("nano", 36), "36 is not a multiple of 8"),
+    (lambda: preset_config("tiny"), "no preset 'tiny'; expected one of nano"), (lambda: preset_config("nano", 38), "38 is not a multiple of 4"),
     (lambda: preset_config("so400m-384", 380), "380 is not a multiple of 16"), (lambda: preset_config("nano", shallow_layer=6), "1 <= shallow <= deep"),
     (lambda: preset_config("nano", code_dim=48), "128 is not a multiple of the code dimension 48")])
 def test_tokenizer_configuration_errors_are_sentences(call, words):
@@ -1139,8 +1139,8 @@ def test_tokenizer_configuration_errors_are_sentences(call, words):
 
 
 def test_tokenizer_shape_errors_are_sentences(tokenizer):
-    for wrong in (lambda: tokenizer.encode(torch.zeros(1, 3, 64, 64)), lambda: tokenizer.decode(torch.zeros(1, 16, 1, 4).long()),
-                  lambda: tokenizer.decode(torch.full((1, 16, 2, 4), 999))):
+    for wrong in (lambda: tokenizer.encode(torch.zeros(1, 3, 64, 64)), lambda: tokenizer.decode(torch.zeros(1, 64, 1, 4).long()),
+                  lambda: tokenizer.decode(torch.full((1, 64, 2, 4), 999))):
         with pytest.raises(ValueError, match="expected"):
             wrong()
 
@@ -1393,7 +1393,7 @@ def test_train_bench_writes_nothing(tmp_path, capsys):
 def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for argv, words in ((["--preset", "huge"], "--preset is 'huge', expected one of nano"), (["--data", str(tmp_path / "nothing")], "no such image data"),
-                        (["--data", str(tmp_path / "empty")], "no images in"), (["--image-size", "30"], "30 is not a multiple of 8"),
+                        (["--data", str(tmp_path / "empty")], "no images in"), (["--image-size", "30"], "30 is not a multiple of 4"),
                         (["--batch-size", "10", "--accumulate", "4"], "10 is not a multiple of 1 ranks x 4"), (["--device", "warp"], "--device warp cannot be used"),
                         (["--steps", "-3"], "--steps is -3"), (["--val-data", "x"], "goes with images"), (["--siglip", str(tmp_path / "no")], "no model in"),
                         (["--siglip", str(run_folder)], "is no SigLIP configuration")):

@@ -115,10 +115,14 @@ def _sizes(width, mlp, layers, heads, **more):
 
 
 _LARGE, _SO400M = _sizes(1024, 4096, 24, 16), _sizes(1152, 4304, 27, 16)
-PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and decoder as released; nano and small are ours, for one hour of reading
+PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and decoder as released; the others are ours
     "nano": dict(
-        vision=_sizes(128, 512, 6, 4, image_size=32, patch_size=8), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
-        shallow_layer=2, codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 4), decoder_blocks=0,
+        vision=_sizes(128, 256, 6, 4, image_size=32, patch_size=4), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
+        shallow_layer=2, codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2), decoder_blocks=0,
+        decoder_groups=8, decoder_in=128),
+    "nano-64": dict(    # as many positions on four times the pixels: real pictures on a CPU
+        vision=_sizes(128, 256, 6, 4, image_size=64, patch_size=8), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
+        shallow_layer=2, codebook_size=512, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 2), decoder_blocks=0,
         decoder_groups=8, decoder_in=128),
     "small": dict(
         vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8), text=_sizes(256, 512, 3, 4, vocab_size=257, max_position_embeddings=64),
@@ -146,7 +150,11 @@ def preset_config(name: str, image_size: int = 0, **changes) -> TokenizerConfig:
         raise ValueError(f"image size {side} is not a multiple of {step} pixels, as the preset {name} needs; choose one, such as {max(1, side // step) * step}")
     if row.get("latent_grid"):
         row["latent_grid"] = side // step
-    return TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"])))
+    config = TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"])))
+    made = config.latent_grid * 2 ** (len(config.decoder_multipliers) - 1)
+    if made != side:
+        raise ValueError(f"the preset {name}'s decoder would turn {config.latent_grid} positions a side into {made} pixels, not {side}: patches of {patch} need another preset")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
