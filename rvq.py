@@ -145,12 +145,13 @@ class ResidualVQ(nn.Module):
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
         if self._draws is None:
             self._draws = int(self.updates)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._draws)
+        generator = torch.Generator(local.device).manual_seed(self.seed * 1_000_003 + self._draws)
         self._draws += 1
         shape = self.codebook.shape[:2]
-        sample = torch.randint(ranks * len(local), shape, generator=generator)
-        depth = torch.randint(self.depth, shape, generator=generator) if self.shared else torch.arange(self.depth)[:, None].expand(shape)
-        sample, depth = sample.to(local.device, non_blocking=True) - rank * len(local), depth.to(local.device, non_blocking=True)
+        sample = torch.randint(ranks * len(local), shape, generator=generator, device=local.device) - rank * len(local)
+        depth = torch.arange(self.depth, device=local.device)[:, None]
+        if self.shared:
+            depth = torch.randint(self.depth, shape, generator=generator, device=local.device)
         mine = (sample >= 0) & (sample < len(local))
         return all_reduce(local[sample.clamp(0, len(local) - 1), depth] * mine[..., None])
 

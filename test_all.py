@@ -1327,6 +1327,9 @@ def test_train_two_ranks_are_one_process(tmp_path):
         assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"two/rank{r}.pt", weights_only=True) for r in range(2))
     assert equal(first, second)
+    metrics = [json.load(open(tmp_path / name / "run/metrics.json")) for name in ("one", "two")]
+    assert metrics[0]["images"] == metrics[1]["images"] == 24 and metrics[1]["ranks"] == 2
+    assert all(abs(metrics[0][k] - metrics[1][k]) < 0.01 * abs(metrics[0][k]) for k in ("psnr", "ssim", "fd"))
     for stage in ("run/siglip", "run"):
         curves = [[line["loss"] for line in log(tmp_path / name / stage) if "loss" in line] for name in ("one", "two")]
         assert len(curves[0]) == (6 if "siglip" in stage else 20) and np.abs(np.subtract(*curves)).max() < 1e-5 * max(1, np.abs(curves[0]).max())
@@ -1398,6 +1401,10 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
                         (["--steps", "-3"], "--steps is -3"), (["--val-data", "x"], "goes with images"), (["--siglip", str(tmp_path / "no")], "no model in"),
                         (["--siglip", str(run_folder)], "is no SigLIP configuration")):
         assert words in stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
+    (tmp_path / "silent").mkdir()
+    for n in range(4):
+        flat(n).save(tmp_path / f"silent/{n}.png")
+    assert "have no captions" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "silent"))
     shutil.copytree(run_folder, tmp_path / "copy")
     same = [*TINY, "--gan", "--gan-start", "0.5", "--resume", "--out", str(tmp_path / "copy")]
     assert "lr 0.002 -> 0.1" in stopped(*same, "--lr", "0.1")
@@ -1419,6 +1426,13 @@ def test_train_never_unpickles_code(run_folder, tmp_path):
 def test_train_cosine_schedule():
     values = [train_tokenizer.cosine(s, 100, 10) for s in range(100)]
     assert values[0] == 0.1 and values[9] == 1.0 and values[10] == 1.0 and values[99] < 1e-3 and all(a >= b for a, b in zip(values[10:], values[11:]))
+
+
+def test_train_retrieval_counts_words_not_rows():
+    e = torch.eye(4)
+    assert train_tokenizer.retrieval(e, e[[1, 0, 2, 3]], ["a", "a", "b", "c"]) == {"i2t": 1.0, "t2i": 1.0}
+    assert train_tokenizer.retrieval(e, e[[1, 0, 2, 3]], ["a", "d", "b", "c"]) == {"i2t": 0.5, "t2i": 0.5}
+    assert train_tokenizer.retrieval(e, e, ["", "", "", "a"]) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

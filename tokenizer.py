@@ -307,6 +307,7 @@ class SigLIP(nn.Module):
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor([math.log(10.0)])), nn.Parameter(torch.tensor([-10.0]))
         self.apply(_init)
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight)      # padding is most of a text: small differences would drown in it
+        self.vision_model.embeddings.position_embedding.weight.data.copy_(0.5 * _waves(vision.grid, vision.hidden_size))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
@@ -337,13 +338,21 @@ class SigLIP(nn.Module):
 
 
 def _init(module: nn.Module):
-    """Weights such that outputs are as large as inputs, zero biases; norms stay at one. Embeddings start large: at the usual 0.02 positions drown in the
-    patches, and a from-scratch nano run needs twice the steps."""
+    """Weights such that outputs are as large as inputs, zero biases; norms stay at one. Embeddings start large: at the usual 0.02 they drown in what
+    the first layer adds, and a from-scratch nano run needs twice the steps."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.2)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         nn.init.zeros_(module.bias)
+
+
+def _waves(grid: int, width: int) -> Tensor:
+    """Sines and cosines of column and row, (grid^2, width): where learned positions start, since neighbours that look alike are found sooner."""
+    frequency = 100.0 ** -torch.linspace(0, 1, math.ceil(width / 4))
+    angle = torch.arange(grid)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], 1)                                          # (grid, width / 2)
+    return torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, 0)], 1)[:, :width]
 
 
 def recomputed(on: bool, function, x: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 from data import shapes
 from data.images import ImageData
@@ -68,7 +67,7 @@ class Settings:
 _TOY = dict(betas=(0.9, 0.95), warmup=50, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
-    "nano": Settings(data="plain", siglip_steps=350, siglip_batch=128, siglip_lr=1e-3, steps=600, batch=64, lr=2e-3, **_TOY),
+    "nano": Settings(data="plain", siglip_steps=600, siglip_batch=128, siglip_lr=1e-3, steps=400, batch=64, lr=2e-3, **_TOY),
     "nano-64": Settings(data="textured", siglip_steps=500, siglip_batch=128, siglip_lr=1e-3, steps=500, batch=64, lr=2e-3, **_TOY),
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
@@ -253,7 +252,7 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
     stream, sums, waited, broken = iter(batches(start)), {}, 0.0, []
     streak = torch.zeros((), device=ranks.device)       # bad steps in a row; the longest such row and all of them since the last look
     longest, skipped = torch.zeros_like(streak), torch.zeros_like(streak)
-    begun, since, seen = time.time() - elapsed, time.time(), start
+    begun, since, seen, training = time.time() - elapsed, time.time(), start, 0.0
     for step in range(start, stage.steps):
         before = time.time()
         images, captions, reports = next(stream)
@@ -276,18 +275,20 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
             now = time.time()
             line |= {"images_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since), "seconds": now - begun}
             write_log(stage, line, broken)
+            training += now - since
             sums, waited, broken, since, seen = {}, 0.0, [], now, done
             longest.zero_(), skipped.zero_()
 
         before = time.time()
         if final or args.eval_every and done % args.eval_every == 0:
-            metrics = stage.evaluate()
+            metrics = {name: value for name, value in stage.evaluate().items() if isinstance(value, float)}
+            ranks.say(f"{stage.name} {done}/{stage.steps}  evaluated: " + "  ".join(f"{name} {show(value)}" for name, value in metrics.items()))
             if ranks.first:
-                append_log(stage.folder, {"step": done, **{f"eval_{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}})
+                append_log(stage.folder, {"step": done, **{f"eval_{name}": value for name, value in metrics.items()}})
         if final or done % args.save_every == 0:
             save_state(stage, done, time.time() - begun)
         since += time.time() - before       # evaluating and saving are not training
-    stage.seconds = time.time() - begun
+    stage.seconds, stage.images_per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
 
 
 def not_finite(sums: dict[str, Tensor]) -> str:
@@ -472,10 +473,11 @@ class Data:
         if self.worlds:
             if val_source:
                 raise ValueError(f"--val-data {val_source!r} goes with images, and --data is the built-in world {source!r}; leave it out")
-            self.train, self.val = shapes.World(source, size, args.seed), shapes.World(source, size, VALIDATION_SEED, "val")
+            self.train, self.val, self.captioned = shapes.World(source, size, args.seed), shapes.World(source, size, VALIDATION_SEED, "val"), True
             return
         data = ImageData(source, size, train=True, seed=args.seed)
         self.train, self.val = (data, ImageData(val_source, size, train=False)) if val_source else data.split()
+        self.captioned = bool((data.records["text_size"] > 0).any())
         for report in dict.fromkeys(self.train.broken + self.val.broken):
             ranks.say(f"  {report}")
         ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out")
@@ -522,7 +524,12 @@ class Data:
 # evaluation
 
 def retrieval(image: Tensor, text: Tensor, captions: list[str]) -> dict[str, float]:
-    """R@1 both ways over unit vectors (M, C) of M pairs. A hit is the right caption, word for word: several pictures may share it."""
+    """R@1 both ways over unit vectors (M, C) of M pairs. A hit is the right caption, word for word: several pictures may share it. Pictures without
+    a caption are left out; {} where no two captions are left."""
+    told = torch.tensor([bool(caption) for caption in captions])
+    image, text, captions = image[told], text[told], [caption for caption in captions if caption]
+    if len(set(captions)) < 2:
+        return {}
     names = {caption: n for n, caption in enumerate(dict.fromkeys(captions))}
     label = torch.tensor([names[caption] for caption in captions])
     similar = image @ text.T
@@ -649,7 +656,6 @@ class SigLIPStage(Stage):
 
     def evaluate(self):
         self.metrics = evaluate_siglip(self.model, self.data)
-        self.ranks.say(f"siglip: " + "  ".join(f"{name} {show(value)}" for name, value in self.metrics.items()))
         return self.metrics
 
     def save(self):
@@ -735,24 +741,23 @@ class TokenizerStage(Stage):
         save_grid([images[:8], rebuilt[:8], images[8:], rebuilt[8:]] if len(images) == 16 else [images, rebuilt], os.path.join(self.folder, "samples", "reconstructions.png"))
 
 
-def finish(stage: Stage, images_per_second: float) -> dict:
+def finish(stage: Stage):
     """metrics.json of a run, and a table on the screen."""
     args, ranks = stage.args, stage.ranks
-    report = {"preset": args.preset, "design": "dual", "streams": list(STREAMS), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
-              "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-              "ranks": ranks.count, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
-              "images_per_second": round(images_per_second, 1), "torch": torch.__version__, "commit": commit()}
-    report = {**stage.metrics, **report}
-    if ranks.first:
-        write_json(os.path.join(stage.folder, "metrics.json"), report)
-        print(f"\n{stage.name}: {os.path.join(stage.folder, 'metrics.json')}")
-        for name, value in report.items():
-            if name == "settings":
-                continue
-            value = "  ".join(f"{k} {show(v)}" for k, v in value.items() if not isinstance(v, list)) if isinstance(value, dict) else show(value)
-            if value:
-                print(f"  {name:28} {value}")
-    return report
+    about = {"preset": args.preset, "design": "dual", "streams": list(STREAMS), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
+             "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+             "ranks": ranks.count, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
+             "images_per_second": round(stage.images_per_second, 1), "torch": torch.__version__, "commit": commit()}
+    if not ranks.first:
+        return
+    path = os.path.join(stage.folder, "metrics.json")
+    write_json(path, {**stage.metrics, **about, "settings": stage.settings})
+    print(f"\n{path}")
+    for name, value in {**stage.metrics, **about}.items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{k} {show(v)}" for k, v in value.items() if isinstance(v, float))
+        if value != "":     # what is told per depth has its place in the file
+            print(f"  {name:28} {show(value)}")
 
 
 def main(argv=None):
@@ -783,6 +788,8 @@ def main(argv=None):
 
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
+        if not data.captioned:
+            raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; add .txt files or a metadata.jsonl, or give --siglip FOLDER")
         stage = SigLIPStage(args, ranks, s, config, data)
         if args.bench:
             bench(stage, data.batches(stage.batch))
@@ -814,14 +821,14 @@ def train(stage: Stage, data: Data):
     step, seconds = 0, 0.0
     if stage.args.resume and os.path.exists(state):
         step, seconds = load_state(stage)
-    elif stage.ranks.first and os.path.exists(log):
-        os.remove(log)
-    begun = time.time()
+    elif os.path.exists(log):
+        stage.ranks.say(f"{stage.name}: starting anew; the earlier run in {stage.folder} will be overwritten")
+        if stage.ranks.first:
+            os.remove(log)
     fit(stage, data.batches(stage.batch), step, seconds)
-    if not hasattr(stage, "metrics"):       # resumed at the very end
+    if step == stage.steps:     # nothing was left to do but this
         stage.evaluate()
-    stage.metrics["settings"] = stage.settings
-    finish(stage, (stage.steps - step) * stage.batch / max(time.time() - begun, 1e-9))
+    finish(stage)
 
 
 def run(main):
