@@ -117,13 +117,13 @@ def _sizes(width, mlp, layers, heads, **more):
 _LARGE, _SO400M = _sizes(1024, 4096, 24, 16), _sizes(1152, 4304, 27, 16)
 PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and decoder as released; the others are ours
     "nano": dict(
-        vision=_sizes(128, 256, 6, 4, image_size=32, patch_size=4), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
+        vision=_sizes(96, 192, 6, 3, image_size=32, patch_size=4), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
         shallow_layer=2, codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2), decoder_blocks=0,
-        decoder_groups=8, decoder_in=128),
+        decoder_groups=8, decoder_in=64),
     "nano-64": dict(    # as many positions on four times the pixels: real pictures on a CPU
-        vision=_sizes(128, 256, 6, 4, image_size=64, patch_size=8), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
+        vision=_sizes(96, 192, 6, 3, image_size=64, patch_size=8), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
         shallow_layer=2, codebook_size=512, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 2), decoder_blocks=0,
-        decoder_groups=8, decoder_in=128),
+        decoder_groups=8, decoder_in=64),
     "small": dict(
         vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8), text=_sizes(256, 512, 3, 4, vocab_size=257, max_position_embeddings=64),
         codebook_size=1024, depth=4, code_dim=32, decoder_channels=64, decoder_multipliers=(1, 2, 2, 4), decoder_blocks=1,

@@ -67,7 +67,7 @@ class Settings:
 _TOY = dict(betas=(0.9, 0.95), warmup=50, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
-    "nano": Settings(data="plain", siglip_steps=600, siglip_batch=128, siglip_lr=1e-3, steps=400, batch=64, lr=2e-3, **_TOY),
+    "nano": Settings(data="plain", siglip_steps=1000, siglip_batch=128, siglip_lr=1e-3, steps=560, batch=64, lr=2e-3, **_TOY),
     "nano-64": Settings(data="textured", siglip_steps=500, siglip_batch=128, siglip_lr=1e-3, steps=500, batch=64, lr=2e-3, **_TOY),
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
@@ -481,6 +481,8 @@ class Data:
         for report in dict.fromkeys(self.train.broken + self.val.broken):
             ranks.say(f"  {report}")
         ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out")
+        if min(len(self.val), args.eval_images) < max(2, ranks.count):
+            raise ValueError(f"{min(len(self.val), args.eval_images)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some with --val-data")
 
     def batches(self, batch: int):
         """-> function of a start step that yields this rank's part of each global batch, without end: (images (b, 3, H, W) on the device in [-1, 1],
@@ -586,7 +588,7 @@ def evaluate_siglip(siglip: SigLIP, data: Data) -> dict:
 
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data) -> dict:
-    """All metrics of DESIGN's metrics.json that come from images: fd is the Frechet distance of the teacher's pooled features, on `images` samples."""
+    """Everything measured on codes and reconstructions; fd is the Frechet distance of the teacher's pooled features, on `images` samples."""
     was_training, siglip = tokenizer.training, tokenizer.siglip_model
     tokenizer.eval()
     device, c = data.ranks.device, tokenizer.config
@@ -605,8 +607,8 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
     rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items()}, "captions": words})
     metrics = {"retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
                "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"]),
-               "psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"]), "images": len(words)}
-    metrics["images"] = len(rows["captions"])
+               "psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"]),
+               "images": len(rows["captions"])}
     for what, index in (("usage", 0), ("perplexity", 1)):
         by_depth = {s: usage_and_perplexity(all_reduce(counts[s].clone()))[index].tolist() for s in STREAMS}
         over_all = {s: usage_and_perplexity(all_reduce(counts[s].clone()).sum(0))[index].item() for s in STREAMS}
