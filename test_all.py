@@ -1132,7 +1132,7 @@ def test_tokenizer_siglip_files_are_hugging_faces(tmp_path):
 @pytest.mark.parametrize("call, words", [
     (lambda: preset_config("tiny"), "no preset 'tiny'; expected one of nano"), (lambda: preset_config("nano", 38), "38 is not a multiple of 4"),
     (lambda: preset_config("so400m-384", 380), "380 is not a multiple of 16"), (lambda: preset_config("nano", shallow_layer=6), "1 <= shallow <= deep"),
-    (lambda: preset_config("nano", code_dim=48), "128 is not a multiple of the code dimension 48")])
+    (lambda: preset_config("nano", code_dim=40), "96 is not a multiple of the code dimension 40")])
 def test_tokenizer_configuration_errors_are_sentences(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -3,7 +3,7 @@
     python train_tokenizer.py                                                     # a CPU, minutes, the built-in world -> out/tokenizer
     python train_tokenizer.py --preset small                                      # one GPU, textured world
     torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip FOLDER --data "cc12m/{00000..01242}.tar" --workers 8 --compile --checkpointing
-    python train_tokenizer.py --data photos --image-size 64 --preset small        # a folder of pictures with captions
+    python train_tokenizer.py --data photos --preset nano-64                      # a folder of pictures with captions
     python train_tokenizer.py --resume                                            # go on where a run stopped
     python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
 
