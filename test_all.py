@@ -1402,8 +1402,11 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
                         (["--siglip", str(run_folder)], "is no SigLIP configuration")):
         assert words in stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
     (tmp_path / "silent").mkdir()
-    for n in range(4):
+    (tmp_path / "few").mkdir()
+    flat(1).save(tmp_path / "few/1.png"), flat(2).save(tmp_path / "few/2.png")
+    for n in range(40):
         flat(n).save(tmp_path / f"silent/{n}.png")
+    assert "1 images to evaluate on, expected at least 2" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "few"))
     assert "have no captions" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "silent"))
     shutil.copytree(run_folder, tmp_path / "copy")
     same = [*TINY, "--gan", "--gan-start", "0.5", "--resume", "--out", str(tmp_path / "copy")]
