@@ -1252,7 +1252,7 @@ def log(out):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("run") / "tokenizer", "--gan", "--gan-start", "0.5", "--eval-every", "4")
+    return train(tmp_path_factory.mktemp("run") / "tokenizer", "--gan", "--gan-start", "0.25", "--eval-every", "4")
 
 
 def test_train_leaves_all_that_was_promised(run_folder):
@@ -1265,7 +1265,7 @@ def test_train_leaves_all_that_was_promised(run_folder):
     assert expected <= metrics.keys() and set(metrics["usage"]) == {"pixel", "semantic"} and set(metrics["retrieval"]) == {"i2t", "t2i"}
     steps = [line["step"] for line in log(run_folder) if "loss" in line]
     assert steps == list(range(1, 9)) and sum("eval_psnr" in line for line in log(run_folder)) == 2
-    assert ["discriminator" in line for line in log(run_folder) if "loss" in line] == [False] * 4 + [True] * 4
+    assert ["discriminator" in line for line in log(run_folder) if "loss" in line] == [False] * 2 + [True] * 6
 
 
 def test_train_reuses_its_siglip_and_learns_from_it(run_folder, tmp_path, capsys):
@@ -1286,7 +1286,7 @@ def test_train_takes_a_siglip_folder(run_folder, tmp_path):
 @pytest.mark.parametrize("stage, dies_at", [("siglip", 5), ("tokenizer", 6)])
 def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, monkeypatch, stage, dies_at):
     """Bit for bit, the log included; the discriminator was on."""
-    more, write = ("--gan", "--gan-start", "0.5", "--eval-every", "4"), train_tokenizer.write_log
+    more, write = ("--gan", "--gan-start", "0.25", "--eval-every", "4"), train_tokenizer.write_log
 
     def dies(the_stage, line, broken):
         write(the_stage, line, broken)
@@ -1344,8 +1344,9 @@ def free_port():
 def test_train_accumulation_is_the_whole_batch(run_folder, tmp_path):
     for name, micro in (("one", "1"), ("four", "4")):
         train(tmp_path / name, "--siglip", str(run_folder / "siglip"), "--accumulate", micro)
-    curves = [[line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in ("one", "four")]
-    assert np.abs(np.subtract(*curves)).max() < 1e-4
+    for what in ("loss", "norm"):       # the norm too: to Adam, a gradient four times as large is the same
+        curves = [[line[what] for line in log(tmp_path / name) if what in line] for name in ("one", "four")]
+        assert np.abs(np.subtract(*curves)).max() < 1e-3 * max(curves[0])
 
 
 def test_train_skips_steps_that_are_not_finite(run_folder, tmp_path, monkeypatch, capsys):
@@ -1409,7 +1410,7 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
     assert "1 images to evaluate on, expected at least 2" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "few"))
     assert "have no captions" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "silent"))
     shutil.copytree(run_folder, tmp_path / "copy")
-    same = [*TINY, "--gan", "--gan-start", "0.5", "--resume", "--out", str(tmp_path / "copy")]
+    same = [*TINY, "--gan", "--gan-start", "0.25", "--resume", "--out", str(tmp_path / "copy")]
     assert "lr 0.002 -> 0.1" in stopped(*same, "--lr", "0.1")
     (tmp_path / "copy/state.pt").write_bytes((tmp_path / "copy/state.pt").read_bytes()[:5000])
     assert "cannot be resumed from" in stopped(*same)
@@ -1422,7 +1423,7 @@ def test_train_never_unpickles_code(run_folder, tmp_path):
 
     shutil.copytree(run_folder, tmp_path / "copy")
     torch.save({"settings": Bomb()}, tmp_path / "copy/state.pt")
-    assert "cannot be resumed from" in stopped(*TINY, "--gan", "--gan-start", "0.5", "--resume", "--out", str(tmp_path / "copy"))
+    assert "cannot be resumed from" in stopped(*TINY, "--gan", "--gan-start", "0.25", "--resume", "--out", str(tmp_path / "copy"))
     assert not os.path.exists(tmp_path / "executed")
 
 
