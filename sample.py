@@ -14,7 +14,7 @@ import torch
 from data import shapes
 from data.images import centre_crop, decode
 from losses import psnr, ssim
-from tokenizer import DualTokenizer
+from tokenizer import DualTokenizer, read_config
 from train_tokenizer import VALIDATION_SEED, Ranks, run, save_grid
 
 
@@ -53,7 +53,8 @@ def reconstruct(args, ranks: Ranks):
         images, names = read_images(args.reconstruct, size).to(ranks.device), [os.path.splitext(os.path.basename(p))[0] for p in args.reconstruct]
         names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
     else:
-        difficulty = "plain" if tokenizer.config.preset == "nano" else "textured"
+        source = read_config(args.tokenizer).get("data")       # what it was trained on
+        difficulty = source if source in shapes.DIFFICULTIES else "plain"
         images = shapes.World(difficulty, size, VALIDATION_SEED, "val").batch(range(args.n), ranks.device)[0]
         names = [f"scene-{i}" for i in range(args.n)]
     rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in images.split(16)])

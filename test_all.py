@@ -1408,6 +1408,12 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
     for n in range(40):
         flat(n).save(tmp_path / f"silent/{n}.png")
     assert "1 images to evaluate on, expected at least 2" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "few"))
+    (tmp_path / "broken").mkdir()
+    for n in range(60):
+        (tmp_path / f"broken/{n}.png").write_bytes(b"no picture")
+        (tmp_path / f"broken/{n}.txt").write_text("a caption")
+    words = stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "broken"), "--workers", "1")
+    assert "nothing readable at position 0" in words and "Traceback" not in words
     assert "have no captions" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "silent"))
     shutil.copytree(run_folder, tmp_path / "copy")
     same = [*TINY, "--gan", "--gan-start", "0.25", "--resume", "--out", str(tmp_path / "copy")]

@@ -146,6 +146,8 @@ def preset_config(name: str, image_size: int = 0, **changes) -> TokenizerConfig:
     vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}))
     patch, side = vision.get("patch_size", 16), vision["image_size"]
     step = 16 if row.get("latent_grid") else patch      # patches of 14 come with a decoder of scale 16, and a latent resized to fit: 27 -> 24 -> 384
+    if side < 16:
+        raise ValueError(f"image size {side} is too small; expected at least 16 pixels")
     if side % step or side < step:
         raise ValueError(f"image size {side} is not a multiple of {step} pixels, as the preset {name} needs; choose one, such as {max(1, side // step) * step}")
     if row.get("latent_grid"):
@@ -509,6 +511,8 @@ class DualTokenizer(nn.Module):
         c = self.config = config
         width = c.vision.hidden_size
         self.siglip_model = siglip or SigLIP(c.vision, c.text)
+        if self.siglip_model.vision_config != c.vision:
+            raise ValueError(f"the SigLIP's sizes are {self.siglip_model.vision_config}, expected {c.vision}; train or name another SigLIP")
         self.prequant_pix, self.prequant_sem = Projection(width, c.code_dim), Projection(width, c.code_dim)
         self.prequant_shortcut = Projection(width, c.code_dim) if c.shortcut_layer else None
         self.postquant_pix, self.postquant_sem = Projection(c.code_dim, width), Projection(c.code_dim, width)
@@ -601,7 +605,8 @@ class DualTokenizer(nn.Module):
         config = read_config(folder)
         if config.get("model_type") != "dualtoken":
             raise ValueError(f"{folder}/config.json is no tokenizer of ours: model_type is {config.get('model_type')!r}, expected 'dualtoken'")
-        config["vision"], config["text"] = _config(VisionConfig, config["vision"], folder), _config(TextConfig, config["text"], folder)
+        for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
+            config[name] = _config(kind, config.get(name), folder)
         model = cls(_config(TokenizerConfig, config, folder))
         load_weights(model, read_weights(folder), folder)
         return model.eval()
@@ -682,6 +687,8 @@ def read_config(folder: str) -> dict:
 
 def _config(cls, values: dict, folder: str):
     """A dataclass from the fields that it knows; fields that others added are left alone."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {values!r}, expected an object")
     try:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
     except (TypeError, ValueError, ArithmeticError) as error:

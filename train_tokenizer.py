@@ -14,6 +14,7 @@ for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (
 import argparse
 import contextlib
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -35,7 +36,7 @@ from data.images import ImageData
 from losses import (Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import all_reduce, histogram, usage_and_perplexity
-from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, text_ids, write_json
+from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, load_weights, preset_config, read_config, text_ids, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class Stage:
         """-> what to differentiate, and its terms by name."""
         raise NotImplementedError
 
-    def after_step(self, bad: Tensor, lr: float):
+    def after_step(self, bad: Tensor):
         """After the optimiser's step, which was skipped where bad."""
 
     def extra_state(self) -> dict:
@@ -240,7 +241,7 @@ def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
     norm = nn.utils.clip_grad_norm_([p for p in stage.model.parameters() if p.requires_grad], stage.args.clip)
     bad = ~norm.isfinite()
     step_or_skip(stage.optimizer, lr, bad)
-    stage.after_step(bad, lr)
+    stage.after_step(bad)
     return norm, bad
 
 
@@ -280,13 +281,13 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
             longest.zero_(), skipped.zero_()
 
         before = time.time()
+        if final or done % args.save_every == 0:
+            save_state(stage, done, time.time() - begun)
         if final or args.eval_every and done % args.eval_every == 0:
             metrics = {name: value for name, value in stage.evaluate().items() if isinstance(value, float)}
             ranks.say(f"{stage.name} {done}/{stage.steps}  evaluated: " + "  ".join(f"{name} {show(value)}" for name, value in metrics.items()))
             if ranks.first:
                 append_log(stage.folder, {"step": done, **{f"eval_{name}": value for name, value in metrics.items()}})
-        if final or done % args.save_every == 0:
-            save_state(stage, done, time.time() - begun)
         since += time.time() - before       # evaluating and saving are not training
     stage.seconds, stage.images_per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
 
@@ -348,15 +349,18 @@ def load_state(stage: Stage) -> tuple[int, float]:
     path = os.path.join(stage.folder, "state.pt")
     try:
         state = torch.load(path, map_location=stage.ranks.device, weights_only=True)
-        found = state["settings"]
+        found = dict(state["settings"])
     except Exception as error:      # torch.load raises nearly anything on damaged bytes
         raise ValueError(f"{path} cannot be resumed from ({type(error).__name__}: {str(error).splitlines()[0][:100]}); expected what a run of this script wrote") from None
     changed = [f"{key} {found.get(key)!r} -> {value!r}" for key, value in stage.settings.items() if found.get(key) != value]
     if changed:
         raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed)}); resume with the same ones, or start anew in another --out")
-    stage.model.load_state_dict(state["model"])
-    for name, part in {"optimizer": stage.optimizer, **stage.extra_state()}.items():
-        part.load_state_dict(state[name])
+    try:
+        load_weights(stage.model, state["model"], path)
+        for name, part in {"optimizer": stage.optimizer, **stage.extra_state()}.items():
+            part.load_state_dict(state[name])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint of this stage: {type(error).__name__} {str(error).splitlines()[0]}") from None
     if stage.ranks.first:
         kept = [line for line in read_log(stage.folder) if line["step"] <= state["step"]]
         path = os.path.join(stage.folder, "log.jsonl")
@@ -470,6 +474,8 @@ class Data:
 
     def __init__(self, source: str, val_source: str, size: int, args, ranks: Ranks):
         self.source, self.size, self.args, self.ranks, self.worlds = source, size, args, ranks, source in shapes.DIFFICULTIES
+        if args.eval_images < max(2, ranks.count):
+            raise ValueError(f"--eval-images is {args.eval_images}, expected at least {max(2, ranks.count)}")
         if self.worlds:
             if val_source:
                 raise ValueError(f"--val-data {val_source!r} goes with images, and --data is the built-in world {source!r}; leave it out")
@@ -481,8 +487,8 @@ class Data:
         for report in dict.fromkeys(self.train.broken + self.val.broken):
             ranks.say(f"  {report}")
         ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out")
-        if min(len(self.val), args.eval_images) < max(2, ranks.count):
-            raise ValueError(f"{min(len(self.val), args.eval_images)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some with --val-data")
+        if len(self.val) < max(2, ranks.count):
+            raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some with --val-data")
 
     def batches(self, batch: int):
         """-> function of a start step that yields this rank's part of each global batch, without end: (images (b, 3, H, W) on the device in [-1, 1],
@@ -633,6 +639,19 @@ def compile_parts(*modules: nn.Module):
                 part.compile()
 
 
+def common(args) -> dict:
+    """Settings of every stage that a resumed run must share."""
+    return {name: getattr(args, name) for name in ("seed", "accumulate", "clip", "precision")}
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of all weights."""
+    sha = hashlib.sha256()
+    for value in model.state_dict().values():
+        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
 class SigLIPStage(Stage):
     """Sigmoid contrastive training on pairs of image and caption, from scratch."""
     name = "siglip"
@@ -648,8 +667,8 @@ class SigLIPStage(Stage):
         if args.compile:
             compile_parts(self.model)
         self.optimizer = adamw([self.model], self.lr, (0.9, 0.95), settings.weight_decay)
-        self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "image_size": data.size, "steps": self.steps,
-                         "batch": self.batch, "lr": self.lr, "seed": args.seed}
+        self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch, "lr": self.lr,
+                         "vision": asdict(config.vision), "text": asdict(config.text), **common(args)}
 
     def loss(self, images, captions, step):
         ids = text_ids(captions, self.model.text_config.max_position_embeddings).to(images.device, non_blocking=True)
@@ -667,6 +686,7 @@ class SigLIPStage(Stage):
 class TokenizerStage(Stage):
     """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2). The text tower stays as it is."""
     name = "tokenizer"
+    perceptual = None       # (reconstruction, original) -> scalar, such as LPIPS
 
     def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP):
         super().__init__(args, ranks)
@@ -688,20 +708,20 @@ class TokenizerStage(Stage):
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.gan_steps, self.codes, self.pictures = 0, None, None
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
-                         "lr": self.lr, "seed": args.seed, "gan": settings.gan, "gan_start": settings.gan_start, "accumulate": args.accumulate,
-                         "config": json.loads(json.dumps(asdict(config)))}
+                         "lr": self.lr, "gan": settings.gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
+                         "teacher": digest(self.teacher), **common(args)}
 
     def loss(self, images, captions, step):
         features = self.wrapped(images)
         with torch.no_grad():
             target = self.teacher(images, self.model.config.deep_layer)
-        terms = tokenizer_losses(features, images, target)
+        terms = tokenizer_losses(features, images, target, self.perceptual)
         total, more = weighted(terms, self.weights), {}
         self.codes = features.codes
         if step >= self.gan_from:
             frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}        # its gradient is for the second pass alone
             adversarial = -torch.func.functional_call(self.discriminator, frozen, (features.images,)).float().mean()
-            weight = adaptive_weight(terms["pixel"], adversarial, self.model.decoder.conv_out.weight)
+            weight = adaptive_weight(terms["pixel"] + terms.get("perceptual", 0), adversarial, self.model.decoder.conv_out.weight)
             total = total + self.weights.adversarial * weight * adversarial
             judged = discriminator_loss(self.discriminator(images), self.discriminator(features.images.detach()))
             (judged / self.args.accumulate).backward()
@@ -709,7 +729,7 @@ class TokenizerStage(Stage):
             more = {"adversarial": adversarial, "adaptive": weight, "discriminator": judged}
         return total, {**terms, **{f"commitment_{name}": value for name, value in features.commitment.items()}, **more}
 
-    def after_step(self, bad, lr):
+    def after_step(self, bad):
         for quantizer in self.model.quantizers.values():
             quantizer.update(skip=bad)
         if self.gan_steps:
@@ -732,7 +752,7 @@ class TokenizerStage(Stage):
         return self.metrics
 
     def save(self):
-        self.model.save_pretrained(self.folder)
+        self.model.save_pretrained(self.folder, data=self.data.source)
         if self.pictures is None:
             self.pictures = torch.cat([images for images, _ in itertools.islice(self.data.validation(8), 2)])
         images = self.pictures
@@ -785,6 +805,8 @@ def main(argv=None):
     if ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True       # one image size per run
     data = Data(s.data, args.val_data, config.vision.image_size, args, ranks)
+    for batch in (s.siglip_batch, s.batch):
+        data.batches(batch)                 # raises before anything is written
     precision = "bf16 autocast" if args.precision == "bf16" or args.precision == "auto" and ranks.device.type == "cuda" else "fp32"
     ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
 
@@ -818,16 +840,18 @@ def kept(stage: Stage) -> bool:
 
 def train(stage: Stage, data: Data):
     """Fit a stage, from the beginning or from its checkpoint, and write its metrics."""
+    batches, step, seconds = data.batches(stage.batch), 0, 0.0
     os.makedirs(stage.folder, exist_ok=True)
-    state, log = (os.path.join(stage.folder, name) for name in ("state.pt", "log.jsonl"))
-    step, seconds = 0, 0.0
-    if stage.args.resume and os.path.exists(state):
+    old = [path for path in (os.path.join(stage.folder, name) for name in ("state.pt", "metrics.json", "log.jsonl")) if os.path.exists(path)]
+    if stage.args.resume and os.path.exists(os.path.join(stage.folder, "state.pt")):
         step, seconds = load_state(stage)
-    elif os.path.exists(log):
-        stage.ranks.say(f"{stage.name}: starting anew; the earlier run in {stage.folder} will be overwritten")
-        if stage.ranks.first:
-            os.remove(log)
-    fit(stage, data.batches(stage.batch), step, seconds)
+    elif old:
+        stage.ranks.say(f"{stage.name}: starting anew; the earlier run in {stage.folder} is overwritten")
+        for path in old if stage.ranks.first else ():
+            os.remove(path)
+    elif stage.args.resume:
+        stage.ranks.say(f"{stage.name}: nothing to resume in {stage.folder}; starting at step 0")
+    fit(stage, batches, step, seconds)
     if step == stage.steps:     # nothing was left to do but this
         stage.evaluate()
     finish(stage)
@@ -838,7 +862,9 @@ def run(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")       # of an error in a worker, torch gives the traceback too
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; try --checkpointing, --accumulate 2, or a smaller --batch-size")
     except KeyboardInterrupt:
         sys.exit("interrupted; --resume goes on from the last checkpoint")
     finally:
