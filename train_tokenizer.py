@@ -266,11 +266,13 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
 
         final = done == stage.steps
         if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
+            for row in sums.values():       # the term may have been another rank's; all ranks are here together
+                all_reduce(row)
             raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite ({not_finite(sums)}); "
                              f"the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
         if final or done % args.log_every == 0:
-            means = {name: row[0].item() / max(row[1].item(), 1) for name, row in ((name, all_reduce(row)) for name, row in sums.items())}
-            line = {"step": done, **means, "norm": norm.item(), "lr": lr, **stage.log()}
+            means = {name: row[0].item() / row[1].item() if row[1] else None for name, row in ((name, all_reduce(row)) for name, row in sums.items())}
+            line = {"step": done, **means, "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
             if skipped.item():
                 line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
             now = time.time()
