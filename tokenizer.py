@@ -341,7 +341,7 @@ class SigLIP(nn.Module):
 
 def _init(module: nn.Module):
     """Weights such that outputs are as large as inputs, zero biases; norms stay at one. Embeddings start large: at the usual 0.02 they drown in what
-    the first layer adds, and a from-scratch nano run needs twice the steps."""
+    the first layer adds, and training from scratch is slower."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.2)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):

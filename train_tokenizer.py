@@ -63,8 +63,8 @@ class Settings:
     weights: Weights = field(default_factory=Weights)
 
 
-# Deep features of a small SigLIP from scratch are large (variance 25), so their squared error at the release's weight drowns the pixels'; 0.02 costs no
-# zero-shot accuracy and gives nano 2.8 dB within its first 300 steps.
+# Deep features of a small SigLIP from scratch are large (variance 25), so their squared error at the release's weight drowns the pixels'. In a trial
+# of 300 steps (patches of 8, one seed), 0.02 in place of 0.2 gave 24.4 dB in place of 21.6, for a zero-shot accuracy of .973 in place of .984.
 _TOY = dict(betas=(0.9, 0.95), warmup=50, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
