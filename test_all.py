@@ -1369,6 +1369,13 @@ def test_train_skips_steps_that_are_not_finite(run_folder, tmp_path, monkeypatch
     assert all(value.isfinite().all() for value in load_file(tmp_path / "model.safetensors").values())
 
 
+def test_train_counts_skipped_steps_of_the_discriminator(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "discriminator_loss", lambda real, fake: (real.mean() + fake.mean()) * float("nan"))
+    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--gan", "--gan-start", "0.5")
+    lines = [line for line in log(tmp_path) if "loss" in line]
+    assert [line.get("discriminator_skipped", 0) for line in lines] == [0] * 4 + [1] * 4 and not any("skipped" in line for line in lines)
+
+
 def test_train_compiled_saves_the_same_names(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: setattr(self, "_compiled_call_impl", self._call_impl))
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "2", "--compile")

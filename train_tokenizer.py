@@ -708,7 +708,7 @@ class TokenizerStage(Stage):
             self.discriminator = Discriminator(settings.gan_width, settings.gan_layers).to(ranks.device)
             self.gan_lr = settings.gan_lr
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
-        self.gan_steps, self.codes, self.pictures = 0, None, None
+        self.gan_steps, self.gan_skipped, self.codes, self.pictures = 0, torch.zeros((), device=ranks.device), None, None
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
                          "lr": self.lr, "gan": settings.gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
                          "teacher": digest(self.teacher), **common(args)}
@@ -739,6 +739,7 @@ class TokenizerStage(Stage):
                 all_reduce(p.grad).div_(self.ranks.count)
             norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.clip)
             step_or_skip(self.gan_optimizer, self.gan_lr, bad | ~norm.isfinite())
+            self.gan_skipped = self.gan_skipped + ~norm.isfinite()
             self.gan_steps = 0
 
     def extra_state(self):
@@ -747,7 +748,8 @@ class TokenizerStage(Stage):
     def log(self):
         c = self.model.config
         usage = (usage_and_perplexity(all_reduce(histogram(self.codes[:, :, s], c.codebook_size).sum(0)))[0].item() for s in range(len(STREAMS)))
-        return {f"usage_{stream}": value for stream, value in zip(STREAMS, usage)}
+        skipped, self.gan_skipped = self.gan_skipped.item(), torch.zeros_like(self.gan_skipped)
+        return {f"usage_{stream}": value for stream, value in zip(STREAMS, usage)} | ({"discriminator_skipped": skipped} if skipped else {})
 
     def evaluate(self):
         self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
