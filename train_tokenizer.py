@@ -21,6 +21,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, field, replace
 
@@ -89,21 +90,24 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--shallow-layer", type=int, default=0, help="layer the pixel stream leaves after; 0: the preset's, a quarter of all")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
     g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
-    g = p.add_argument_group("optimisation (0: the preset's)")
-    g.add_argument("--steps", type=int, default=0, help="steps of the tokenizer stage")
-    g.add_argument("--batch-size", type=int, default=0, help="images a step over all ranks, in both stages")
-    g.add_argument("--lr", type=float, default=0.0, help="peak learning rate of the tokenizer stage")
+    g = shared_flags(p)
     g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches that a rank's share of a step is split into, where memory is short")
-    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
-    g.add_argument("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row whose gradient is not finite")
+    args = p.parse_args(argv)
+    check_shared(args, siglip_steps=0, image_size=0, shallow_layer=0, deep_layer=0, shortcut_layer=0)
+    if not (args.gan_start == -1 or 0 <= args.gan_start <= 1):
+        raise ValueError(f"--gan-start is {args.gan_start}, expected a share from 0 to 1, or -1")
+    return args
+
+
+def shared_flags(p: argparse.ArgumentParser):
+    """The flags of every training script -> the group of those about optimisation, to add to."""
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, data order and crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 autocast on CUDA, else fp32; quantizers are always fp32")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile ViT layers and decoder")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile transformer layers and decoder")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations in the backward pass to save memory")
     g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
     g = p.add_argument_group("run")
@@ -113,15 +117,24 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
     g.add_argument("--bench", action="store_true", help="time 20 steps of each stage, write nothing")
-    args = p.parse_args(argv)
-    low = {"steps": 0, "batch_size": 0, "siglip_steps": 0, "accumulate": 1, "max_bad_steps": 1, "seed": 0, "workers": 0, "log_every": 1, "eval_every": 0,
-           "save_every": 1, "eval_images": 2, "image_size": 0, "shallow_layer": 0, "deep_layer": 0, "shortcut_layer": 0, "lr": 0}
-    for name, least in low.items():
-        if not getattr(args, name) >= least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
-    if not (args.gan_start == -1 or 0 <= args.gan_start <= 1) or not args.clip > 0:
-        raise ValueError(f"--gan-start is {args.gan_start} (expected a share from 0 to 1, or -1), --clip is {args.clip} (expected more than 0)")
-    return args
+    g = p.add_argument_group("optimisation (0: the preset's)")
+    g.add_argument("--steps", type=int, default=0, help="steps of the tokenizer stage, or of the --stage that is named")
+    g.add_argument("--batch-size", type=int, default=0, help="samples a step over all ranks")
+    g.add_argument("--lr", type=float, default=0.0, help="peak learning rate of the tokenizer stage, or of the --stage that is named")
+    g.add_argument("--accumulate", type=int, default=1, help="micro-batches that a rank's share of a step is split into, where memory is short")
+    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    g.add_argument("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row whose gradient is not finite")
+    return g
+
+
+def check_shared(args, **more: int):
+    """ValueError for a flag below its least value; more: those of one script, by name."""
+    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1, eval_images=2, lr=0)
+    for name, value in {**least, **more}.items():
+        if not getattr(args, name) >= value:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {value}")
+    if not args.clip > 0:
+        raise ValueError(f"--clip is {args.clip}, expected more than 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,16 +201,20 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 class Stage:
-    """A step of the recipe, as `fit` sees it: `name`, `folder`, `model`, `optimizer`, `steps`, `batch` (images of all ranks), `lr`, `warmup`, and
+    """A step of the recipe, as `fit` sees it: `name`, `folder`, `model`, `optimizer`, `steps`, `batch` (samples of all ranks), `lr`, `warmup`, and
     `settings`, a dict that must not change when a run resumes. What is fitted, and how, is in the methods."""
+    unit, streams = "images", STREAMS       # what a batch is counted in; for the record
 
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
         bf16 = args.precision == "bf16" or args.precision == "auto" and ranks.device.type == "cuda"
         self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
-    def loss(self, images: Tensor, captions: list[str], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> what to differentiate, and its terms by name."""
+    def before_step(self, parts: list[tuple]):
+        """Before the first micro-batch of a step; parts are all of this rank's."""
+
+    def loss(self, *part, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch -> what to differentiate, and its terms by name."""
         raise NotImplementedError
 
     def after_step(self, bad: Tensor):
@@ -219,16 +236,14 @@ class Stage:
         """What others load, on the first rank."""
 
 
-def gradients(stage: Stage, images: Tensor, captions: list[str], step: int, sums: dict[str, Tensor]):
-    """Forward and backward of one step, in micro-batches. Adds to `sums` a row (sum, finite values, others) for the loss and each of its terms."""
-    accumulate = stage.args.accumulate
-    size = len(images) // accumulate
-    for micro in range(accumulate):
-        part, last = slice(micro * size, (micro + 1) * size), micro == accumulate - 1
-        with contextlib.nullcontext() if last or stage.ranks.count == 1 else stage.wrapped.no_sync():
+def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tensor]):
+    """Forward and backward of one step's micro-batches. Adds to `sums` a row (sum, finite values, others) for the loss and each of its terms."""
+    stage.before_step(parts)
+    for n, part in enumerate(parts):
+        with contextlib.nullcontext() if n == len(parts) - 1 or stage.ranks.count == 1 else stage.wrapped.no_sync():
             with stage.autocast():
-                total, terms = stage.loss(images[part], captions[part], step)
-            (total / accumulate).backward()
+                total, terms = stage.loss(*part, step=step)
+            (total / len(parts)).backward()
         for name, value in {"loss": total, **terms}.items():
             value = value.detach().float()
             row = torch.stack([value.nan_to_num(0, 0, 0), value.isfinite().float(), 1 - value.isfinite().float()])
@@ -246,8 +261,7 @@ def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
 
 
 def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
-    """The training loop. batches(start) yields (images on the device, captions, reports of broken samples) from a step on. Nothing in a step waits for
-    the device; losses, bad steps and code usage are looked at when a log line is due."""
+    """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the device; losses, bad steps and code usage are looked at when a log line is due."""
     args, ranks = stage.args, stage.ranks
     stage.wrapped = ranks.wrap(stage.model)
     stream, sums, waited, broken = iter(batches(start)), {}, 0.0, []
@@ -256,10 +270,10 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
     begun, since, seen, training = time.time() - elapsed, time.time(), start, 0.0
     for step in range(start, stage.steps):
         before = time.time()
-        images, captions, reports = next(stream)
+        parts, reports = next(stream)
         waited, broken = waited + time.time() - before, broken + reports
         lr = stage.lr * cosine(step, stage.steps, stage.warmup)
-        gradients(stage, images, captions, step, sums)
+        gradients(stage, parts, step, sums)
         norm, bad = take_step(stage, lr)
         streak = (streak + 1) * bad
         longest, skipped, done = torch.maximum(longest, streak), skipped + bad, step + 1
@@ -276,7 +290,7 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
             if skipped.item():
                 line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
             now = time.time()
-            line |= {"images_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since), "seconds": now - begun}
+            line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since), "seconds": now - begun}
             write_log(stage, line, broken)
             training += now - since
             sums, waited, broken, since, seen = {}, 0.0, [], now, done
@@ -291,7 +305,7 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
             if ranks.first:
                 append_log(stage.folder, {"step": done, **{f"eval_{name}": value for name, value in metrics.items()}})
         since += time.time() - before       # evaluating and saving are not training
-    stage.seconds, stage.images_per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
+    stage.seconds, stage.per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
 
 
 def not_finite(sums: dict[str, Tensor]) -> str:
@@ -307,7 +321,7 @@ def write_log(stage: Stage, line: dict, broken: list[str]):
     """One line for a person, the same as JSON in the run folder, and every broken sample by name."""
     if not stage.ranks.first:
         return
-    left = (stage.steps - line["step"]) * stage.batch / line["images_per_second"]
+    left = (stage.steps - line["step"]) * stage.batch / line[f"{stage.unit}_per_second"]
     words = [f"{name} {show(value)}" for name, value in line.items() if name not in ("step", "seconds", "not_finite", "waiting")]
     print(f"{stage.name} {line['step']}/{stage.steps}  " + "  ".join(words) + f"  left {left / 60:.1f} min", flush=True)
     if "skipped" in line:
@@ -379,15 +393,21 @@ def to_picture(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-def save_grid(rows: list[Tensor], path: str, cell: int = 96):
-    """A PNG with one row of pictures per tensor (B, 3, H, W), each picture at least `cell` pixels wide, enlarged by a whole number."""
+def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[str]] | None = None):
+    """A PNG with one row of pictures per tensor (B, 3, H, W), each picture at least `cell` pixels wide, enlarged by a whole number, its title below."""
     pictures = [to_picture(row) for row in rows]
-    side, scale = pictures[0][0].width, max(1, cell // pictures[0][0].width)
-    gap, cell = 4, side * scale
-    sheet = Image.new("RGB", (len(pictures[0]) * (cell + gap) + gap, len(rows) * (cell + gap) + gap), "white")
+    side, cell = pictures[0][0].width, cell if titles is None else max(cell, 160)
+    gap, cell = 4, side * max(1, cell // side)
+    high = cell + gap + (36 if titles else 0)
+    sheet = Image.new("RGB", (len(pictures[0]) * (cell + gap) + gap, len(rows) * high + gap), "white")
+    draw = ImageDraw.Draw(sheet)
     for y, row in enumerate(pictures):
         for x, picture in enumerate(row):
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (gap + x * (cell + gap), gap + y * (cell + gap)))
+            corner = gap + x * (cell + gap), gap + y * high
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), corner)
+            if titles:
+                lines = textwrap.wrap(titles[y][x].encode("ascii", "replace").decode(), cell // 6, max_lines=3, placeholder=" ...")
+                draw.text((corner[0], corner[1] + cell + 1), "\n".join(lines), fill="black", font_size=10, spacing=1)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     sheet.save(path)
 
@@ -446,9 +466,9 @@ def bench(stage: Stage, batches, steps: int = 20, warmup: int = 3):
 
     def one():
         begun = time.time()
-        images, captions, _ = next(stream)
+        parts, _ = next(stream)
         waited = time.time() - begun
-        gradients(stage, images, captions, stage.steps, {})     # a step past the end: everything is on
+        gradients(stage, parts, stage.steps, {})        # a step past the end: everything is on
         take_step(stage, stage.lr)
         return waited
 
@@ -464,12 +484,17 @@ def bench(stage: Stage, batches, steps: int = 20, warmup: int = 3):
     seconds = (time.time() - begun) / steps
     peak = next((flops for name, flops in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     used = f", {counter.get_total_flops() / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""
-    stage.ranks.say(f"{stage.name}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} images/s, {counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
+    stage.ranks.say(f"{stage.name}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} {stage.unit}/s, {counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
                     f"{used}, {waited / steps / seconds:.2%} of it waiting for data, peak memory {peak_memory_gib(device):.2f} GiB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
+
+def check_batch(batch: int, ranks: Ranks, accumulate: int):
+    if batch % (ranks.count * accumulate):
+        raise ValueError(f"--batch-size {batch} is not a multiple of {ranks.count} ranks x {accumulate} micro-batches; choose one that is")
+
 
 class Data:
     """Training and validation images with captions, of the built-in world or of real images. Captions become ids in the stages."""
@@ -493,21 +518,24 @@ class Data:
             raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some with --val-data")
 
     def batches(self, batch: int):
-        """-> function of a start step that yields this rank's part of each global batch, without end: (images (b, 3, H, W) on the device in [-1, 1],
-        captions, reports). Step t is the same whatever ranks there are: rank r has the r-th block."""
-        ranks, local = self.ranks, batch // self.ranks.count
-        if batch % (ranks.count * self.args.accumulate):
-            raise ValueError(f"--batch-size {batch} is not a multiple of {ranks.count} ranks x {self.args.accumulate} micro-batches; choose one that is")
+        """-> function of a start step that yields this rank's part of each global batch, without end: micro-batches (images (b, 3, H, W) on the device in
+        [-1, 1], captions), and reports. Step t is the same whatever ranks there are: rank r has the r-th block."""
+        ranks, local, accumulate = self.ranks, batch // self.ranks.count, self.args.accumulate
+        check_batch(batch, ranks, accumulate)
+
+        def split(images, captions):
+            size = len(images) // accumulate
+            return [(images[i:i + size], captions[i:i + size]) for i in range(0, len(images), size)]
 
         def from_world(start):
             for step in itertools.count(start):
                 first = (step * ranks.count + ranks.rank) * local
-                yield *self.train.batch(range(first, first + local), ranks.device), []
+                yield split(*self.train.batch(range(first, first + local), ranks.device)), []
 
         def from_images(start):
             for images, captions, reports in self.train.load(batch, start, rank=ranks.rank, ranks=ranks.count, workers=self.args.workers,
                                                              pin=ranks.device.type == "cuda"):
-                yield self._signed(images), captions, reports
+                yield split(self._signed(images), captions), reports
 
         return from_world if self.worlds else from_images
 
@@ -637,7 +665,7 @@ def compile_parts(*modules: nn.Module):
     """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they are too."""
     for module in modules:
         for part in module.modules():
-            if type(part).__name__ in ("Layer", "Decoder"):
+            if type(part).__name__ in ("Layer", "Decoder", "LLMLayer", "DepthLayer"):
                 part.compile()
 
 
@@ -672,7 +700,7 @@ class SigLIPStage(Stage):
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch, "lr": self.lr,
                          "vision": asdict(config.vision), "text": asdict(config.text), **common(args)}
 
-    def loss(self, images, captions, step):
+    def loss(self, images, captions, *, step):
         ids = text_ids(captions, self.model.text_config.max_position_embeddings).to(images.device, non_blocking=True)
         loss = sigmoid_contrastive(*self.wrapped(images, ids))
         return loss, {"scale": self.model.logit_scale[0].exp(), "bias": self.model.logit_bias[0]}
@@ -713,7 +741,7 @@ class TokenizerStage(Stage):
                          "lr": self.lr, "gan": settings.gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
                          "teacher": digest(self.teacher), **common(args)}
 
-    def loss(self, images, captions, step):
+    def loss(self, images, captions, *, step):
         features = self.wrapped(images)
         with torch.no_grad():
             target = self.teacher(images, self.model.config.deep_layer)
@@ -770,10 +798,10 @@ class TokenizerStage(Stage):
 def finish(stage: Stage):
     """metrics.json of a run, and a table on the screen."""
     args, ranks = stage.args, stage.ranks
-    about = {"preset": args.preset, "design": "dual", "streams": list(STREAMS), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
+    about = {"preset": args.preset, "design": "dual", "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
              "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
              "ranks": ranks.count, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
-             "images_per_second": round(stage.images_per_second, 1), "torch": torch.__version__, "commit": commit()}
+             f"{stage.unit}_per_second": round(stage.per_second, 1), "torch": torch.__version__, "commit": commit()}
     if not ranks.first:
         return
     path = os.path.join(stage.folder, "metrics.json")
@@ -824,7 +852,7 @@ def main(argv=None):
         elif kept(stage):
             ranks.say(f"siglip: {stage.folder} is kept from an earlier run with these settings; delete it to train it again")
         else:
-            train(stage, data)
+            train(stage, data.batches(stage.batch))
         siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
 
     # ---- stage 2: the tokenizer
@@ -832,19 +860,22 @@ def main(argv=None):
     if args.bench:
         bench(stage, data.batches(stage.batch))
     else:
-        train(stage, data)
+        train(stage, data.batches(stage.batch))
         ranks.say(f"pictures: {os.path.join(stage.folder, 'samples', 'reconstructions.png')}, {os.path.join(stage.folder, 'curves.png')}")
 
 
 def kept(stage: Stage) -> bool:
     """Whether a finished stage with the same settings lies in its folder. Called on all ranks, before anyone writes."""
     path = os.path.join(stage.folder, "metrics.json")
-    return os.path.exists(path) and read_config(stage.folder).get("model_type") == "siglip" and json.load(open(path, encoding="utf-8")).get("settings") == stage.settings
+    if not os.path.exists(path) or not os.path.exists(os.path.join(stage.folder, "model.safetensors")):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("settings") == stage.settings
 
 
-def train(stage: Stage, data: Data):
-    """Fit a stage, from the beginning or from its checkpoint, and write its metrics."""
-    batches, step, seconds = data.batches(stage.batch), 0, 0.0
+def train(stage: Stage, batches):
+    """Fit a stage, from the beginning or from its checkpoint, and write its metrics; batches as in `fit`."""
+    step, seconds = 0, 0.0
     os.makedirs(stage.folder, exist_ok=True)
     old = [path for path in (os.path.join(stage.folder, name) for name in ("state.pt", "metrics.json", "log.jsonl")) if os.path.exists(path)]
     if stage.args.resume and os.path.exists(os.path.join(stage.folder, "state.pt")):

@@ -1,0 +1,704 @@
+"""The multimodal LLM: one decoder-only transformer that reads words and pictures, and writes both.
+
+    words ------------------------------------------------> embedding --+
+    codes -> code vectors, summed over depth, streams side by side       |-> Qwen2's transformer -> states h
+             -> 2-layer projector ------------------------> embedding --+
+    h before a word     -> the LLM's head -> the word
+    h before a position -> per stream: 2-layer projector -> causal transformer over depth -> D codes
+
+    model = DualMLLM.from_pretrained("out/mllm")
+    codes = model.paint(["a red circle above a blue square"])                   # (B, N, S, D), for DualTokenizer.decode
+    words = model.answer(codes, ["what colour is the circle?"])                 # ["red"]
+    codes = model.paint(["make the circle green"], pictures=codes)              # edited
+
+A sequence, as `pack` lays it out (bytes; with Qwen's vocabulary the line break is Qwen's chat form):
+
+    <image_start> N positions <image_end> what colour is the circle? \n red <|endoftext|>              loss on: red <|endoftext|>
+    a red circle \n <image_gen_start> N positions <image_gen_end> <|endoftext|>                        loss on: the N positions, S x D codes each
+
+Papers: DualToken (ICLR 2026) §3.3, Appendices D.1 and F.4; Qwen2 (Yang et al. 2024); RQ-Transformer (Lee et al. 2022). The LLM's parameters have
+Hugging Face's names, so loading Qwen2.5 is the identity.
+
+Letters: B batch, T sequence places, N image positions, C width, V vocabulary, M pictures (or positions of all pictures), S streams, D depth,
+K codebook size, E code dimension.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import shutil
+import unicodedata
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenizer import _config, load_weights, read_config, read_weights, recomputed, save_model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text as ids: UTF-8 bytes without any file, or a GPT-2 or Qwen2.5 vocabulary from local files; in each, four marks for images
+
+MARKS = ("<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>")    # round an image that is read, round one that is painted
+SPECIALS = (    # Qwen2.5's, by id; GPT-2 has the first alone
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
+    "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
+    "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>").split()
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # pieces of text; no merge crosses their borders
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KNOWN = {50256: (GPT2_SPLIT, False, SPECIALS[:1]), 151643: (QWEN_SPLIT, True, SPECIALS)}    # ordinary tokens: pieces, NFC, special tokens
+HIDDEN = [b for b in range(256) if b == 32 or not chr(b).isprintable()]     # bytes that vocabulary files spell by characters 256, 257, ...
+BYTE = {chr(256 + HIDDEN.index(b) if b in HIDDEN else b): b for b in range(256)}
+
+
+def _files(folder: str, more: list[Path] = ()) -> list[Path]:
+    """What `from_folder` reads, or would read if there were `more`; [] for nothing."""
+    layouts = ([Path(folder, name) for name in names.split()] for names in ("tokenizer.json", "vocab.json merges.txt", "qwen.tiktoken"))
+    return next((paths for paths in layouts if all(path in more or path.is_file() for path in paths)), [])
+
+
+def _ranks(vocab: dict, merges: list) -> dict[bytes, int]:
+    """Ordinary tokens {bytes: id}. tiktoken merges by id, lowest first, so the merges have to make the tokens 256, 257, ... in this order."""
+    ordinary = {token: id for token, id in vocab.items() if token not in SPECIALS}
+    if odd := set("".join(ordinary)) - BYTE.keys():
+        raise ValueError(f"{''.join(sorted(odd))[:20]!r} in its tokens spells no bytes")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    made = [vocab.get(left + right) if left in vocab and right in vocab else None for left, right in pairs]
+    if len(ordinary) in KNOWN and made != list(range(256, len(ordinary))):
+        raise ValueError(f"its {len(merges)} merges do not make the tokens 256 to {len(ordinary) - 1}, in this order, out of known ones")
+    return {bytes(BYTE[char] for char in token): id for token, id in ordinary.items()}
+
+
+class TextTokenizer:
+    """`marks`, `specials`: {name: id}, the latter with the former; `end`, `turn_start`, `turn_end`: ids of the first three SPECIALS, or None;
+    `size`: one more than the highest id; `nfc`: whether text is normalised; `files`: what it was read from; `encoding`: tiktoken's."""
+
+    def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool, specials: list[str], files: list[Path]):
+        self.specials = {name: len(ranks) + n for n, name in enumerate([*specials, *MARKS])}
+        self.encoding = tiktoken.Encoding("text", pat_str=split, mergeable_ranks=ranks, special_tokens=self.specials)
+        self.marks = {name: self.specials[name] for name in MARKS}
+        self.end, self.turn_start, self.turn_end = (self.specials.get(name) for name in SPECIALS[:3])
+        self.size, self.nfc, self.files = len(ranks) + len(self.specials), nfc, files
+
+    @classmethod
+    def bytes(cls) -> "TextTokenizer":
+        """UTF-8 bytes 0 to 255, <|endoftext|> 256, the marks 257 to 260."""
+        return cls({bytes([b]): b for b in range(256)}, r"(?s).+", False, SPECIALS[:1], [])
+
+    @classmethod
+    def from_folder(cls, folder: str) -> "TextTokenizer":
+        """GPT-2's or Qwen2.5's vocabulary. Raises ValueError if the folder has none, another, or a damaged one."""
+        files, ranks, added = _files(folder), {}, []
+        try:
+            match [json.loads(f.read_text("utf-8")) if f.suffix == ".json" else f.read_text("utf-8").splitlines() for f in files]:
+                case [{"model": {"vocab": dict(vocab), "merges": list(merges)}, "added_tokens": list(added)}]:
+                    ranks = _ranks(vocab, merges)
+                case [dict(vocab), list(lines)]:
+                    ranks = _ranks(vocab, [line for line in lines if line and not line.startswith("#version:")])
+                case [list(lines)]:
+                    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
+            if len(ranks) not in KNOWN or sorted(ranks.values()) != [*range(len(ranks))] or any(bytes([b]) not in ranks for b in range(256)):
+                raise ValueError(f"{len(ranks)} ordinary tokens found, with gaps or not")
+            made = cls(ranks, *KNOWN[len(ranks)], files)
+            if odd := [token.get("content") for token in added if made.specials.get(token.get("content")) != token.get("id")]:
+                raise ValueError(f"the added tokens {str(odd)[:200]} are others, or have other ids")
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"no vocabulary can be read from {' and '.join(map(str, files)) or folder} ({error}); expected GPT-2's 50256 or "
+                             "Qwen2.5's 151643 tokens as tokenizer.json, vocab.json and merges.txt, or qwen.tiktoken: copy them there") from None
+        return made
+
+    def encode(self, text: str) -> list[int]:
+        """Text that spells a mark or another special token is never turned into it."""
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Bytes that are no UTF-8 become U+FFFD; special tokens, and ids outside the vocabulary, are left out."""
+        return self.encoding.decode([id for id in ids if 0 <= id < self.end])       # the special tokens follow the ordinary ones
+
+    def save(self, folder: str):
+        """Copies `files`, so that `from_folder(folder)` gives the same tokenizer. Raises ValueError if it would not or copying fails."""
+        copies = [Path(folder, path.name) for path in self.files]
+        if (found := _files(folder, copies)) != copies:
+            raise ValueError(f"{' and '.join(map(str, found))} would be read instead of what is saved; remove it or choose another folder")
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for path, copy in zip(self.files, copies):
+                copy.with_suffix(".tmp").write_bytes(path.read_bytes())
+                copy.with_suffix(".tmp").replace(copy)
+        except OSError as error:
+            raise ValueError(f"{' and '.join(map(str, self.files))} cannot be copied into {folder} ({error}); check both") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sequences: text, images to read and images to paint, in any order
+
+class Words(NamedTuple):
+    """A piece of text; loss: whether the model is to learn to write it."""
+    ids: list
+    loss: bool = False
+
+
+class Picture(NamedTuple):
+    """A picture as codes (N, S, D), or as continuous features (N, C) where the model reads those; paint: whether the model writes it."""
+    data: Tensor
+    paint: bool = False
+    loss: bool = True       # of a painted one
+
+
+def turn(text: TextTokenizer, asked: list, reply: list | None = None) -> list:
+    """One exchange, as segments: what is asked, without loss, and the reply, with loss; both are lists of strings and `Picture`s. Without a reply, the
+    sequence ends where the reply begins. Vocabularies with chat marks get Qwen's chat form; the others a line break, and the end mark."""
+    chat, line = text.turn_start is not None, text.encode("\n")
+    opening = [text.turn_start, *text.encode("user\n")] if chat else []
+    between = [text.turn_end, *line, text.turn_start, *text.encode("assistant\n")] if chat else line
+    segments = [Words(opening), *(Words(text.encode(a)) if isinstance(a, str) else a for a in asked), Words(between)]
+    if reply is not None:
+        segments += [Words(text.encode(r), loss=True) if isinstance(r, str) else r for r in reply]
+        segments.append(Words([text.turn_end if chat else text.end], loss=not isinstance(reply[-1], Picture)))
+        segments += [Words(line)] if chat else []
+    return segments
+
+
+def document(text: TextTokenizer, parts: list) -> list:
+    """Plain or interleaved text, as segments: all strings with loss, pictures as they come, between two end marks."""
+    return [Words([text.end]), *(Words(text.encode(p), loss=True) if isinstance(p, str) else p for p in parts), Words([text.end], loss=True)]
+
+
+@dataclass
+class Batch:
+    """Packed sequences. Places are indices into the flattened (B * T) grid; a place's hidden state predicts what comes next."""
+    ids: Tensor             # (B, T) int64; 0 where a picture or nothing is
+    mask: Tensor            # (B, T) bool: false in the padding
+    text_from: Tensor       # (L,) places whose state predicts a text token that has a loss
+    text_target: Tensor     # (L,) those tokens
+    pictures: Tensor        # (M, N, S, D) int64, or (M, N, C) continuous; all pictures of the batch
+    at: Tensor              # (M,) place of each one's first position
+    painted: Tensor         # (M,) bool
+    learned: Tensor         # (P,) indices into the M pictures: those painted, with a loss
+
+    def to(self, device) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
+
+def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = False, limit: int = 0) -> Batch:
+    """Sequences (lists of `Words` and `Picture`s) -> one `Batch`, padded to the longest (on the left where all must end together, for generation). A picture
+    takes `positions` = N places between its two marks, and is never counted as text. ValueError: longer than `limit`, if that is given."""
+    rows, marks = [], text.marks
+    for segments in sequences:
+        ids, loss, pictures = [], [], []
+        for s in segments:
+            if isinstance(s, Words):
+                ids += s.ids
+                loss += [s.loss] * len(s.ids)
+            else:
+                if len(s.data) != positions:
+                    raise ValueError(f"a picture of {len(s.data)} positions in a sequence, expected {positions}: was it encoded by another tokenizer?")
+                pictures.append((len(ids) + 1, s))
+                ids += [marks["<image_gen_start>" if s.paint else "<image_start>"], *[0] * positions, marks["<image_gen_end>" if s.paint else "<image_end>"]]
+                loss += [False] * (positions + 2)
+        rows.append((ids, loss, pictures))
+    longest = max(len(ids) for ids, _, _ in rows)
+    if limit and longest > limit:
+        raise ValueError(f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.bool)
+    places, targets, data, at, painted, learned = [], [], [], [], [], []
+    for b, (row, loss, pictures) in enumerate(rows):
+        start = longest - len(row) if left else 0
+        ids[b, start:start + len(row)], mask[b, start:start + len(row)] = torch.tensor(row), True
+        wanted = [p for p in range(1, len(row)) if loss[p]]
+        places += [b * longest + start + p - 1 for p in wanted]
+        targets += [row[p] for p in wanted]
+        for p, s in pictures:
+            learned += [len(at)] if s.paint and s.loss else []
+            data.append(s.data), at.append(b * longest + start + p), painted.append(s.paint)
+    long = lambda values: torch.tensor(values, dtype=torch.int64)
+    pictures = torch.stack(data) if data else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
+    pictures = pictures if pictures.is_floating_point() else pictures.long()
+    return Batch(ids, mask, long(places), long(targets), pictures, long(at), torch.tensor(painted, dtype=torch.bool), long(learned))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the LLM: Qwen2's function and Hugging Face's names
+
+@dataclass
+class LLMConfig:
+    """Sizes by Hugging Face's names. The defaults are Hugging Face's for Qwen2: a published config.json leaves them out."""
+    vocab_size: int = 151936            # V, rows of the table; may be more than there are tokens
+    hidden_size: int = 4096             # C
+    intermediate_size: int = 22016      # of the SwiGLU
+    num_hidden_layers: int = 32         # L
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32       # fewer than heads: grouped-query attention
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = False   # the table of inputs is the head too
+
+    def __post_init__(self):
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads or heads % groups or self.hidden_size // heads % 2:
+            raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key-value heads: expected heads of even width, and key-value heads that divide heads")
+
+
+def _qwen(width, mlp, layers, heads, groups, tied=True, vocab=151936):
+    return dict(vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+                rope_theta=1e6, tie_word_embeddings=tied)
+
+
+LLMS = {    # the first two are ours, from scratch, over bytes; the others are Qwen2.5's published shapes
+    "nano": _qwen(128, 352, 4, 4, 2, vocab=264), "small": _qwen(384, 1024, 8, 6, 2, vocab=264),
+    "qwen2.5-0.5b": _qwen(896, 4864, 24, 14, 2), "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12, 2), "qwen2.5-3b": _qwen(2048, 11008, 36, 16, 2),
+    "qwen2.5-7b": _qwen(3584, 18944, 28, 28, 4, tied=False, vocab=152064),
+}
+
+
+class Cache:
+    """Keys and values of `length` positions for every layer, allocated once: shapes never change, so a decoding step compiles once."""
+
+    def __init__(self, c: LLMConfig, batch: int, length: int, device, dtype):
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.hidden_size // c.num_attention_heads)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.valid = torch.zeros(batch, length, dtype=torch.bool, device=device)    # false: padding, or not yet written
+        self.filled = torch.zeros((), dtype=torch.int64, device=device)             # slots written so far
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoPE): x (B, heads, T, d), angles (B or 1, 1, T, d). Channel i turns with channel i + d/2, as in Llama and Qwen."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class LLMAttention(nn.Module):
+    """Causal grouped-query attention; biases on q, k, v only."""
+
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.width, self.groups = c.hidden_size // c.num_attention_heads, c.num_key_value_heads
+        small = self.width * c.num_key_value_heads
+        self.q_proj, self.o_proj = nn.Linear(c.hidden_size, c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size, bias=False)
+        self.k_proj, self.v_proj = nn.Linear(c.hidden_size, small), nn.Linear(c.hidden_size, small)
+
+    def forward(self, x, rope, mask, slots, cache_k, cache_v):
+        q, k, v = (p(x).unflatten(2, (-1, self.width)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))     # (B, heads, T, d)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache_k is not None:
+            k, v = cache_k.index_copy_(2, slots, k.to(cache_k.dtype)), cache_v.index_copy_(2, slots, v.to(cache_v.dtype))
+        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=mask is None, enable_gqa=self.groups != q.shape[1])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LLMLayer(nn.Module):
+    def __init__(self, c: LLMConfig):
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps) for _ in range(2))
+        self.self_attn, self.mlp = LLMAttention(c), SwiGLU(c)
+
+    def forward(self, x, rope, mask=None, slots=None, cache_k=None, cache_v=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, slots, cache_k, cache_v)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _init(module: nn.Module):
+    """Weights such that outputs are as large as inputs, zero biases; norms stay at one."""
+    if isinstance(module, (nn.Embedding, nn.Linear)):
+        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+class LLM(nn.Module):
+    """Decoder-only transformer; parameters, function and files as Hugging Face's Qwen2ForCausalLM. A tied head has no tensor of its own."""
+
+    def __init__(self, config: LLMConfig):
+        super().__init__()
+        c = self.config = config
+        self.checkpointing = False      # recompute each layer in the backward pass instead of keeping its activations
+        self.model = nn.Module()        # a bare module, for the names
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(LLMLayer(c) for _ in range(c.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.apply(_init)
+        for layer in self.model.layers:     # what joins the residual stream starts small, by the number of its summands (GPT-2)
+            for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                module.weight.data /= math.sqrt(2 * c.num_hidden_layers)
+
+    def hidden(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Embeddings x (B, T, C) -> states after the last norm (B, T, C). mask (B, T) bool is false in padding, on either side; None: there is none, or
+        only on the right, which nothing before it can see. With a cache, x continues what is in it."""
+        c, (B, T, _) = self.config, x.shape
+        steps, slots, bias = torch.arange(T, device=x.device), None, None
+        place = steps.expand(1, T)                                                                                           # (B or 1, T)
+        if cache is not None:
+            valid, slots = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask, cache.filled + steps
+            place = cache.valid.sum(1, keepdim=True) + valid.cumsum(1) - 1
+            cache.valid.index_copy_(1, slots, valid)
+            order = torch.arange(cache.valid.shape[1], device=x.device)
+            bias = (order <= slots[:, None]) & (cache.valid[:, None] | (order == slots[:, None]))       # (B, T, length); padding sees itself: no empty softmax
+        elif mask is not None:
+            place = mask.cumsum(1) - 1
+            bias = (steps <= steps[:, None]) & (mask[:, None] | (steps == steps[:, None]))              # (B, T, T)
+        d = c.hidden_size // c.num_attention_heads
+        angle = place.clamp(min=0)[..., None] * c.rope_theta ** -(torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
+        angle = torch.cat([angle, angle], -1)[:, None]                                                  # (B or 1, 1, T, d)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        rope, bias = (angle.cos().to(dtype), angle.sin().to(dtype)), None if bias is None else bias[:, None]
+        for n, layer in enumerate(self.model.layers):
+            if cache is None:
+                x = recomputed(self.checkpointing, lambda y, layer=layer: layer(y, rope, bias), x)
+            else:
+                x = layer(x, rope, bias, slots, cache.k[n], cache.v[n])
+        if cache is not None:
+            cache.filled += T
+        return self.model.norm(x)
+
+    def head(self, h: Tensor) -> Tensor:
+        """States (..., C) -> logits (..., V)."""
+        return F.linear(h, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> logits (B, T, V); mask as in `hidden`."""
+        return self.head(self.hidden(self.model.embed_tokens(ids), mask))
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> "LLM":
+        """A folder in Hugging Face's layout: config.json, and model.safetensors or shards with their index; fp32 in memory. Raises ValueError if anything is
+        missing, left over or misshapen, and for variants of Qwen2 that this is not."""
+        config = read_config(folder)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        for what, got, expected in (("model_type", config.get("model_type"), "qwen2"), ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+                                    ("use_sliding_window", config.get("use_sliding_window", False), False),
+                                    ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
+            if got != expected:
+                raise ValueError(f"{folder}/config.json has {what} {got!r}, expected {expected!r}: this LLM is Qwen2's")
+        model = cls(_config(LLMConfig, {"rope_theta": rope.get("rope_theta", 10_000.0), **config}, folder))
+        ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
+        load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder)
+        return model
+
+
+def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names. ValueError: a file is missing or damaged."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(os.path.join(folder, "model.safetensors")) or not os.path.exists(index):
+        return read_weights(folder, ignore=ignore)
+    try:
+        with open(index, encoding="utf-8") as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {error}); expected a weight_map from tensor to file") from None
+    weights = {}
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise ValueError(f"{index} names the file {name!r}, expected one beside it")
+        weights |= read_weights(folder, name, ignore)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the visual heads
+
+class DepthLayer(nn.Module):
+    """Causal transformer layer over the D codes of one position (RQ-Transformer, Lee et al. 2022); x is (M, d, C) with d of the D depths, from `first` on.
+    Feed-forward weights: one set per depth, or one for all. No biases."""
+
+    def __init__(self, width: int, heads: int, mlp: int, sets: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.gate_up = nn.Parameter(torch.randn(sets, width, 2 * mlp) * width ** -0.5)
+        self.down = nn.Parameter(torch.randn(sets, mlp, width) * mlp ** -0.5)
+
+    def forward(self, x: Tensor, first: int = 0, cache: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (M, heads, d, C / heads) each
+        if cache is not None:           # (2, M, heads, D, C / heads)
+            cache[0][:, :, first:first + 1], cache[1][:, :, first:first + 1] = k, v
+            k, v = cache[:, :, :, :first + 1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        x = x + self.proj(y.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        if len(self.down) == 1:
+            gate, up = (y @ self.gate_up[0]).chunk(2, -1)
+            return x + (F.silu(gate) * up) @ self.down[0]
+        sets = slice(first, first + x.shape[1])
+        gate, up = torch.bmm(y.transpose(0, 1), self.gate_up[sets]).chunk(2, -1)                         # (d, M, mlp)
+        return x + torch.bmm(F.silu(gate) * up, self.down[sets]).transpose(0, 1)
+
+
+class VisualHead(nn.Module):
+    """States of the LLM -> the codes of one stream (paper §3.3): a 2-layer projector, a causal transformer over depth whose input at depth d is the state
+    (d = 1) or the sum of the code vectors before d (Eq. 5), and one classifier per depth."""
+
+    def __init__(self, c: "MLLMConfig"):
+        super().__init__()
+        width = c.head_width
+        self.projector = nn.Sequential(nn.Linear(c.llm.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+        self.code_in, self.depth = nn.Linear(c.code_dim, width, bias=False), nn.Parameter(torch.randn(c.depth, width) * 0.02)
+        self.layers = nn.ModuleList(DepthLayer(width, c.head_heads, c.head_mlp, 1 if c.head_shared else c.depth) for _ in range(c.head_layers))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.classifiers = nn.Parameter(torch.randn(c.depth, width, c.codebook_size) * width ** -0.5)
+
+    def forward(self, h: Tensor, vectors: Tensor) -> Tensor:
+        """Teacher forcing, all depths at once: h (M, C), code vectors (M, D, E) of which the last is not looked at -> logits (D, M, K)."""
+        before = vectors[:, :-1].cumsum(1)                                                               # (M, D - 1, E)
+        x = torch.cat([self.projector(h)[:, None], self.code_in(before)], 1) + self.depth                # (M, D, head width)
+        for layer in self.layers:
+            x = layer(x)
+        return torch.bmm(self.norm(x).transpose(0, 1), self.classifiers)
+
+    def sample(self, h: Tensor, table: Tensor, pick) -> Tensor:
+        """Depth by depth: h (M, C), the stream's table (1 or D, K, E), pick(logits (M, K), depth) -> codes (M,). -> codes (M, D)."""
+        D, heads = len(self.classifiers), self.layers[0].heads
+        x, total, codes = self.projector(h)[:, None], 0, []
+        caches = x.new_empty(len(self.layers), 2, len(h), heads, D, x.shape[2] // heads)
+        for d in range(D):
+            x = x + self.depth[d]
+            for layer, cache in zip(self.layers, caches):
+                x = layer(x, d, cache)
+            codes.append(pick(self.norm(x[:, 0]) @ self.classifiers[d], d))
+            total = total + F.embedding(codes[-1], table[d % len(table)])
+            x = self.code_in(total)[:, None]
+        return torch.stack(codes, 1)
+
+
+def choose(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Sample one class per row by inverting the distribution: logits (M, K), noise (M,) uniform in [0, 1) -> (M,). A row's choice depends on its own noise
+    alone, so a seed gives the same picture in any batch. top_k 0: all; temperature 0: the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    p = logits.softmax(-1)
+    before = p.cumsum(-1) - p
+    p = p * (before < top_p)                                            # the first is always kept
+    cumulative = p.cumsum(-1)
+    rank = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    return order.gather(1, rank.clamp(max=order.shape[1] - 1))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole: text, pictures in, pictures out
+
+@dataclass
+class MLLMConfig:
+    """Everything that rebuilds a DualMLLM, besides a vocabulary's files. The heads' defaults are the paper's (App. F.4)."""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    streams: tuple = ("pixel", "semantic")      # of the tokenizer
+    streams_in: tuple = ("pixel", "semantic")   # what is read; or ("continuous",): features (N, C) in place of codes
+    streams_out: tuple = ("pixel", "semantic")  # what is painted; one that is read, but not painted, is fed back as zeros
+    positions: int = 256                        # N
+    depth: int = 4                              # D
+    codebook_size: int = 16384                  # K
+    code_dim: int = 32                          # E
+    tables: int = 1                             # a stream: one for all depths, or D
+    feature_width: int = 0                      # C of continuous features
+    head_width: int = 2048
+    head_layers: int = 3
+    head_heads: int = 16
+    head_mlp: int = 2816
+    head_shared: bool = False                   # one set of feed-forward weights for all depths, or one each
+    text: str = "bytes"                         # or "files": a vocabulary lies beside the config
+    tables_sha256: str = ""                     # of the code tables: which tokenizer's codes these are
+
+    def __post_init__(self):
+        self.streams, self.streams_in, self.streams_out = tuple(self.streams), tuple(self.streams_in), tuple(self.streams_out)
+        if self.continuous:
+            self.streams_out = ()
+        elif not self.streams_in or not set(self.streams_in + self.streams_out) <= set(self.streams):
+            raise ValueError(f"streams in {self.streams_in}, streams out {self.streams_out}: expected some of {self.streams}, or to read ('continuous',)")
+        if self.streams_out and not set(self.streams_in) & set(self.streams_out):
+            raise ValueError(f"the painted streams {self.streams_out} are not among those read, {self.streams_in}: the model could not see what it paints")
+
+    @property
+    def continuous(self) -> bool:
+        return self.streams_in == ("continuous",)
+
+
+HEADS = {"nano": dict(head_width=64, head_heads=2, head_mlp=176, head_shared=True), "small": dict(head_width=256, head_heads=4, head_mlp=704, head_shared=True)}
+
+
+class DualMLLM(nn.Module):
+    """LLM, input projector, the embeddings of the four image marks, a visual head per painted stream, and frozen copies of the tokenizer's code tables."""
+
+    def __init__(self, config: MLLMConfig, text: TextTokenizer, llm: LLM | None = None):
+        super().__init__()
+        c, self.text = config, text
+        self.config, width = c, c.llm.hidden_size
+        self.llm = llm or LLM(c.llm)
+        # Rows of their own, not of the LLM's table: so they train with the projector while the table is frozen and takes no optimiser memory.
+        self.marks = nn.Parameter(torch.randn(len(MARKS), width) * width ** -0.5)
+        self.projector = nn.Sequential(nn.Linear(c.feature_width if c.continuous else len(c.streams_in) * c.code_dim, width), nn.GELU(), nn.Linear(width, width))
+        self.heads = nn.ModuleDict({stream: VisualHead(c) for stream in c.streams_out})
+        self.register_buffer("tables", torch.zeros(len(c.streams), c.tables, c.codebook_size, c.code_dim))      # (S, 1 or D, K, E)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the names that the stages use."""
+        return {"llm": list(self.llm.parameters()), "projector": [self.marks, *self.projector.parameters()], "heads": list(self.heads.parameters())}
+
+    # ---- pictures in
+
+    def vectors(self, codes: Tensor, stream: int) -> Tensor:
+        """Codes (..., D) of one stream -> their code vectors (..., D, E)."""
+        table = self.tables[stream]
+        return F.embedding(codes, table[0]) if len(table) == 1 else table[torch.arange(len(table), device=codes.device), codes]
+
+    def project(self, pictures: Tensor, painted: Tensor) -> Tensor:
+        """Codes (M, N, S, D) or features (M, N, C), and which pictures are painted (M,) -> embeddings (M, N, C) (paper §3.3)."""
+        c, parts = self.config, [pictures]
+        if not c.continuous:
+            read = torch.ones_like(painted)
+            parts = [self.vectors(pictures[:, :, c.streams.index(s)], c.streams.index(s)).sum(-2)
+                     * (read if s in c.streams_out else ~painted)[:, None, None] for s in c.streams_in]          # (M, N, E) each
+        return self.projector(torch.cat(parts, -1).to(self.marks.dtype))
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What the LLM sees: words, marks and pictures, (B, T, C)."""
+        first, N = self.text.marks[MARKS[0]], self.config.positions
+        mark = batch.ids - first                                                                        # 0..3 for the marks, which follow each other
+        is_mark = (mark >= 0) & (mark < len(MARKS))
+        x = self.llm.model.embed_tokens(batch.ids.masked_fill(is_mark, 0))
+        x = torch.where(is_mark[..., None], F.embedding(mark.clamp(0, len(MARKS) - 1), self.marks), x)
+        pictures = batch.pictures
+        if not self.config.continuous and pictures.shape[2:] != (len(self.config.streams), self.config.depth):
+            pictures = pictures.new_zeros(0, N, len(self.config.streams), self.config.depth)            # of a batch of text
+        elif self.config.continuous and pictures.shape[2] != self.config.feature_width:
+            pictures = self.marks.new_zeros(0, N, self.config.feature_width)
+        y = self.project(pictures, batch.painted)
+        places = (batch.at[:, None] + torch.arange(N, device=batch.at.device)).flatten()
+        return x.flatten(0, 1).index_copy(0, places, y.flatten(0, 1).to(x.dtype)).view_as(x)
+
+    # ---- training
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums of cross entropies by name (Eq. 6-7): `text` over the text tokens that have a loss, `STREAM_d` over the positions of painted pictures, for
+        each depth d. An empty part gives zero, and zero gradients: so every parameter takes part in every step, as DDP wants."""
+        h = self.llm.hidden(self.embed(batch)).flatten(0, 1)                                            # (B * T, C)
+        terms = {"text": F.cross_entropy(self.llm.head(h[batch.text_from]).float(), batch.text_target, reduction="sum")}
+        if self.heads:
+            # The state before a position predicts its codes: the first is predicted from the mark that opens the picture.
+            before = (batch.at[batch.learned][:, None] + torch.arange(-1, self.config.positions - 1, device=h.device)).flatten()
+            state, codes = h[before], batch.pictures[batch.learned].flatten(0, 1) if len(batch.learned) else None
+        for stream, head in self.heads.items():
+            s = self.config.streams.index(stream)
+            target = state.new_zeros(0, self.config.depth, dtype=torch.int64) if codes is None else codes[:, s]        # (M, D)
+            logits = head(state, self.vectors(target, s).to(state.dtype)).float()                       # (D, M, K)
+            for d in range(self.config.depth):
+                terms[f"{stream}_{d + 1}"] = F.cross_entropy(logits[d], target[:, d], reduction="sum")
+        return terms
+
+    # ---- generation
+
+    def _begin(self, sequences: list, room: int) -> tuple[Tensor, Cache]:
+        """Read the prompts, padded on the left -> state at their ends (B, C), and a cache with room for more."""
+        limit, device = self.config.llm.max_position_embeddings, self.marks.device
+        batch = pack(sequences, self.text, self.config.positions, left=True, limit=limit - room).to(device)
+        x = self.embed(batch)
+        autocast = torch.is_autocast_enabled(device.type)
+        cache = Cache(self.config.llm, len(x), x.shape[1] + room, device, torch.get_autocast_dtype(device.type) if autocast else x.dtype)
+        return self.llm.hidden(x, batch.mask, cache)[:, -1], cache
+
+    @torch.no_grad()
+    def paint(self, prompts: list[str], pictures: Tensor | None = None, guidance: float = 3.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+              seeds: list[int] | None = None, progress: bool = False) -> Tensor:
+        """Pictures from text, or, with pictures to read (B, N, S, D), edited by instructions: -> codes (B, N, S, D), zero in streams that are not painted.
+        guidance s: u + s (c - u) on all logits, u being those without the words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone."""
+        c, n, guided = self.config, len(prompts), guidance != 1
+        if not self.heads:
+            raise ValueError("this model paints no stream: it reads continuous features; train one on codes")
+        start = [Words([self.text.marks["<image_gen_start>"]])]
+        given = [[] if pictures is None else [Picture(p)] for p in (prompts if pictures is None else pictures.cpu())]
+        rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)] + [turn(self.text, [*g, ""]) + start for g in given if guided]
+        h, cache = self._begin(rows, c.positions)
+        noise = torch.stack([torch.rand(c.positions, len(c.streams), c.depth, generator=torch.Generator().manual_seed(s)) for s in seeds or range(n)]).to(h.device)
+        codes = torch.zeros(noise.shape, dtype=torch.int64, device=h.device)
+        for p in tqdm(range(c.positions), "painting", leave=False, disable=not progress):
+            for stream, head in self.heads.items():
+                s = c.streams.index(stream)
+
+                def pick(logits, d):
+                    if guided:
+                        conditional, unconditional = logits.float().chunk(2)
+                        logits = unconditional + guidance * (conditional - unconditional)
+                    chosen = choose(logits, noise[:, p, s, d], temperature, top_k, top_p)
+                    return chosen.repeat(2) if guided else chosen
+                codes[:, p, s] = head.sample(h, self.tables[s], pick)[:n]
+            if p < c.positions - 1:
+                x = self.project(codes[:, p:p + 1], torch.ones(n, dtype=torch.bool, device=h.device))
+                h = self.llm.hidden(x.repeat(2, 1, 1) if guided else x, cache=cache)[:, -1]
+        return codes
+
+    @torch.no_grad()
+    def answer(self, pictures: Tensor | None, questions: list[str], longest: int = 64, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+               seeds: list[int] | None = None) -> list[str]:
+        """Text about pictures (B, N, S, D) (or features, or None), one question each; the empty question asks for a caption. At most `longest` tokens, and
+        nothing but text: marks are never written."""
+        text, stop = self.text, self.text.turn_end if self.text.turn_start is not None else self.text.end
+        rows = [turn(text, [*([] if pictures is None else [Picture(pictures[i].cpu())]), question]) for i, question in enumerate(questions)]
+        h, cache = self._begin(rows, longest)
+        noise = torch.stack([torch.rand(longest, generator=torch.Generator().manual_seed(s)) for s in seeds or range(len(rows))]).to(h.device)
+        allowed = torch.zeros(self.config.llm.vocab_size, dtype=torch.bool)
+        allowed[:text.end] = allowed[stop] = True        # special tokens follow the ordinary ones
+        allowed, written = allowed.to(h.device), []
+        done = torch.zeros(len(rows), dtype=torch.bool, device=h.device)
+        for t in range(longest):
+            logits = self.llm.head(h).float().masked_fill(~allowed, -math.inf)
+            written.append(choose(logits, noise[:, t], temperature, top_k, top_p).masked_fill(done, stop))
+            done |= written[-1] == stop
+            if t == longest - 1 or done.all():
+                break
+            h = self.llm.hidden(self.llm.model.embed_tokens(written[-1])[:, None], cache=cache)[:, -1]
+        rows = torch.stack(written, 1).tolist()
+        return [text.decode(row[:row.index(stop)] if stop in row else row) for row in rows]
+
+    @torch.no_grad()
+    def score(self, pictures: Tensor, captions: list[str]) -> Tensor:
+        """Log-probability of each caption given its picture (B, N, S, D): (B,)."""
+        batch = pack([turn(self.text, [Picture(p)], [c]) for p, c in zip(pictures.cpu(), captions)], self.text, self.config.positions).to(self.marks.device)
+        h = self.llm.hidden(self.embed(batch)).flatten(0, 1)
+        loss = F.cross_entropy(self.llm.head(h[batch.text_from]).float(), batch.text_target, reduction="none")
+        return loss.new_zeros(len(captions)).index_add_(0, batch.text_from // batch.ids.shape[1], -loss)
+
+    # ---- files
+
+    def save_pretrained(self, folder: str, **more):
+        """config.json, model.safetensors and the vocabulary; `more` goes into config.json too."""
+        save_model(folder, self, {"model_type": "dualmllm", **asdict(self.config), **more})
+        self.text.save(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> "DualMLLM":
+        """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
+        config = read_config(folder)
+        if config.get("model_type") != "dualmllm":
+            raise ValueError(f"{folder}/config.json is no multimodal LLM of ours: model_type is {config.get('model_type')!r}, expected 'dualmllm'")
+        config["llm"] = _config(LLMConfig, config.get("llm"), folder)
+        config = _config(MLLMConfig, config, folder)
+        model = cls(config, TextTokenizer.bytes() if config.text == "bytes" else TextTokenizer.from_folder(folder))
+        load_weights(model, read_weights(folder), folder)
+        return model.eval()
+
+
+def code_tables(tokenizer) -> tuple[Tensor, str]:
+    """A DualTokenizer's code tables (S, 1 or D, K, E), and their SHA-256: codes of another tokenizer mean something else."""
+    tables = torch.stack([quantizer.codebook for quantizer in tokenizer.quantizers.values()]).detach().float().cpu()
+    return tables, hashlib.sha256(tables.numpy().tobytes()).hexdigest()

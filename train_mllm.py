@@ -1,0 +1,586 @@
+"""Train the multimodal LLM on the tokenizer's codes, in the paper's four stages (§4.2, Tables 13 and 14).
+
+    python train_mllm.py                                                    # a CPU, minutes: after `python train_tokenizer.py`, no download -> out/mllm
+    python train_mllm.py --preset small --tokenizer out/small --out out/mllm-small          # one GPU
+    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm FOLDER --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --compile --checkpointing
+    python train_mllm.py --stage 3                                          # one stage, from the one before it in --out
+    python train_mllm.py --resume                                           # go on: finished stages are kept, the one under way continues
+    python train_mllm.py --bench                                            # seconds per step of every stage; writes nothing
+    python train_mllm.py --preset qwen2.5-3b --parameters --code-dim 1024   # the table of the paper's App. D.1; needs no weights
+
+A stage is a row of a table: what trains, at which learning rate, on which mixture. Stage 0 stands in for Qwen2.5's pretraining where the LLM starts from
+scratch. Every stage writes a folder of its own, --out/stage-0 and so on, the last one --out itself: model.safetensors, config.json, state.pt (to resume),
+log.jsonl, metrics.json, curves.png, samples/*.png. Read downward: settings, flags, data, evaluation, stages, main; the plumbing is train_tokenizer.py's.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import shapes
+from data.images import ImageData
+from losses import frechet_distance
+from mllm import HEADS, LLM, LLMS, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, code_tables, document, pack, turn
+from rvq import all_reduce
+from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, write_json
+from train_tokenizer import (VALIDATION_SEED, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, finish, kept, run, save_grid,
+                             shared_flags, show, train)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings: the stages, by preset
+
+@dataclass(frozen=True)
+class Row:
+    """One stage: which parts train (`DualMLLM.parts`), how, and on what: shares of the kinds of sequences. Shares of kinds that the data lacks are left out."""
+    name: str
+    trains: tuple
+    lr: float
+    batch: int          # sequences a step, over all ranks
+    steps: int
+    mixture: dict
+
+
+_ALL = ("llm", "projector", "heads")
+_UNDERSTAND = dict(caption=0.2, question=0.6, text=0.2)
+_EVERYTHING = dict(caption=0.1, question=0.25, paint=0.4, edit=0.15, text=0.1)
+# What trains, learning rates and batches are the paper's; steps and shares are not in it.
+PAPER = (
+    Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0)),
+    Row("2", ("projector", "llm"), 2e-5, 256, 10_000, _UNDERSTAND),
+    Row("3", ("heads",), 1e-4, 128, 20_000, dict(paint=1.0)),
+    Row("4-1", _ALL, 1e-5, 512, 20_000, _EVERYTHING),
+    Row("4-2", _ALL, 1e-5, 256, 10_000, _EVERYTHING),
+)
+NANO = (
+    Row("0", ("llm",), 2e-3, 64, 60, dict(text=1.0)),
+    Row("1", ("projector",), 2e-3, 64, 30, dict(caption=1.0)),
+    Row("2", ("projector", "llm"), 2e-3, 64, 240, _UNDERSTAND),
+    Row("3", ("heads",), 2e-3, 64, 60, dict(paint=1.0)),
+    Row("4-1", _ALL, 3e-3, 64, 500, _EVERYTHING),
+    Row("4-2", _ALL, 5e-4, 64, 100, _EVERYTHING),
+)
+SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
+    NANO, (500, 200, 1500, 500, 4000, 1000), (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 3e-4)))
+STAGES = {"nano": NANO, "small": SMALL, **{name: PAPER for name in LLMS if name.startswith("qwen")}}
+# Of the loss (Eq. 6-7): text is a mean over text tokens, the streams a mean over painted positions of the sum over depths.
+LOSS = {"text": (1.0,), "pixel": (1.0, 0.2, 0.1, 0.05), "semantic": (1.0, 0.2, 0.1, 0.05)}
+DROP = 0.1              # share of painted samples without their words, for guidance
+SCENES = {"nano": 12_288, "small": 65_536}      # of the built-in world, whose codes are extracted once; half of them with an edit
+SINGLE = 0.6            # share with one shape among them
+
+
+def flags(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("what")
+    g.add_argument("--preset", default="nano", help=f"sizes and stages: {', '.join(STAGES)}")
+    g.add_argument("--stage", default="all", help="all, or one of the preset's: 0 (text alone, for an LLM from scratch), 1, 2, 3, 4-1, 4-2")
+    g.add_argument("--out", default="out/mllm", help="run folder")
+    g.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
+    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 checkpoint in Hugging Face's layout; default: --preset's shape, from scratch")
+    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; default: what the tokenizer was trained on")
+    g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
+    g.add_argument("--text-data", default="", help="a plain-text file for the text share; default: the built-in world's sentences, none for images")
+    g.add_argument("--streams-in", default="pixel,semantic", help="what is read: pixel,semantic or pixel or semantic, or continuous (the teacher's features)")
+    g.add_argument("--streams-out", default="pixel,semantic", help="what is painted: pixel,semantic or pixel; the other is fed back as zeros")
+    g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: TOKENIZER/siglip")
+    g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
+    g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer preset's")
+    g = shared_flags(p)
+    g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data")
+    args = p.parse_args(argv)
+    check_shared(args, text_length=2, code_dim=0)
+    if args.preset not in STAGES:
+        raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}")
+    if args.stage not in ("all", *(row.name for row in STAGES[args.preset])):
+        raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(row.name for row in STAGES[args.preset])}")
+    if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not args.bench:
+        raise ValueError("--steps, --lr and --batch-size are those of one stage, and --stage is all; name the stage")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: codes, extracted once, and the sequences made of them
+
+def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, list]:
+    """Codes or features of `count` pictures, kept in --out/codes/KEY, so that another tokenizer or other data never finds them. chunks(mine) yields
+    (images, what is said of them) for a range of pictures, this rank's share; encode(images) -> (b, ...). -> memory map (count, ...), what was said."""
+    folder = os.path.join(args.out, "codes", hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16])
+    if not os.path.exists(folder):
+        temporary, mine, done, said = folder + ".tmp", range(ranks.rank, count, ranks.count), 0, []
+        os.makedirs(temporary, exist_ok=True)
+        for images, texts in tqdm(chunks(mine), "extracting codes", math.ceil(len(mine) / 128), leave=False, disable=not ranks.first):
+            values = encode(images.to(ranks.device)).cpu()
+            values = values.numpy().astype(np.uint16 if values.dtype == torch.int64 else np.float16)
+            if not done:
+                path = os.path.join(temporary, "pictures.npy")
+                if ranks.first:
+                    np.lib.format.open_memmap(path, "w+", values.dtype, (count, *values.shape[1:])).flush()
+                if ranks.count > 1:
+                    dist.barrier()
+                rows = np.load(path, mmap_mode="r+")
+            rows[mine[done:done + len(values)]] = values
+            done, said = done + len(values), said + texts
+        rows.flush()
+        said = ranks.gather_rows({"rank": [ranks.rank] * len(said), "said": said})
+        if ranks.first:
+            by_rank = [[s for s, r in zip(said["said"], said["rank"]) if r == rank] for rank in range(ranks.count)]
+            write_json(os.path.join(temporary, "said.json"), [by_rank[i % ranks.count][i // ranks.count] for i in range(count)])
+            write_json(os.path.join(temporary, "key.json"), key)
+            os.rename(temporary, folder)
+        if ranks.count > 1:
+            dist.barrier()
+    with open(os.path.join(folder, "said.json"), encoding="utf-8") as file:
+        return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), json.load(file)
+
+
+def to_tensor(values: np.ndarray) -> Tensor:
+    """Kept codes to int64, kept features to float32."""
+    return torch.from_numpy(np.asarray(values).astype(np.int64 if values.dtype == np.uint16 else np.float32))
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Training sequences, a function of seed, step and place in the batch alone. `kinds`: those that this data has; `sequence(kind, rng)` makes one."""
+    kinds: tuple = ()
+
+    def __init__(self, source: str, args, ranks: Ranks, text: TextTokenizer, positions: int):
+        self.source, self.args, self.ranks, self.text, self.positions, self.pieces = source, args, ranks, text, positions, None
+        if args.text_data:
+            try:
+                with open(args.text_data, encoding="utf-8") as file:
+                    self.pieces = np.array(text.encode(file.read()), dtype=np.uint32)
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--text-data {args.text_data} cannot be read ({error}); expected a text file in UTF-8") from None
+            if len(self.pieces) <= args.text_length:
+                raise ValueError(f"--text-data {args.text_data} has {len(self.pieces)} tokens, expected more than --text-length {args.text_length}")
+            self.kinds = (*self.kinds, "text")
+
+    def picture(self, index: int, paint: bool = False) -> Picture:
+        return Picture(to_tensor(self.pictures[index]), paint)
+
+    def make(self, kind: str, rng: random.Random) -> list:
+        """The segments of one sequence of this kind."""
+        if kind == "text" and self.pieces is not None:
+            start = rng.randrange(len(self.pieces) - self.args.text_length)
+            return document(self.text, [self.text.decode(self.pieces[start:start + self.args.text_length].tolist())])
+        return self.sequence(kind, rng)
+
+    def painted(self, index: int, words: str, rng: random.Random, *given: Picture) -> list:
+        """A sequence that paints a picture, after its words (dropped now and then) and the pictures given."""
+        return turn(self.text, [*given, "" if rng.random() < DROP else words], [self.picture(index, True)])
+
+    def __getitem__(self, step: int) -> list:
+        """This rank's micro-batches of a step. Kinds take their shares of every global batch, in the same order whatever the number of ranks."""
+        kinds, shares = zip(*self.mixture.items())
+        edges, A = np.cumsum(shares) / sum(shares), self.ranks.count * self.args.accumulate
+        parts = []
+        for first in range(self.ranks.rank, A, self.ranks.count):
+            mine = range(first, self.batch, A)
+            rows = [self.make(kinds[min(np.searchsorted(edges, (j + 0.5) / self.batch), len(kinds) - 1)], random.Random(f"{self.args.seed} {step} {j}")) for j in mine]
+            parts.append(pack(rows, self.text, self.positions))
+        return parts
+
+    def batches(self, batch: int, mixture: dict):
+        """-> function of a start step that yields this rank's micro-batches (batch on the device,) of each step, and no reports, without end."""
+        check_batch(batch, self.ranks, self.args.accumulate)
+        self.batch, self.mixture = batch, {kind: share for kind, share in mixture.items() if kind in self.kinds}
+        if not self.mixture:
+            raise ValueError(f"the data {self.source!r} has none of {', '.join(mixture)}; it has {', '.join(self.kinds)}")
+        cuda = self.ranks.device.type == "cuda"
+
+        def steps(start):
+            workers = self.args.workers if cuda else 0      # on a CPU they would only take the model's cores
+            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, sys.maxsize), num_workers=workers, pin_memory=cuda,
+                                                 prefetch_factor=4 if workers else None, generator=torch.Generator())
+            for parts in loader:
+                yield [(part.to(self.ranks.device),) for part in parts], []
+        return steps
+
+
+class WorldSequences(Sequences):
+    """The built-in world: captions, questions, edits. Its first scenes' codes are extracted once; words are drawn anew every time."""
+    kinds = ("caption", "question", "paint", "edit", "text")
+
+    def __init__(self, source, args, ranks, text, tokenizer, encode, key):
+        super().__init__(source, args, ranks, text, tokenizer.config.positions)
+        n, size = SCENES.get(args.preset, 65_536), tokenizer.config.vision.image_size
+        self.scenes = list(shapes.World(source, size, args.seed, single=SINGLE).scenes(range(n)))
+        self.edits = [(i, *edit) for i in range(n // 2) if (edit := shapes.edits(self.scenes[i], random.Random(i)))]     # (before, kind, instruction, after)
+        drawn = self.scenes + [after for *_, after in self.edits]
+
+        def chunks(mine):
+            for i in range(0, len(mine), 128):
+                part = mine[i:i + 128]
+                yield shapes.render(shapes.pack([drawn[j] for j in part]), size, ranks.device), [None] * len(part)
+        self.pictures, _ = extract(args, ranks, {**key, "data": source, "size": size, "seed": args.seed, "single": SINGLE, "scenes": n}, len(drawn), chunks, encode)
+
+    def sequence(self, kind, rng):
+        i = rng.randrange(len(self.scenes))
+        scene, text = self.scenes[i], self.text
+        if kind == "edit":
+            e = rng.randrange(len(self.edits))
+            return self.painted(len(self.scenes) + e, self.edits[e][2], rng, self.picture(self.edits[e][0]))
+        if kind == "question":
+            _, question, answer = ask(scene, rng)
+            return turn(text, [self.picture(i), question], [answer])
+        words = shapes.caption(scene, rng.randrange(1 << 30)).text
+        if kind == "caption":
+            return turn(text, [self.picture(i)], [words])
+        if kind == "paint":
+            return self.painted(i, words, rng)
+        return document(text, [f"{words}\n{question}\n{answer}" for _, question, answer in [ask(scene, rng)]])
+
+
+def ask(scene, rng: random.Random) -> tuple[str, str, str]:
+    """One question (type, question, answer): its type first, so that the many relations do not crowd out the rest."""
+    asked = collections.defaultdict(list)
+    for question in shapes.questions(scene):
+        asked[question[0]].append(question)
+    return rng.choice(asked[rng.choice(sorted(asked))])
+
+
+class ImageSequences(Sequences):
+    """Real images with captions: captioning and painting."""
+
+    def __init__(self, source, args, ranks, text, tokenizer, encode, key):
+        super().__init__(source, args, ranks, text, tokenizer.config.positions)
+        size = tokenizer.config.vision.image_size
+        data = ImageData(source, size, train=False)
+        train, val = (data, ImageData(args.val_data, size, train=False)) if args.val_data else data.split()
+        train.train, self.reports = False, list(dict.fromkeys(train.broken + val.broken))
+
+        def codes(part, name):
+            def chunks(mine):
+                loader = part.load(128 * ranks.count, rank=ranks.rank, ranks=ranks.count, workers=args.workers)
+                for images, captions, reports in loader:
+                    self.reports.extend(reports)
+                    yield images.to(ranks.device).float() / 127.5 - 1, captions
+            content = hashlib.sha256(part.records.tobytes() + part.names).hexdigest()
+            return extract(args, ranks, {**key, "data": source, "size": size, "part": name, "content": content}, len(part), chunks, encode)
+        self.pictures, self.captions = codes(train, "train")
+        self.val, self.val_captions = codes(val, "val")
+        self.told = [i for i, caption in enumerate(self.captions) if caption]
+        if not self.told:
+            raise ValueError(f"the images in {source!r} have no captions; add .txt files or a metadata.jsonl")
+        self.kinds = (*self.kinds, "caption", "paint")
+        for report in self.reports[:10]:
+            print(f"  {report}", flush=True)
+        ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(self.reports)} reports of broken ones")
+
+    def sequence(self, kind, rng):
+        i = self.told[rng.randrange(len(self.told))]
+        return self.painted(i, self.captions[i], rng) if kind == "paint" else turn(self.text, [self.picture(i)], [self.captions[i]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation, also sample.py's
+
+SKILLS = ("single", "relation", "count", "differ", "compare", "negate", "universal", "held_out")
+
+
+class Validation:
+    """Held-out scenes of the built-in world, the same for every run: questions about `n` of them, and prompts for painting, n // 8 of each skill."""
+
+    def __init__(self, source: str, size: int, n: int):
+        self.source, self.size = source, size
+        rng = random.Random(VALIDATION_SEED)
+        self.scenes = list(shapes.World(source, size, VALIDATION_SEED, "val").scenes(range(n)))
+        self.asked = [ask(scene, rng) for scene in self.scenes]                                  # (type, question, answer)
+        self.claims = []                                                                        # (skill, claim, a scene that it is true of)
+        pools = {skill: shapes.World(source, size, VALIDATION_SEED + 1, "val", single=float(skill == "single")) for skill in SKILLS[:-1]}
+        pools["held_out"] = shapes.World(source, size, VALIDATION_SEED + 1, "held_out")
+        for skill, world in pools.items():
+            found, said = 0, "single" if skill == "held_out" else skill
+            for scene in world.scenes(range(100 * n)) if n // 8 else ():
+                true = [claim for claim in shapes.claims(scene) if claim.skill == said]
+                if true and found < max(1, n // 8):
+                    self.claims.append((skill, rng.choice(true), scene))
+                    found += 1
+                if found == max(1, n // 8):
+                    break
+
+    def render(self, scenes: list, device) -> Tensor:
+        return shapes.render(shapes.pack(scenes), self.size, device)
+
+
+def share(right: list) -> float:
+    return sum(right) / max(1, len(right))
+
+
+def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dict:
+    """Answers and captions, exactly right or not. Chance: one of the type's answers at random; majority: always its most frequent answer in training."""
+    mine, answers, captions = range(ranks.rank, len(val.scenes), ranks.count), [], []
+    for i in tqdm(range(0, len(mine), 128), "answering", leave=False, disable=not ranks.first):
+        part = mine[i:i + 128]
+        pictures = encode(val.render([val.scenes[j] for j in part], ranks.device))
+        answers += model.answer(pictures, [val.asked[j][1] for j in part], longest=16)
+        captions += model.answer(pictures, [""] * len(part), longest=64)
+    rows = ranks.gather_rows({"index": list(mine), "answers": answers, "captions": captions})
+    usual, rng = collections.defaultdict(collections.Counter), random.Random(0)
+    for scene in shapes.World(val.source, val.size, single=SINGLE).scenes(range(4000)):
+        kind, _, answer = ask(scene, rng)
+        usual[kind][answer] += 1
+    table = {"all": {"right": [], "chance": [], "majority": []}}
+    for i, answer in zip(rows["index"], rows["answers"]):
+        kind, _, truth = val.asked[i]
+        for name in ("all", kind):
+            row = table.setdefault(name, {"right": [], "chance": [], "majority": []})
+            row["right"].append(answer.strip() == truth)
+            row["chance"].append(1 / len(usual[kind])), row["majority"].append(usual[kind].most_common(1)[0][0] == truth)
+    right = [caption.strip() in {claim.text for claim in shapes.claims(val.scenes[i])} for i, caption in zip(rows["index"], rows["captions"])]
+    return {"understanding": {name: {"n": len(row["right"]), **{key: share(value) for key, value in row.items()}} for name, row in table.items()},
+            "caption_exact": share(right)}
+
+
+def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, encode, args, ranks: Ranks, folder: str) -> dict:
+    """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy is the same for the tokenizer's own
+    reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to those scenes in the features of the tokenizer's ViT."""
+    look = tokenizer.siglip_model.vision_model
+    mine, rows = range(ranks.rank, len(val.claims), ranks.count), collections.defaultdict(list)
+    for i in tqdm(range(0, len(mine), 64), "painting", leave=False, disable=not ranks.first):
+        part = [val.claims[j] for j in mine[i:i + 64]]
+        real = val.render([scene for *_, scene in part], ranks.device)
+        made = tokenizer.decode(model.paint([claim.text for _, claim, _ in part], seeds=list(mine[i:i + 64]), **sampling(args)))
+        for name, images in (("painted", made), ("ceiling", tokenizer.decode(tokenizer.encode(real)))):
+            rows[name] += [scene is not None and claim.holds(scene) for (_, claim, _), scene in zip(part, shapes.read(images, val.source))]
+        rows["real"].append(look(real)[1].float()), rows["made"].append(look(made)[1].float()), rows["pictures"].append(made)
+        rows["index"] += mine[i:i + 64]
+    rows = ranks.gather_rows({name: torch.cat(value) if isinstance(value[0], Tensor) else value for name, value in rows.items()})
+    metrics = {}
+    for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling")):
+        by_skill = {skill: share([right for i, right in zip(rows["index"], rows[name]) if val.claims[i][0] == skill]) for skill in SKILLS}
+        metrics[what] = {**by_skill, "all": share(rows[name])}
+    if ranks.first:
+        order, per = sorted(range(len(rows["index"])), key=rows["index"].__getitem__), len(val.claims) // len(SKILLS)
+        chosen = [[order[s * per + k] for k in range(min(4, per))] for s in range(len(SKILLS))]
+        save_grid([rows["pictures"][row] for row in chosen], os.path.join(folder, "samples", "painted.png"),
+                  titles=[[val.claims[rows["index"][j]][1].text for j in row] for row in chosen])
+    return {**metrics, "reader_accuracy": metrics["reader_accuracy_by_skill"]["all"], "fd": frechet_distance(rows["made"], rows["real"])}
+
+
+def sampling(args) -> dict:
+    """How to paint: sample.py's flags, or their defaults."""
+    return {"guidance": getattr(args, "guidance", 3.0), "temperature": getattr(args, "temperature", 1.0), "top_k": getattr(args, "top_k", 0), "top_p": getattr(args, "top_p", 0.9)}
+
+
+def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: int, group: int = 32) -> dict:
+    """Among the captions of `group` held-out pictures, the likeliest for each: by log p(caption | picture) minus its mean over those pictures."""
+    told = [i for i, caption in enumerate(data.val_captions) if caption][:n]
+    groups, right = [told[i:i + group] for i in range(0, len(told) - 1, group)], []
+    for g in tqdm(groups[ranks.rank::ranks.count], "retrieving", leave=False, disable=not ranks.first):
+        scores = torch.stack([model.score(to_tensor(data.val[[i] * len(g)]), [data.val_captions[j] for j in g]) for i in g]).cpu()
+        best = (scores - scores.mean(0)).argmax(1).tolist()
+        right += [data.val_captions[g[b]] == data.val_captions[i] for i, b in zip(g, best)]
+    return {"caption_retrieval": share(ranks.gather_rows({"right": right})["right"]), "caption_retrieval_chance": 1 / group}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a stage
+
+class MLLMStage(Stage):
+    """One row of the table: freeze the rest, train its parts, evaluate what its mixture teaches."""
+    unit = "sequences"
+
+    def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, data: Sequences, encode):
+        super().__init__(args, ranks)
+        if args.stage == row.name:
+            row = replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr)
+        elif args.bench:
+            row = replace(row, batch=args.batch_size or row.batch)
+        self.name, self.row, self.model, self.tokenizer, self.data, self.encode = f"stage-{row.name}", row, model, tokenizer, data, encode
+        self.folder = args.out if last else os.path.join(args.out, self.name)
+        self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, 30 if args.preset in ("nano", "small") else 500
+        self.settings = json.loads(json.dumps({"stage": row.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "text_data": args.text_data,
+                                               "row": asdict(row), "loss": LOSS, "config": asdict(model.config), "from": digest(model), **common(args)}))
+        model.requires_grad_(False)
+        for part in row.trains:
+            for parameter in model.parts()[part]:
+                parameter.requires_grad_(True)
+        model.llm.checkpointing = args.checkpointing
+        self.optimizer = adamw([model], self.lr, (0.9, 0.95), 0.01)
+        self.metrics = {}
+
+    def before_step(self, parts):
+        """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
+        N = self.data.positions
+        counts = torch.tensor([[len(part.text_target), len(part.learned) * N] for part, in parts], dtype=torch.float32).sum(0).to(self.ranks.device)
+        self.scale = len(parts) * self.ranks.count / all_reduce(counts).clamp(min=1)
+
+    def loss(self, batch, *, step):
+        terms, total = {}, 0.0
+        kinds = self.data.mixture.keys()
+        for name, value in self.wrapped(batch).items():
+            stream, depth = (*name.split("_"), 1)[:2]
+            depth = int(depth) - 1
+            total = total + LOSS[stream][min(depth, len(LOSS[stream]) - 1)] * value * self.scale[int(stream != "text")]
+            if kinds & ({"text", "caption", "question"} if stream == "text" else {"paint", "edit"}):
+                terms[name] = value * self.scale[int(stream != "text")]
+        return total, terms
+
+    def evaluate(self):
+        self.metrics = {"streams_in": list(self.model.config.streams_in), "streams_out": list(self.model.config.streams_out)}
+        self.metrics |= evaluate(self.model, self.tokenizer, self.data, self.encode, self.args, self.ranks, self.folder, self.data.mixture.keys())
+        return self.metrics
+
+    def save(self):
+        self.model.save_pretrained(self.folder, stage=self.row.name, data=self.data.source)
+
+
+@torch.no_grad()
+def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, args, ranks: Ranks, folder: str, kinds) -> dict:
+    """What these kinds of sequences teach, on held-out data; pictures go to folder/samples. Called on all ranks."""
+    was_training, metrics = model.training, {}
+    model.eval()
+    if data.source in shapes.DIFFICULTIES:
+        val = Validation(data.source, tokenizer.config.vision.image_size, args.eval_images // 2)
+        if "question" in kinds:
+            metrics |= understanding(model, val, encode, ranks)
+        if "paint" in kinds:
+            metrics |= painting(model, tokenizer, val, encode, args, ranks, folder)
+    else:
+        if "caption" in kinds:
+            metrics |= caption_retrieval(model, data, ranks, args.eval_images)
+        if "paint" in kinds and ranks.first:
+            shown = [i for i, caption in enumerate(data.val_captions) if caption][:16]
+            made, real = tokenizer.decode(model.paint([data.val_captions[i] for i in shown], **sampling(args))), tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
+            rows = [x for i in range(0, len(shown), 8) for x in (real[i:i + 8], made[i:i + 8])]
+            save_grid(rows, os.path.join(folder, "samples", "painted.png"), titles=[
+                [data.val_captions[j] if n % 2 else "" for j in shown[n // 2 * 8:n // 2 * 8 + 8]] for n in range(len(rows))])
+    model.train(was_training)
+    return metrics
+
+
+def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
+    """(part, parameters), counted as the paper's App. D.1 and RECIPES do: a head is its transformer over depth, without projector and classifiers."""
+    count = lambda parts: sum(p.numel() for p in parts)
+    rows = [("LLM", count(model.llm.parameters())), ("input projector", count(model.projector.parameters())), ("image marks", model.marks.numel())]
+    for stream, head in model.heads.items():
+        rows += [(f"{stream} head: projector from the LLM", count(head.projector.parameters())),
+                 (f"{stream} head: transformer over depth", count(p for layer in head.layers for n, p in layer.named_parameters() if "norm" not in n)),
+                 (f"{stream} head: classifiers", head.classifiers.numel()),
+                 (f"{stream} code table", model.tables[0].numel())]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# main
+
+def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
+    """The configuration that flags and tokenizer give, the text tokenizer, and the LLM where one is loaded."""
+    llm, name = None, args.llm or args.preset
+    if name in LLMS:
+        text, sizes = TextTokenizer.bytes(), LLMConfig(**LLMS[name])
+    elif os.path.isdir(name):
+        llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
+        sizes = llm.config
+        if text.end > sizes.vocab_size:
+            raise ValueError(f"the vocabulary in {name} has {text.end} tokens, its LLM {sizes.vocab_size} rows; copy both from the same model")
+        if text.size > sizes.vocab_size:
+            print(f"the vocabulary of {sizes.vocab_size} has no spare rows: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}", flush=True)
+    else:
+        raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, or a folder with config.json, weights and vocabulary")
+    c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name)
+    config = MLLMConfig(llm=sizes, streams=STREAMS, streams_in=split(args.streams_in), streams_out=split(args.streams_out), positions=c.positions, depth=c.depth,
+                        codebook_size=c.codebook_size, code_dim=args.code_dim if args.parameters and args.code_dim else c.code_dim, tables=tables,
+                        feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256, **HEADS.get(args.preset, {}))
+    return config, text, llm
+
+
+def main(argv=None):
+    args = flags(argv)
+    rows = STAGES[args.preset]
+    if args.parameters:
+        c = preset_config(args.tokenizer if args.tokenizer in PRESETS else "siglip-l-256")
+        with torch.device("meta"):
+            config, text, _ = build(args, c, 1, "", c.vision.hidden_size)
+            table = parameter_table(DualMLLM(config, text))
+        print(f"{args.preset} over {c.preset}, K {c.codebook_size}, E {config.code_dim}, D {c.depth}")
+        for name, value in table:
+            print(f"  {name:40} {value / 1e6:10.1f} M")
+        return
+
+    # ---- device, tokenizer, LLM
+    ranks = Ranks(args.device)
+    torch.manual_seed(args.seed)
+    if args.bench and args.tokenizer in PRESETS:
+        tokenizer = DualTokenizer(preset_config(args.tokenizer)).eval()
+    else:
+        tokenizer = DualTokenizer.from_pretrained(args.tokenizer)
+    tokenizer.to(ranks.device).requires_grad_(False)
+    tables, sha256 = code_tables(tokenizer)
+    teacher = SigLIP.from_pretrained(args.teacher or os.path.join(args.tokenizer, "siglip")).vision_model.eval().to(ranks.device) if args.streams_in == "continuous" else None
+    config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size)
+    if config.continuous:
+        rows = [row for row in rows if row.name != "3"]
+        rows = [replace(row, mixture={k: v for k, v in row.mixture.items() if k not in ("paint", "edit")}) for row in rows]
+    if llm:
+        rows = [row for row in rows if row.name != "0"]
+    names = [row.name for row in rows]
+    if args.stage not in ("all", *names):
+        raise ValueError(f"--stage is {args.stage!r}, but with these flags there is only {', '.join(names)}")
+
+    # ---- data
+    @torch.no_grad()
+    def encode(images):
+        return teacher(images, tokenizer.config.deep_layer)[0] if teacher else tokenizer.encode(images)
+
+    source = args.data or read_config(args.tokenizer).get("data", "plain") if not args.tokenizer in PRESETS else args.data or "plain"
+    key = {"read": digest(teacher if teacher else tokenizer), "continuous": config.continuous}
+    data = (WorldSequences if source in shapes.DIFFICULTIES else ImageSequences)(source, args, ranks, text, tokenizer, encode, key)
+    for row in rows:
+        data.batches(row.batch if args.stage != row.name else args.batch_size or row.batch, row.mixture)        # raises before anything is trained
+
+    # ---- where to start
+    first = 0 if args.stage == "all" else names.index(args.stage)
+    if first and not args.bench:
+        model = load(os.path.join(args.out, f"stage-{names[first - 1]}"), names[first - 1], config)
+    else:
+        model = DualMLLM(config, text, llm)
+        model.tables.copy_(tables)
+    model.to(ranks.device).train()
+    if args.compile:
+        compile_parts(model)
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, data {source}, out {args.out}")
+
+    # ---- the stages, in order
+    seconds = {}
+    for n, row in enumerate(rows[first:] if args.stage == "all" else rows[first:first + 1], first):
+        stage = MLLMStage(args, ranks, row, n == len(rows) - 1, model, tokenizer, data, encode)
+        if args.bench:
+            bench(stage, data.batches(stage.batch, row.mixture))
+            continue
+        stage.seconds_before = seconds
+        if args.resume and kept(stage):
+            ranks.say(f"stage {row.name}: {stage.folder} is kept from an earlier run with these settings")
+            model.load_state_dict(DualMLLM.from_pretrained(stage.folder).state_dict())
+        else:
+            train(stage, data.batches(stage.batch, row.mixture))
+
+
+def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:
+    """The model that a stage left. ValueError: there is none, or it is of another tokenizer or design."""
+    if not os.path.exists(os.path.join(folder, "metrics.json")):
+        raise ValueError(f"stage {stage} is not finished in {folder!r}; run it first, or --stage all")
+    model = DualMLLM.from_pretrained(folder)
+    if model.config.tables_sha256 != config.tables_sha256:
+        raise ValueError(f"{folder} was trained on another tokenizer's codes (tables {model.config.tables_sha256[:12]}, this one's {config.tables_sha256[:12]}); give that --tokenizer")
+    changed = [f"{k} {v!r} -> {asdict(config)[k]!r}" for k, v in asdict(model.config).items() if v != asdict(config)[k]]
+    if changed:
+        raise ValueError(f"{folder} holds another design ({'; '.join(changed)}); use its flags, or start anew in another --out")
+    return model
+
+
+if __name__ == "__main__":
+    run(main)
