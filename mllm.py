@@ -28,7 +28,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import unicodedata
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -47,11 +46,10 @@ from tokenizer import _config, load_weights, read_config, read_weights, recomput
 # text as ids: UTF-8 bytes without any file, or a GPT-2 or Qwen2.5 vocabulary from local files; in each, four marks for images
 
 MARKS = ("<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>")    # round an image that is read, round one that is painted
-SPECIALS = (    # Qwen2.5's, by id; GPT-2 has the first alone
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
-    "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
-    "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>").split()
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # pieces of text; no merge crosses their borders
+SPECIALS = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
+            "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call> "
+            "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>").split()     # Qwen2.5's; GPT-2: the first
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # pieces of text; no token crosses two
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KNOWN = {50256: (GPT2_SPLIT, False, SPECIALS[:1]), 151643: (QWEN_SPLIT, True, SPECIALS)}    # ordinary tokens: pieces, NFC, special tokens
 HIDDEN = [b for b in range(256) if b == 32 or not chr(b).isprintable()]     # bytes that vocabulary files spell by characters 256, 257, ...
@@ -65,7 +63,7 @@ def _files(folder: str, more: list[Path] = ()) -> list[Path]:
 
 
 def _ranks(vocab: dict, merges: list) -> dict[bytes, int]:
-    """Ordinary tokens {bytes: id}. tiktoken merges by id, lowest first, so the merges have to make the tokens 256, 257, ... in this order."""
+    """Ordinary tokens {bytes: id}. tiktoken merges the lowest id first, so the merges have to make tokens 256, 257, ... in this order."""
     ordinary = {token: id for token, id in vocab.items() if token not in SPECIALS}
     if odd := set("".join(ordinary)) - BYTE.keys():
         raise ValueError(f"{''.join(sorted(odd))[:20]!r} in its tokens spells no bytes")
@@ -77,8 +75,7 @@ def _ranks(vocab: dict, merges: list) -> dict[bytes, int]:
 
 
 class TextTokenizer:
-    """`marks`, `specials`: {name: id}, the latter with the former; `end`, `turn_start`, `turn_end`: ids of the first three SPECIALS, or None;
-    `size`: one more than the highest id; `nfc`: whether text is normalised; `files`: what it was read from; `encoding`: tiktoken's."""
+    """`marks` {name: id}; `end`, `turn_start`, `turn_end` (or None); `size`, highest id + 1; `nfc`; `files` read; tiktoken `encoding`."""
 
     def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool, specials: list[str], files: list[Path]):
         self.specials = {name: len(ranks) + n for n, name in enumerate([*specials, *MARKS])}
@@ -104,14 +101,14 @@ class TextTokenizer:
                     ranks = _ranks(vocab, [line for line in lines if line and not line.startswith("#version:")])
                 case [list(lines)]:
                     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
-            if len(ranks) not in KNOWN or sorted(ranks.values()) != [*range(len(ranks))] or any(bytes([b]) not in ranks for b in range(256)):
-                raise ValueError(f"{len(ranks)} ordinary tokens found, with gaps or not")
+            if len(ranks) not in KNOWN or {*ranks.values()} != {*range(len(ranks))} or [len(token) for token in ranks].count(1) != 256:
+                raise ValueError(f"{len(ranks)} ordinary tokens; their ids have to be 0, 1, 2, ... and 256 of them single bytes")
             made = cls(ranks, *KNOWN[len(ranks)], files)
             if odd := [token.get("content") for token in added if made.specials.get(token.get("content")) != token.get("id")]:
                 raise ValueError(f"the added tokens {str(odd)[:200]} are others, or have other ids")
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"no vocabulary can be read from {' and '.join(map(str, files)) or folder} ({error}); expected GPT-2's 50256 or "
-                             "Qwen2.5's 151643 tokens as tokenizer.json, vocab.json and merges.txt, or qwen.tiktoken: copy them there") from None
+            raise ValueError(f"no vocabulary in {' and '.join(map(str, files)) or folder} ({error}); expected the 50256 tokens of GPT-2 "
+                             "or 151643 of Qwen2.5 as tokenizer.json, vocab.json + merges.txt or qwen.tiktoken: copy it there") from None
         return made
 
     def encode(self, text: str) -> list[int]:
@@ -120,7 +117,7 @@ class TextTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Bytes that are no UTF-8 become U+FFFD; special tokens, and ids outside the vocabulary, are left out."""
-        return self.encoding.decode([id for id in ids if 0 <= id < self.end])       # the special tokens follow the ordinary ones
+        return self.encoding.decode([id for id in ids if 0 <= id < self.end])       # special tokens follow the ordinary ones
 
     def save(self, folder: str):
         """Copies `files`, so that `from_folder(folder)` gives the same tokenizer. Raises ValueError if it would not or copying fails."""
@@ -182,6 +179,8 @@ class Batch:
     at: Tensor              # (M,) place of each one's first position
     painted: Tensor         # (M,) bool
     learned: Tensor         # (P,) indices into the M pictures: those painted, with a loss
+    deep: Tensor            # (Q,) indices into their P * N positions: where all depths are learned
+    shallow: Tensor         # (P * N - Q,) where the first depth alone is
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
@@ -190,9 +189,10 @@ class Batch:
         return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
-def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = False, limit: int = 0) -> Batch:
+def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = False, limit: int = 0, later: float = 1.0, rngs: list = ()) -> Batch:
     """Sequences (lists of `Words` and `Picture`s) -> one `Batch`, padded to the longest (on the left where all must end together, for generation). A picture
-    takes `positions` = N places between its two marks, and is never counted as text. ValueError: longer than `limit`, if that is given."""
+    takes `positions` = N places between its two marks, and is never counted as text. later: share of a painted picture's positions, drawn by its sequence's
+    `random.Random`, whose later depths are learned too. ValueError: longer than `limit`, if that is given."""
     rows, marks = [], text.marks
     for segments in sequences:
         ids, loss, pictures = [], [], []
@@ -211,7 +211,7 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
     if limit and longest > limit:
         raise ValueError(f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
     ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.bool)
-    places, targets, data, at, painted, learned = [], [], [], [], [], []
+    places, targets, data, at, painted, learned, deep = [], [], [], [], [], [], []
     for b, (row, loss, pictures) in enumerate(rows):
         start = longest - len(row) if left else 0
         ids[b, start:start + len(row)], mask[b, start:start + len(row)] = torch.tensor(row), True
@@ -219,12 +219,15 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
         places += [b * longest + start + p - 1 for p in wanted]
         targets += [row[p] for p in wanted]
         for p, s in pictures:
-            learned += [len(at)] if s.paint and s.loss else []
+            if s.paint and s.loss:
+                deep += [len(learned) * positions + n for n in (range(positions) if later == 1 else rngs[b].sample(range(positions), round(later * positions)))]
+                learned.append(len(at))
             data.append(s.data), at.append(b * longest + start + p), painted.append(s.paint)
     long = lambda values: torch.tensor(values, dtype=torch.int64)
     pictures = torch.stack(data) if data else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
     pictures = pictures if pictures.is_floating_point() else pictures.long()
-    return Batch(ids, mask, long(places), long(targets), pictures, long(at), torch.tensor(painted, dtype=torch.bool), long(learned))
+    shallow = torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, long(deep), False).nonzero()[:, 0]
+    return Batch(ids, mask, long(places), long(targets), pictures, long(at), torch.tensor(painted, dtype=torch.bool), long(learned), long(deep), shallow)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,13 +253,13 @@ class LLMConfig:
             raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key-value heads: expected heads of even width, and key-value heads that divide heads")
 
 
-def _qwen(width, mlp, layers, heads, groups, tied=True, vocab=151936):
+def _qwen(width, mlp, layers, heads, groups, tied=True, vocab=151936, theta=1e6):
     return dict(vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
-                rope_theta=1e6, tie_word_embeddings=tied)
+                rope_theta=theta, tie_word_embeddings=tied)
 
 
 LLMS = {    # the first two are ours, from scratch, over bytes; the others are Qwen2.5's published shapes
-    "nano": _qwen(128, 352, 4, 4, 2, vocab=264), "small": _qwen(384, 1024, 8, 6, 2, vocab=264),
+    "nano": _qwen(96, 256, 4, 3, 3, vocab=264, theta=1e4), "small": _qwen(384, 1024, 8, 6, 2, vocab=264, theta=1e4),
     "qwen2.5-0.5b": _qwen(896, 4864, 24, 14, 2), "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12, 2), "qwen2.5-3b": _qwen(2048, 11008, 36, 16, 2),
     "qwen2.5-7b": _qwen(3584, 18944, 28, 28, 4, tied=False, vocab=152064),
 }
@@ -278,12 +281,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention (B, heads, T, d), grouped where k and v have fewer heads. On a CPU in fp32: its bf16 kernel is the slower one."""
+    with torch.autocast(q.device.type, enabled=False):
+        if q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()
+        return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class LLMAttention(nn.Module):
     """Causal grouped-query attention; biases on q, k, v only."""
 
     def __init__(self, c: LLMConfig):
         super().__init__()
-        self.width, self.groups = c.hidden_size // c.num_attention_heads, c.num_key_value_heads
+        self.width = c.hidden_size // c.num_attention_heads
         small = self.width * c.num_key_value_heads
         self.q_proj, self.o_proj = nn.Linear(c.hidden_size, c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size, bias=False)
         self.k_proj, self.v_proj = nn.Linear(c.hidden_size, small), nn.Linear(c.hidden_size, small)
@@ -293,7 +304,7 @@ class LLMAttention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache_k is not None:
             k, v = cache_k.index_copy_(2, slots, k.to(cache_k.dtype)), cache_v.index_copy_(2, slots, v.to(cache_v.dtype))
-        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=mask is None, enable_gqa=self.groups != q.shape[1])
+        y = attend(q, k, v, mask, causal=mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -435,7 +446,7 @@ class DepthLayer(nn.Module):
         if cache is not None:           # (2, M, heads, D, C / heads)
             cache[0][:, :, first:first + 1], cache[1][:, :, first:first + 1] = k, v
             k, v = cache[:, :, :, :first + 1]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        y = v if k.shape[2] == 1 else attend(q, k, v, causal=cache is None)     # alone, a depth sees itself
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         y = self.norm2(x)
         if len(self.down) == 1:
@@ -460,12 +471,13 @@ class VisualHead(nn.Module):
         self.classifiers = nn.Parameter(torch.randn(c.depth, width, c.codebook_size) * width ** -0.5)
 
     def forward(self, h: Tensor, vectors: Tensor) -> Tensor:
-        """Teacher forcing, all depths at once: h (M, C), code vectors (M, D, E) of which the last is not looked at -> logits (D, M, K)."""
-        before = vectors[:, :-1].cumsum(1)                                                               # (M, D - 1, E)
-        x = torch.cat([self.projector(h)[:, None], self.code_in(before)], 1) + self.depth                # (M, D, head width)
+        """Teacher forcing, the first d depths at once: h (M, C), code vectors (M, d, E) of which the last is not looked at -> logits (d, M, K)."""
+        before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
+        x = torch.cat([self.projector(h)[:, None], self.code_in(before)], 1)                             # (M, d, head width)
+        x = x + self.depth[:x.shape[1]]
         for layer in self.layers:
             x = layer(x)
-        return torch.bmm(self.norm(x).transpose(0, 1), self.classifiers)
+        return torch.bmm(self.norm(x).transpose(0, 1), self.classifiers[:x.shape[1]])
 
     def sample(self, h: Tensor, table: Tensor, pick) -> Tensor:
         """Depth by depth: h (M, C), the stream's table (1 or D, K, E), pick(logits (M, K), depth) -> codes (M,). -> codes (M, D)."""
@@ -534,7 +546,7 @@ class MLLMConfig:
         return self.streams_in == ("continuous",)
 
 
-HEADS = {"nano": dict(head_width=64, head_heads=2, head_mlp=176, head_shared=True), "small": dict(head_width=256, head_heads=4, head_mlp=704, head_shared=True)}
+HEADS = {"nano": dict(head_width=48, head_heads=2, head_mlp=96, head_shared=True), "small": dict(head_width=256, head_heads=4, head_mlp=704, head_shared=True)}
 
 
 class DualMLLM(nn.Module):
@@ -551,6 +563,16 @@ class DualMLLM(nn.Module):
         self.heads = nn.ModuleDict({stream: VisualHead(c) for stream in c.streams_out})
         self.register_buffer("tables", torch.zeros(len(c.streams), c.tables, c.codebook_size, c.code_dim))      # (S, 1 or D, K, E)
 
+    @torch.no_grad()
+    def take_tables(self, tables: Tensor):
+        """Copy the tokenizer's tables. Classifiers start as random maps of the code vectors: codes that mean nearly the same begin with nearly the same logits."""
+        self.tables.copy_(tables)
+        for stream, head in self.heads.items():
+            table = tables[self.config.streams.index(stream)]
+            table = (table - table.mean(1, keepdim=True)) / table.std(1, keepdim=True).clamp(min=1e-6)                       # (1 or D, K, E)
+            maps = torch.randn(len(head.classifiers), self.config.head_width, self.config.code_dim) * (self.config.head_width * self.config.code_dim) ** -0.5
+            head.classifiers.copy_(maps @ table.transpose(1, 2).to(maps))
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that the stages use."""
         return {"llm": list(self.llm.parameters()), "projector": [self.marks, *self.projector.parameters()], "heads": list(self.heads.parameters())}
@@ -558,9 +580,9 @@ class DualMLLM(nn.Module):
     # ---- pictures in
 
     def vectors(self, codes: Tensor, stream: int) -> Tensor:
-        """Codes (..., D) of one stream -> their code vectors (..., D, E)."""
+        """The first d codes (..., d) of one stream -> their code vectors (..., d, E)."""
         table = self.tables[stream]
-        return F.embedding(codes, table[0]) if len(table) == 1 else table[torch.arange(len(table), device=codes.device), codes]
+        return F.embedding(codes, table[0]) if len(table) == 1 else table[torch.arange(codes.shape[-1], device=codes.device), codes]
 
     def project(self, pictures: Tensor, painted: Tensor) -> Tensor:
         """Codes (M, N, S, D) or features (M, N, C), and which pictures are painted (M,) -> embeddings (M, N, C) (paper §3.3)."""
@@ -590,20 +612,22 @@ class DualMLLM(nn.Module):
     # ---- training
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums of cross entropies by name (Eq. 6-7): `text` over the text tokens that have a loss, `STREAM_d` over the positions of painted pictures, for
-        each depth d. An empty part gives zero, and zero gradients: so every parameter takes part in every step, as DDP wants."""
+        """Sums of cross entropies by name (Eq. 6-7): `text` over the text tokens that have a loss, `STREAM_d` over painted positions, for each depth d (later
+        depths: the positions `deep`). An empty part gives zero, and zero gradients: so every parameter takes part in every step, as DDP wants."""
         h = self.llm.hidden(self.embed(batch)).flatten(0, 1)                                            # (B * T, C)
         terms = {"text": F.cross_entropy(self.llm.head(h[batch.text_from]).float(), batch.text_target, reduction="sum")}
-        if self.heads:
-            # The state before a position predicts its codes: the first is predicted from the mark that opens the picture.
-            before = (batch.at[batch.learned][:, None] + torch.arange(-1, self.config.positions - 1, device=h.device)).flatten()
-            state, codes = h[before], batch.pictures[batch.learned].flatten(0, 1) if len(batch.learned) else None
+        N, D = self.config.positions, self.config.depth
+        # The state before a position predicts its codes: the first is predicted from the mark that opens the picture.
+        before = (batch.at[batch.learned][:, None] + torch.arange(-1, N - 1, device=h.device)).flatten()
+        codes = batch.pictures[batch.learned].flatten(0, 1) if len(batch.learned) else batch.ids.new_zeros(0, len(self.config.streams), D)
         for stream, head in self.heads.items():
             s = self.config.streams.index(stream)
-            target = state.new_zeros(0, self.config.depth, dtype=torch.int64) if codes is None else codes[:, s]        # (M, D)
-            logits = head(state, self.vectors(target, s).to(state.dtype)).float()                       # (D, M, K)
-            for d in range(self.config.depth):
-                terms[f"{stream}_{d + 1}"] = F.cross_entropy(logits[d], target[:, d], reduction="sum")
+            for rows, depths in ((batch.deep, D), (batch.shallow, 1)):
+                target = codes[rows, s, :depths]                                                        # (M, depths)
+                logits = head(h[before[rows]], self.vectors(target, s)).float()                         # (depths, M, K)
+                for d in range(depths):
+                    name = f"{stream}_{d + 1}"
+                    terms[name] = terms.get(name, 0) + F.cross_entropy(logits[d], target[:, d], reduction="sum")
         return terms
 
     # ---- generation

@@ -16,11 +16,14 @@ log.jsonl, metrics.json, curves.png, samples/*.png. Read downward: settings, fla
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -33,11 +36,11 @@ from tqdm import tqdm
 from data import shapes
 from data.images import ImageData
 from losses import frechet_distance
-from mllm import HEADS, LLM, LLMS, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, code_tables, document, pack, turn
+from mllm import HEADS, LLM, LLMS, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, write_json
-from train_tokenizer import (VALIDATION_SEED, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, finish, kept, run, save_grid,
-                             shared_flags, show, train)
+from train_tokenizer import (VALIDATION_SEED, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, kept, native_bf16, run, save_grid,
+                             shared_flags, train)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -55,7 +58,7 @@ class Row:
 
 _ALL = ("llm", "projector", "heads")
 _UNDERSTAND = dict(caption=0.2, question=0.6, text=0.2)
-_EVERYTHING = dict(caption=0.1, question=0.25, paint=0.4, edit=0.15, text=0.1)
+_EVERYTHING = dict(caption=0.05, question=0.2, paint=0.6, edit=0.1, text=0.05)
 # What trains, learning rates and batches are the paper's; steps and shares are not in it.
 PAPER = (
     Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0)),
@@ -65,21 +68,24 @@ PAPER = (
     Row("4-2", _ALL, 1e-5, 256, 10_000, _EVERYTHING),
 )
 NANO = (
-    Row("0", ("llm",), 2e-3, 64, 60, dict(text=1.0)),
-    Row("1", ("projector",), 2e-3, 64, 30, dict(caption=1.0)),
-    Row("2", ("projector", "llm"), 2e-3, 64, 240, _UNDERSTAND),
-    Row("3", ("heads",), 2e-3, 64, 60, dict(paint=1.0)),
-    Row("4-1", _ALL, 3e-3, 64, 500, _EVERYTHING),
-    Row("4-2", _ALL, 5e-4, 64, 100, _EVERYTHING),
+    Row("0", ("llm",), 3e-3, 64, 100, dict(text=1.0)),
+    Row("1", ("projector",), 3e-3, 64, 40, dict(caption=1.0)),
+    Row("2", ("projector", "llm"), 3e-3, 64, 500, _UNDERSTAND),
+    Row("3", ("heads",), 3e-3, 32, 150, dict(paint=1.0)),
+    Row("4-1", _ALL, 3e-3, 32, 4000, _EVERYTHING),
+    Row("4-2", _ALL, 1e-3, 32, 800, _EVERYTHING),
 )
 SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
     NANO, (500, 200, 1500, 500, 4000, 1000), (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 3e-4)))
 STAGES = {"nano": NANO, "small": SMALL, **{name: PAPER for name in LLMS if name.startswith("qwen")}}
-# Of the loss (Eq. 6-7): text is a mean over text tokens, the streams a mean over painted positions of the sum over depths.
-LOSS = {"text": (1.0,), "pixel": (1.0, 0.2, 0.1, 0.05), "semantic": (1.0, 0.2, 0.1, 0.05)}
+# Of the loss (Eq. 6-7): text is a mean over text tokens, a stream a mean over painted positions of the sum over depths, weighed by DEPTHS.
+LOSS = {"text": 1.0, "pixel": 1.0, "semantic": 1.0}
+DEPTHS = {"nano": (1.0, 0.2, 0.1, 0.05), "small": (1.0, 0.2, 0.1, 0.05)}        # first depth, second, ...; default 1 for all, as in Eq. 7
 DROP = 0.1              # share of painted samples without their words, for guidance
+LATER = {"nano": 0.25}  # share of painted positions whose depths after the first are learned in a step; default 1. They are most of a head's work and little of a picture
 SCENES = {"nano": 12_288, "small": 65_536}      # of the built-in world, whose codes are extracted once; half of them with an edit
 SINGLE = 0.6            # share with one shape among them
+SAMPLING = dict(guidance=3.0, temperature=1.0, top_k=0, top_p=0.9)      # in evaluation
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -92,7 +98,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 checkpoint in Hugging Face's layout; default: --preset's shape, from scratch")
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; default: what the tokenizer was trained on")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
-    g.add_argument("--text-data", default="", help="a plain-text file for the text share; default: the built-in world's sentences, none for images")
+    g.add_argument("--text-data", default="", help="a plain-text file for the text share; default: the built-in world's sentences, or the captions")
     g.add_argument("--streams-in", default="pixel,semantic", help="what is read: pixel,semantic or pixel or semantic, or continuous (the teacher's features)")
     g.add_argument("--streams-out", default="pixel,semantic", help="what is painted: pixel,semantic or pixel; the other is fed back as zeros")
     g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: TOKENIZER/siglip")
@@ -119,6 +125,8 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
     (images, what is said of them) for a range of pictures, this rank's share; encode(images) -> (b, ...). -> memory map (count, ...), what was said."""
     folder = os.path.join(args.out, "codes", hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16])
     if not os.path.exists(folder):
+        if count < ranks.count:
+            raise ValueError(f"{count} pictures for {ranks.count} ranks, expected at least one each; add images or start fewer ranks")
         temporary, mine, done, said = folder + ".tmp", range(ranks.rank, count, ranks.count), 0, []
         os.makedirs(temporary, exist_ok=True)
         for images, texts in tqdm(chunks(mine), "extracting codes", math.ceil(len(mine) / 128), leave=False, disable=not ranks.first):
@@ -165,7 +173,6 @@ class Sequences(torch.utils.data.Dataset):
                 raise ValueError(f"--text-data {args.text_data} cannot be read ({error}); expected a text file in UTF-8") from None
             if len(self.pieces) <= args.text_length:
                 raise ValueError(f"--text-data {args.text_data} has {len(self.pieces)} tokens, expected more than --text-length {args.text_length}")
-            self.kinds = (*self.kinds, "text")
 
     def picture(self, index: int, paint: bool = False) -> Picture:
         return Picture(to_tensor(self.pictures[index]), paint)
@@ -174,7 +181,7 @@ class Sequences(torch.utils.data.Dataset):
         """The segments of one sequence of this kind."""
         if kind == "text" and self.pieces is not None:
             start = rng.randrange(len(self.pieces) - self.args.text_length)
-            return document(self.text, [self.text.decode(self.pieces[start:start + self.args.text_length].tolist())])
+            return document(self.text, [Words(self.pieces[start:start + self.args.text_length].tolist(), loss=True)])
         return self.sequence(kind, rng)
 
     def painted(self, index: int, words: str, rng: random.Random, *given: Picture) -> list:
@@ -187,9 +194,10 @@ class Sequences(torch.utils.data.Dataset):
         edges, A = np.cumsum(shares) / sum(shares), self.ranks.count * self.args.accumulate
         parts = []
         for first in range(self.ranks.rank, A, self.ranks.count):
-            mine = range(first, self.batch, A)
-            rows = [self.make(kinds[min(np.searchsorted(edges, (j + 0.5) / self.batch), len(kinds) - 1)], random.Random(f"{self.args.seed} {step} {j}")) for j in mine]
-            parts.append(pack(rows, self.text, self.positions))
+            places = range(first, self.batch, A)
+            rngs = [random.Random(f"{self.args.seed} {step} {j}") for j in places]
+            rows = [self.make(kinds[min(np.searchsorted(edges, (j + 0.5) / self.batch), len(kinds) - 1)], rng) for j, rng in zip(places, rngs)]
+            parts.append(pack(rows, self.text, self.positions, later=LATER.get(self.args.preset, 1.0), rngs=rngs))
         return parts
 
     def batches(self, batch: int, mixture: dict):
@@ -213,9 +221,9 @@ class WorldSequences(Sequences):
     """The built-in world: captions, questions, edits. Its first scenes' codes are extracted once; words are drawn anew every time."""
     kinds = ("caption", "question", "paint", "edit", "text")
 
-    def __init__(self, source, args, ranks, text, tokenizer, encode, key):
+    def __init__(self, source, args, ranks, text, tokenizer, encode):
         super().__init__(source, args, ranks, text, tokenizer.config.positions)
-        n, size = SCENES.get(args.preset, 65_536), tokenizer.config.vision.image_size
+        n, size = 512 if args.bench else SCENES.get(args.preset, 65_536), tokenizer.config.vision.image_size
         self.scenes = list(shapes.World(source, size, args.seed, single=SINGLE).scenes(range(n)))
         self.edits = [(i, *edit) for i in range(n // 2) if (edit := shapes.edits(self.scenes[i], random.Random(i)))]     # (before, kind, instruction, after)
         drawn = self.scenes + [after for *_, after in self.edits]
@@ -224,7 +232,7 @@ class WorldSequences(Sequences):
             for i in range(0, len(mine), 128):
                 part = mine[i:i + 128]
                 yield shapes.render(shapes.pack([drawn[j] for j in part]), size, ranks.device), [None] * len(part)
-        self.pictures, _ = extract(args, ranks, {**key, "data": source, "size": size, "seed": args.seed, "single": SINGLE, "scenes": n}, len(drawn), chunks, encode)
+        self.pictures, _ = extract(args, ranks, {**encode.key, "data": source, "size": size, "seed": args.seed, "single": SINGLE, "scenes": n}, len(drawn), chunks, encode)
 
     def sequence(self, kind, rng):
         i = rng.randrange(len(self.scenes))
@@ -252,9 +260,10 @@ def ask(scene, rng: random.Random) -> tuple[str, str, str]:
 
 
 class ImageSequences(Sequences):
-    """Real images with captions: captioning and painting."""
+    """Real images with captions: captioning and painting; text is captions, unless --text-data is given."""
+    kinds = ("caption", "paint", "text")
 
-    def __init__(self, source, args, ranks, text, tokenizer, encode, key):
+    def __init__(self, source, args, ranks, text, tokenizer, encode):
         super().__init__(source, args, ranks, text, tokenizer.config.positions)
         size = tokenizer.config.vision.image_size
         data = ImageData(source, size, train=False)
@@ -268,19 +277,19 @@ class ImageSequences(Sequences):
                     self.reports.extend(reports)
                     yield images.to(ranks.device).float() / 127.5 - 1, captions
             content = hashlib.sha256(part.records.tobytes() + part.names).hexdigest()
-            return extract(args, ranks, {**key, "data": source, "size": size, "part": name, "content": content}, len(part), chunks, encode)
+            return extract(args, ranks, {**encode.key, "data": source, "size": size, "part": name, "content": content}, len(part), chunks, encode)
         self.pictures, self.captions = codes(train, "train")
         self.val, self.val_captions = codes(val, "val")
         self.told = [i for i, caption in enumerate(self.captions) if caption]
         if not self.told:
             raise ValueError(f"the images in {source!r} have no captions; add .txt files or a metadata.jsonl")
-        self.kinds = (*self.kinds, "caption", "paint")
-        for report in self.reports[:10]:
-            print(f"  {report}", flush=True)
-        ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(self.reports)} reports of broken ones")
+        reports = list(dict.fromkeys(ranks.gather_rows({"reports": self.reports})["reports"]))
+        ranks.say(*(f"  {report}\n" for report in reports[:10]), f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(reports)} broken", sep="")
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
+        if kind == "text":
+            return document(self.text, [self.captions[i]])
         return self.painted(i, self.captions[i], rng) if kind == "paint" else turn(self.text, [self.picture(i)], [self.captions[i]])
 
 
@@ -291,7 +300,8 @@ SKILLS = ("single", "relation", "count", "differ", "compare", "negate", "univers
 
 
 class Validation:
-    """Held-out scenes of the built-in world, the same for every run: questions about `n` of them, and prompts for painting, n // 8 of each skill."""
+    """Held-out scenes of the built-in world, the same for every run: a question about each of `n`, and prompts for painting, n // 16 of each skill that
+    this world has (`compare` speaks of sizes, and plain shapes have one)."""
 
     def __init__(self, source: str, size: int, n: int):
         self.source, self.size = source, size
@@ -299,17 +309,11 @@ class Validation:
         self.scenes = list(shapes.World(source, size, VALIDATION_SEED, "val").scenes(range(n)))
         self.asked = [ask(scene, rng) for scene in self.scenes]                                  # (type, question, answer)
         self.claims = []                                                                        # (skill, claim, a scene that it is true of)
-        pools = {skill: shapes.World(source, size, VALIDATION_SEED + 1, "val", single=float(skill == "single")) for skill in SKILLS[:-1]}
-        pools["held_out"] = shapes.World(source, size, VALIDATION_SEED + 1, "held_out")
-        for skill, world in pools.items():
-            found, said = 0, "single" if skill == "held_out" else skill
-            for scene in world.scenes(range(100 * n)) if n // 8 else ():
-                true = [claim for claim in shapes.claims(scene) if claim.skill == said]
-                if true and found < max(1, n // 8):
-                    self.claims.append((skill, rng.choice(true), scene))
-                    found += 1
-                if found == max(1, n // 8):
-                    break
+        for skill in SKILLS:
+            split, said = ("held_out", "single") if skill == "held_out" else ("val", skill)
+            world = shapes.World(source, size, VALIDATION_SEED + 1, split, single=float(said == "single"))
+            true = ((scene, [claim for claim in shapes.claims(scene) if claim.skill == said]) for scene in world.scenes(range(n)))
+            self.claims += itertools.islice(((skill, rng.choice(claims), scene) for scene, claims in true if claims), max(1, n // 16))
 
     def render(self, scenes: list, device) -> Tensor:
         return shapes.render(shapes.pack(scenes), self.size, device)
@@ -344,7 +348,7 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
             "caption_exact": share(right)}
 
 
-def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, encode, args, ranks: Ranks, folder: str) -> dict:
+def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, ranks: Ranks, folder: str, how: dict) -> dict:
     """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy is the same for the tokenizer's own
     reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to those scenes in the features of the tokenizer's ViT."""
     look = tokenizer.siglip_model.vision_model
@@ -352,7 +356,7 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, encode,
     for i in tqdm(range(0, len(mine), 64), "painting", leave=False, disable=not ranks.first):
         part = [val.claims[j] for j in mine[i:i + 64]]
         real = val.render([scene for *_, scene in part], ranks.device)
-        made = tokenizer.decode(model.paint([claim.text for _, claim, _ in part], seeds=list(mine[i:i + 64]), **sampling(args)))
+        made = tokenizer.decode(model.paint([claim.text for _, claim, _ in part], seeds=list(mine[i:i + 64]), **how))
         for name, images in (("painted", made), ("ceiling", tokenizer.decode(tokenizer.encode(real)))):
             rows[name] += [scene is not None and claim.holds(scene) for (_, claim, _), scene in zip(part, shapes.read(images, val.source))]
         rows["real"].append(look(real)[1].float()), rows["made"].append(look(made)[1].float()), rows["pictures"].append(made)
@@ -360,19 +364,16 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, encode,
     rows = ranks.gather_rows({name: torch.cat(value) if isinstance(value[0], Tensor) else value for name, value in rows.items()})
     metrics = {}
     for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling")):
-        by_skill = {skill: share([right for i, right in zip(rows["index"], rows[name]) if val.claims[i][0] == skill]) for skill in SKILLS}
-        metrics[what] = {**by_skill, "all": share(rows[name])}
+        by_skill = collections.defaultdict(list)
+        for i, right in zip(rows["index"], rows[name]):
+            by_skill[val.claims[i][0]].append(right)
+        metrics[what] = {**{skill: share(by_skill[skill]) for skill in SKILLS if skill in by_skill}, "all": share(rows[name])}
     if ranks.first:
-        order, per = sorted(range(len(rows["index"])), key=rows["index"].__getitem__), len(val.claims) // len(SKILLS)
-        chosen = [[order[s * per + k] for k in range(min(4, per))] for s in range(len(SKILLS))]
-        save_grid([rows["pictures"][row] for row in chosen], os.path.join(folder, "samples", "painted.png"),
-                  titles=[[val.claims[rows["index"][j]][1].text for j in row] for row in chosen])
+        found = {i: row for row, i in enumerate(rows["index"])}
+        firsts = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in by_skill]
+        save_grid([rows["pictures"][[found[i] for i in row]] for row in firsts], os.path.join(folder, "samples", "painted.png"),
+                  titles=[[val.claims[i][1].text for i in row] for row in firsts])
     return {**metrics, "reader_accuracy": metrics["reader_accuracy_by_skill"]["all"], "fd": frechet_distance(rows["made"], rows["real"])}
-
-
-def sampling(args) -> dict:
-    """How to paint: sample.py's flags, or their defaults."""
-    return {"guidance": getattr(args, "guidance", 3.0), "temperature": getattr(args, "temperature", 1.0), "top_k": getattr(args, "top_k", 0), "top_p": getattr(args, "top_p", 0.9)}
 
 
 def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: int, group: int = 32) -> dict:
@@ -391,7 +392,7 @@ def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: in
 
 class MLLMStage(Stage):
     """One row of the table: freeze the rest, train its parts, evaluate what its mixture teaches."""
-    unit = "sequences"
+    unit, cpu_bf16 = "sequences", True
 
     def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, data: Sequences, encode):
         super().__init__(args, ranks)
@@ -403,7 +404,7 @@ class MLLMStage(Stage):
         self.folder = args.out if last else os.path.join(args.out, self.name)
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, 30 if args.preset in ("nano", "small") else 500
         self.settings = json.loads(json.dumps({"stage": row.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "text_data": args.text_data,
-                                               "row": asdict(row), "loss": LOSS, "config": asdict(model.config), "from": digest(model), **common(args)}))
+                                               "row": asdict(row), "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model), **common(args)}))
         model.requires_grad_(False)
         for part in row.trains:
             for parameter in model.parts()[part]:
@@ -414,24 +415,25 @@ class MLLMStage(Stage):
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
-        N = self.data.positions
-        counts = torch.tensor([[len(part.text_target), len(part.learned) * N] for part, in parts], dtype=torch.float32).sum(0).to(self.ranks.device)
+        counts = [[len(part.text_target), len(part.learned) * self.data.positions, len(part.deep)] for part, in parts]
+        counts = torch.tensor(counts, dtype=torch.float32).sum(0).to(self.ranks.device)
         self.scale = len(parts) * self.ranks.count / all_reduce(counts).clamp(min=1)
 
     def loss(self, batch, *, step):
-        terms, total = {}, 0.0
-        kinds = self.data.mixture.keys()
+        terms, total, kinds, depths = {}, 0.0, self.data.mixture.keys(), DEPTHS.get(self.args.preset, (1.0,))
         for name, value in self.wrapped(batch).items():
-            stream, depth = (*name.split("_"), 1)[:2]
-            depth = int(depth) - 1
-            total = total + LOSS[stream][min(depth, len(LOSS[stream]) - 1)] * value * self.scale[int(stream != "text")]
-            if kinds & ({"text", "caption", "question"} if stream == "text" else {"paint", "edit"}):
-                terms[name] = value * self.scale[int(stream != "text")]
+            stream, depth = (*name.split("_"), "1")[:2]
+            depth, words = int(depth), stream == "text"
+            mean = value * self.scale[0 if words else 1 if depth == 1 else 2]
+            total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * mean
+            if kinds & ({"text", "caption", "question"} if words else {"paint", "edit"}):
+                terms[name] = mean
         return total, terms
 
     def evaluate(self):
         self.metrics = {"streams_in": list(self.model.config.streams_in), "streams_out": list(self.model.config.streams_out)}
-        self.metrics |= evaluate(self.model, self.tokenizer, self.data, self.encode, self.args, self.ranks, self.folder, self.data.mixture.keys())
+        self.metrics |= evaluate(self.model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks, self.folder,
+                                 self.data.mixture.keys())
         return self.metrics
 
     def save(self):
@@ -439,22 +441,22 @@ class MLLMStage(Stage):
 
 
 @torch.no_grad()
-def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, args, ranks: Ranks, folder: str, kinds) -> dict:
-    """What these kinds of sequences teach, on held-out data; pictures go to folder/samples. Called on all ranks."""
+def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, n: int, ranks: Ranks, folder: str, kinds, how: dict = SAMPLING) -> dict:
+    """What these kinds of sequences teach, on n held-out pictures, half of them painted; grids go to folder/samples. Called on all ranks."""
     was_training, metrics = model.training, {}
     model.eval()
     if data.source in shapes.DIFFICULTIES:
-        val = Validation(data.source, tokenizer.config.vision.image_size, args.eval_images // 2)
+        val = Validation(data.source, tokenizer.config.vision.image_size, n)
         if "question" in kinds:
             metrics |= understanding(model, val, encode, ranks)
         if "paint" in kinds:
-            metrics |= painting(model, tokenizer, val, encode, args, ranks, folder)
+            metrics |= painting(model, tokenizer, val, ranks, folder, how)
     else:
         if "caption" in kinds:
-            metrics |= caption_retrieval(model, data, ranks, args.eval_images)
+            metrics |= caption_retrieval(model, data, ranks, n)
         if "paint" in kinds and ranks.first:
             shown = [i for i, caption in enumerate(data.val_captions) if caption][:16]
-            made, real = tokenizer.decode(model.paint([data.val_captions[i] for i in shown], **sampling(args))), tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
+            made, real = tokenizer.decode(model.paint([data.val_captions[i] for i in shown], **how)), tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
             rows = [x for i in range(0, len(shown), 8) for x in (real[i:i + 8], made[i:i + 8])]
             save_grid(rows, os.path.join(folder, "samples", "painted.png"), titles=[
                 [data.val_captions[j] if n % 2 else "" for j in shown[n // 2 * 8:n // 2 * 8 + 8]] for n in range(len(rows))])
@@ -476,6 +478,24 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # main
+
+def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
+    """-> function from images (B, 3, H, W) to what the model reads: codes, or the deep features of the teacher, by default the SigLIP beside the tokenizer.
+    Its `key` tells kept codes of different encoders apart."""
+    model = SigLIP.from_pretrained(teacher or os.path.join(folder, "siglip")).vision_model.eval().to(tokenizer.quantizer_pix.codebook.device) if config.continuous else tokenizer
+
+    @torch.no_grad()
+    def encode(images):
+        return model(images, tokenizer.config.deep_layer)[0] if config.continuous else model.encode(images)
+    encode.key = {"encoder": digest(model), "continuous": config.continuous}
+    return encode
+
+
+def image_data(folder: str, tokenizer_folder: str, ranks: Ranks, source: str, model: DualMLLM, tokenizer: DualTokenizer, encode) -> "ImageSequences":
+    """The held-out images of a run in `folder`, for evaluating it again."""
+    args = flags(["--out", folder, "--tokenizer", tokenizer_folder])
+    return ImageSequences(source, args, ranks, model.text, tokenizer, encode)
+
 
 def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
     """The configuration that flags and tokenizer give, the text tokenizer, and the LLM where one is loaded."""
@@ -515,12 +535,11 @@ def main(argv=None):
     ranks = Ranks(args.device)
     torch.manual_seed(args.seed)
     if args.bench and args.tokenizer in PRESETS:
-        tokenizer = DualTokenizer(preset_config(args.tokenizer)).eval()
+        tokenizer, source = DualTokenizer(preset_config(args.tokenizer)).eval(), args.data or "plain"       # random weights, for its shapes
     else:
-        tokenizer = DualTokenizer.from_pretrained(args.tokenizer)
+        tokenizer, source = DualTokenizer.from_pretrained(args.tokenizer), args.data or read_config(args.tokenizer).get("data", "plain")
     tokenizer.to(ranks.device).requires_grad_(False)
     tables, sha256 = code_tables(tokenizer)
-    teacher = SigLIP.from_pretrained(args.teacher or os.path.join(args.tokenizer, "siglip")).vision_model.eval().to(ranks.device) if args.streams_in == "continuous" else None
     config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size)
     if config.continuous:
         rows = [row for row in rows if row.name != "3"]
@@ -532,13 +551,10 @@ def main(argv=None):
         raise ValueError(f"--stage is {args.stage!r}, but with these flags there is only {', '.join(names)}")
 
     # ---- data
-    @torch.no_grad()
-    def encode(images):
-        return teacher(images, tokenizer.config.deep_layer)[0] if teacher else tokenizer.encode(images)
-
-    source = args.data or read_config(args.tokenizer).get("data", "plain") if not args.tokenizer in PRESETS else args.data or "plain"
-    key = {"read": digest(teacher if teacher else tokenizer), "continuous": config.continuous}
-    data = (WorldSequences if source in shapes.DIFFICULTIES else ImageSequences)(source, args, ranks, text, tokenizer, encode, key)
+    if args.bench:      # its codes are of random scenes, few, and not kept
+        args.out = os.path.join(tempfile.gettempdir(), f"nanodualtoken-bench-{os.getppid()}")
+    encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
+    data = (WorldSequences if source in shapes.DIFFICULTIES else ImageSequences)(source, args, ranks, text, tokenizer, encode)
     for row in rows:
         data.batches(row.batch if args.stage != row.name else args.batch_size or row.batch, row.mixture)        # raises before anything is trained
 
@@ -548,11 +564,12 @@ def main(argv=None):
         model = load(os.path.join(args.out, f"stage-{names[first - 1]}"), names[first - 1], config)
     else:
         model = DualMLLM(config, text, llm)
-        model.tables.copy_(tables)
+        model.take_tables(tables)
     model.to(ranks.device).train()
     if args.compile:
         compile_parts(model)
-    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, data {source}, out {args.out}")
+    precision = "bf16 autocast" if args.precision == "bf16" or args.precision == "auto" and (ranks.device.type == "cuda" or native_bf16()) else "fp32"
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, data {source}, out {args.out}")
 
     # ---- the stages, in order
     seconds = {}
@@ -567,6 +584,8 @@ def main(argv=None):
             model.load_state_dict(DualMLLM.from_pretrained(stage.folder).state_dict())
         else:
             train(stage, data.batches(stage.batch, row.mixture))
+    if args.bench and ranks.first:
+        shutil.rmtree(args.out)
 
 
 def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:

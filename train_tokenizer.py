@@ -106,7 +106,7 @@ def shared_flags(p: argparse.ArgumentParser):
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, data order and crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 autocast on CUDA, else fp32; quantizers are always fp32")
+    g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 autocast on CUDA (the MLLM: also on a CPU with AVX-512 BF16), else fp32; quantizers are always fp32")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile transformer layers and decoder")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations in the backward pass to save memory")
     g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
@@ -157,10 +157,10 @@ class Ranks:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.first = self.rank == 0
 
-    def say(self, *words):
+    def say(self, *words, sep: str = " "):
         """Print, on the first rank only."""
         if self.first:
-            print(*words, flush=True)
+            print(*words, sep=sep, flush=True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """DDP where there are several ranks. Buffers are not broadcast: codebooks are equal because every rank computes the same update."""
@@ -200,14 +200,20 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself (AVX-512 BF16): there it is several times as fast as fp32, elsewhere slower. False where torch does not say."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 class Stage:
     """A step of the recipe, as `fit` sees it: `name`, `folder`, `model`, `optimizer`, `steps`, `batch` (samples of all ranks), `lr`, `warmup`, and
     `settings`, a dict that must not change when a run resumes. What is fitted, and how, is in the methods."""
     unit, streams = "images", STREAMS       # what a batch is counted in; for the record
+    cpu_bf16 = False                        # whether --precision auto means bf16 on a CPU that multiplies it natively
 
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
-        bf16 = args.precision == "bf16" or args.precision == "auto" and ranks.device.type == "cuda"
+        bf16 = args.precision == "bf16" or args.precision == "auto" and (ranks.device.type == "cuda" or self.cpu_bf16 and native_bf16())
         self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     def before_step(self, parts: list[tuple]):
@@ -807,11 +813,18 @@ def finish(stage: Stage):
     path = os.path.join(stage.folder, "metrics.json")
     write_json(path, {**stage.metrics, **about, "settings": stage.settings})
     print(f"\n{path}")
-    for name, value in {**stage.metrics, **about}.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{k} {show(v)}" for k, v in value.items() if isinstance(v, float))
-        if value != "":     # what is told per depth has its place in the file
-            print(f"  {name:28} {show(value)}")
+    report({**stage.metrics, **about})
+
+
+def report(metrics: dict):
+    """A table on the screen: a line for each number, or for each row of numbers."""
+    for name, value in metrics.items():
+        rows = value if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()) else {"": value}
+        for row, v in rows.items():
+            if isinstance(v, dict):
+                v = "  ".join(f"{k} {show(x)}" for k, x in v.items() if isinstance(x, (int, float)))
+            if v != "":     # what is told per depth has its place in the file
+                print(f"  {f'{name} {row}':28} {show(v)}")
 
 
 def main(argv=None):
