@@ -253,15 +253,15 @@ class LLMConfig:
             raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key-value heads: expected heads of even width, and key-value heads that divide heads")
 
 
-def _qwen(width, mlp, layers, heads, groups, tied=True, vocab=151936, theta=1e6):
-    return dict(vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+def _sizes(width, mlp, layers, heads, groups, tied=True, vocab=151936, theta=1e6, length=32768):
+    return dict(max_position_embeddings=length, vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
                 rope_theta=theta, tie_word_embeddings=tied)
 
 
 LLMS = {    # the first two are ours, from scratch, over bytes; the others are Qwen2.5's published shapes
-    "nano": _qwen(96, 256, 4, 3, 3, vocab=264, theta=1e4), "small": _qwen(384, 1024, 8, 6, 2, vocab=264, theta=1e4),
-    "qwen2.5-0.5b": _qwen(896, 4864, 24, 14, 2), "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12, 2), "qwen2.5-3b": _qwen(2048, 11008, 36, 16, 2),
-    "qwen2.5-7b": _qwen(3584, 18944, 28, 28, 4, tied=False, vocab=152064),
+    "nano": _sizes(96, 256, 4, 3, 3, vocab=264, theta=1e4, length=1024), "small": _sizes(384, 1024, 8, 6, 2, vocab=264, theta=1e4, length=1024),
+    "qwen2.5-0.5b": _sizes(896, 4864, 24, 14, 2), "qwen2.5-1.5b": _sizes(1536, 8960, 28, 12, 2), "qwen2.5-3b": _sizes(2048, 11008, 36, 16, 2),
+    "qwen2.5-7b": _sizes(3584, 18944, 28, 28, 4, tied=False, vocab=152064),
 }
 
 
@@ -402,9 +402,10 @@ class LLM(nn.Module):
                                     ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
             if got != expected:
                 raise ValueError(f"{folder}/config.json has {what} {got!r}, expected {expected!r}: this LLM is Qwen2's")
-        model = cls(_config(LLMConfig, {"rope_theta": rope.get("rope_theta", 10_000.0), **config}, folder))
+        with torch.device("meta"):      # no time for random weights that are not used
+            model = cls(_config(LLMConfig, {"rope_theta": rope.get("rope_theta", 10_000.0), **config}, folder))
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
-        load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder)
+        load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder, assign=True)
         return model
 
 
@@ -717,8 +718,10 @@ class DualMLLM(nn.Module):
             raise ValueError(f"{folder}/config.json is no multimodal LLM of ours: model_type is {config.get('model_type')!r}, expected 'dualmllm'")
         config["llm"] = _config(LLMConfig, config.get("llm"), folder)
         config = _config(MLLMConfig, config, folder)
-        model = cls(config, TextTokenizer.bytes() if config.text == "bytes" else TextTokenizer.from_folder(folder))
-        load_weights(model, read_weights(folder), folder)
+        text = TextTokenizer.bytes() if config.text == "bytes" else TextTokenizer.from_folder(folder)
+        with torch.device("meta"):
+            model = cls(config, text)
+        load_weights(model, read_weights(folder), folder, assign=True)
         return model.eval()
 
 

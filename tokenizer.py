@@ -707,8 +707,8 @@ def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = (
         raise ValueError(f"{path} is truncated or damaged ({error}); copy or save it again") from None
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str):
-    """Load all or raise ValueError with every missing, unexpected and misshapen tensor by name."""
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assign: bool = False):
+    """Load all or raise ValueError with every missing, unexpected and misshapen tensor by name. assign: of a model on the meta device."""
     own = model.state_dict()
     wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in weights]
     wrong += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in own]
@@ -716,4 +716,4 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str):
               for name in own if name in weights and own[name].shape != weights[name].shape]
     if wrong:
         raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong))
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=assign)

@@ -105,7 +105,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer preset's")
     g = shared_flags(p)
-    g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data")
+    g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
     args = p.parse_args(argv)
     check_shared(args, text_length=2, code_dim=0)
     if args.preset not in STAGES:
@@ -150,8 +150,12 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
             os.rename(temporary, folder)
         if ranks.count > 1:
             dist.barrier()
-    with open(os.path.join(folder, "said.json"), encoding="utf-8") as file:
-        return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), json.load(file)
+    return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), read_json(os.path.join(folder, "said.json"))
+
+
+def read_json(path: str):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def to_tensor(values: np.ndarray) -> Tensor:
@@ -288,9 +292,10 @@ class ImageSequences(Sequences):
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
+        words = self.text.decode(self.text.encode(self.captions[i])[:self.args.text_length])
         if kind == "text":
-            return document(self.text, [self.captions[i]])
-        return self.painted(i, self.captions[i], rng) if kind == "paint" else turn(self.text, [self.picture(i)], [self.captions[i]])
+            return document(self.text, [words])
+        return self.painted(i, words, rng) if kind == "paint" else turn(self.text, [self.picture(i)], [words])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,7 +416,7 @@ class MLLMStage(Stage):
                 parameter.requires_grad_(True)
         model.llm.checkpointing = args.checkpointing
         self.optimizer = adamw([model], self.lr, (0.9, 0.95), 0.01)
-        self.metrics = {}
+        self.metrics, self.earlier = {}, {}     # earlier: seconds of the stages before
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
@@ -435,6 +440,11 @@ class MLLMStage(Stage):
         self.metrics |= evaluate(self.model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks, self.folder,
                                  self.data.mixture.keys())
         return self.metrics
+
+    def about(self):
+        share = sum(self.data.mixture.values())
+        pictures = sum(part * {"text": 0, "edit": 2}.get(kind, 1) for kind, part in self.data.mixture.items()) / share
+        return {"images_per_second": round(self.per_second * pictures, 1), "stage_seconds": {**self.earlier, self.row.name: self.seconds}}
 
     def save(self):
         self.model.save_pretrained(self.folder, stage=self.row.name, data=self.data.source)
@@ -572,18 +582,20 @@ def main(argv=None):
     ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, data {source}, out {args.out}")
 
     # ---- the stages, in order
-    seconds = {}
+    earlier = {}
     for n, row in enumerate(rows[first:] if args.stage == "all" else rows[first:first + 1], first):
         stage = MLLMStage(args, ranks, row, n == len(rows) - 1, model, tokenizer, data, encode)
         if args.bench:
             bench(stage, data.batches(stage.batch, row.mixture))
             continue
-        stage.seconds_before = seconds
+        stage.earlier = dict(earlier)
         if args.resume and kept(stage):
             ranks.say(f"stage {row.name}: {stage.folder} is kept from an earlier run with these settings")
             model.load_state_dict(DualMLLM.from_pretrained(stage.folder).state_dict())
+            earlier[row.name] = read_json(os.path.join(stage.folder, "metrics.json"))["seconds"]
         else:
             train(stage, data.batches(stage.batch, row.mixture))
+            earlier[row.name] = stage.seconds
     if args.bench and ranks.first:
         shutil.rmtree(args.out)
 

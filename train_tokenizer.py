@@ -238,6 +238,10 @@ class Stage:
         """Metrics; called on all ranks."""
         return {}
 
+    def about(self) -> dict:
+        """More for metrics.json, once trained."""
+        return {}
+
     def save(self):
         """What others load, on the first rank."""
 
@@ -807,7 +811,7 @@ def finish(stage: Stage):
     about = {"preset": args.preset, "design": "dual", "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
              "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
              "ranks": ranks.count, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
-             f"{stage.unit}_per_second": round(stage.per_second, 1), "torch": torch.__version__, "commit": commit()}
+             f"{stage.unit}_per_second": round(stage.per_second, 1), "torch": torch.__version__, "commit": commit(), **stage.about()}
     if not ranks.first:
         return
     path = os.path.join(stage.folder, "metrics.json")
