@@ -259,7 +259,7 @@ def _sizes(width, mlp, layers, heads, groups, tied=True, vocab=151936, theta=1e6
 
 
 LLMS = {    # the first two are ours, from scratch, over bytes; the others are Qwen2.5's published shapes
-    "nano": _sizes(96, 256, 4, 3, 3, vocab=264, theta=1e4, length=1024), "small": _sizes(384, 1024, 8, 6, 2, vocab=264, theta=1e4, length=1024),
+    "nano": _sizes(128, 352, 4, 4, 4, vocab=264, theta=1e4, length=1024), "small": _sizes(384, 1024, 8, 6, 2, vocab=264, theta=1e4, length=1024),
     "qwen2.5-0.5b": _sizes(896, 4864, 24, 14, 2), "qwen2.5-1.5b": _sizes(1536, 8960, 28, 12, 2), "qwen2.5-3b": _sizes(2048, 11008, 36, 16, 2),
     "qwen2.5-7b": _sizes(3584, 18944, 28, 28, 4, tied=False, vocab=152064),
 }
@@ -547,7 +547,7 @@ class MLLMConfig:
         return self.streams_in == ("continuous",)
 
 
-HEADS = {"nano": dict(head_width=48, head_heads=2, head_mlp=96, head_shared=True), "small": dict(head_width=256, head_heads=4, head_mlp=704, head_shared=True)}
+HEADS = {"nano": dict(head_width=64, head_heads=2, head_mlp=128, head_shared=True), "small": dict(head_width=256, head_heads=4, head_mlp=704, head_shared=True)}
 
 
 class DualMLLM(nn.Module):

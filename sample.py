@@ -22,7 +22,7 @@ from data.images import centre_crop, decode
 from losses import psnr, ssim
 from mllm import DualMLLM, code_tables
 from tokenizer import DualTokenizer, read_config, write_json
-from train_mllm import encoder, evaluate, image_data
+from train_mllm import SAMPLING, encoder, evaluate, image_data
 from train_tokenizer import VALIDATION_SEED, Ranks, report, run, save_grid
 
 
@@ -39,10 +39,10 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--out", default="out/samples", help="folder for pictures")
     p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), or scenes to reconstruct (0: eight)")
     p.add_argument("--eval-images", type=int, default=1024, help="size of the evaluation, as in training")
-    p.add_argument("--guidance", type=float, default=3.0, help="how strongly to follow the words; 1: as trained, and twice as fast")
-    p.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0: always the likeliest code")
-    p.add_argument("--top-k", type=int, default=0, help="sample among so many codes; 0: all")
-    p.add_argument("--top-p", type=float, default=0.9, help="sample among the likeliest codes that together have this probability")
+    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; 1: as trained, and twice as fast")
+    p.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of sampling; 0: always the likeliest code")
+    p.add_argument("--top-k", type=int, default=SAMPLING["top_k"], help="sample among so many codes; 0: all")
+    p.add_argument("--top-p", type=float, default=SAMPLING["top_p"], help="sample among the likeliest codes that together have this probability")
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next have the next seeds")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = p.parse_args(argv)
