@@ -1,9 +1,10 @@
 """The tests, grouped by component: `pytest test_all.py -q`, or one group, `pytest test_all.py -k rvq`. Groups: shapes, reader, images, rvq, tokenizer, losses,
-train, sample, project. Seconds each. Tests against reference numbers and real images find them through the variable NANODUALTOKEN_SHARED and
+train, text, mllm, sample, project. Seconds each. Tests against reference numbers and real images find them through the variable NANODUALTOKEN_SHARED and
 skip, with the reason, where it is not set; parity tests skip where transformers is not installed."""
 
 import ast
 import copy
+import functools
 import glob
 import io
 import json
@@ -18,8 +19,11 @@ import struct
 import subprocess
 import sys
 import tarfile
+import unicodedata
 import warnings
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,12 +32,15 @@ import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image, ImageCms
 from safetensors.torch import load_file, save_file
 
+import mllm
 import sample
+import train_mllm
 import train_tokenizer
 from data import images, shapes
 from data.shapes import World
 from losses import (Discriminator, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
+from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import ResidualVQ, histogram, usage_and_perplexity
 from tokenizer import DualTokenizer, Projection, SigLIP, TextConfig, VisionConfig, load_weights, preset_config, text_ids
 
@@ -1486,11 +1493,1611 @@ def test_sample_bad_input_ends_in_a_sentence(run_folder, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# mllm.py: the text tokenizer
+
+VOCAB = Path(SHARED, "data", "vocab")
+needs_vocab = pytest.mark.skipif(not (VOCAB / "qwen").is_dir(), reason="no vocabularies: set NANODUALTOKEN_SHARED")
+
+SAMPLES = [
+    "", " ", "a", "Hello world", "Hello, world! It's 3 o'clock.", "The quick brown fox jumps over the lazy dog.",
+    "Ein Bär läuft über die Straße. ¿Dónde está? Ça va! Владимир пишет письмо. ελληνικά κείμενο",
+    "一只红色的圆圈在蓝色方块的左边。赤い丸と青い四角。빨간 원과 파란 사각형 ไทย हिन्दी العربية עברית",
+    "0 1 12 123 1234567890 3.14159 1,000,000 ½ Ⅷ ٣٤٥ 2x3 a1b2",
+    "  two   three    four\t tab\t\ttabs \u00a0nbsp\u3000wide  ", "x  \n  y\n\n\nz\r\n\r\nw \n", "\n", "\n\n\n", "   ", " \n \n", "\t",
+    "😀 👍🏽 👩‍👩‍👧‍👦 🇪🇺 ❤️ ok👌", "caf\u00e9 cafe\u0301 A\u030a \u212b n\u0303o\u0302\u0323 \ufb01 \uac00 \u1100\u1161",
+    "I'm you're he's we've they'll she'd don't", "I'M YOU'RE HE'S WE'VE THEY'LL SHE'D DON'T 'S 'Tis",
+    "x'sx ''s '' 'l 'll' l'l X'THEM Y'Div Z'RED",
+    "def f(x):\n    return x ** 2  # square\n\n\tprint(f'{x!r}')\n", "<b>bold</b> &amp; https://example.org/a?b=c#d ... --- === !!!???",
+    "\x00\x01\x7f\x80\xad control", "\u200b\u200d\ufeff\u2028\u2029\x85 \x0b\x0c separators", "<image_start><|endoftext",
+    "a" * 600, "é" * 300, " " * 300 + "x",
+]
+
+
+def random_text(rng: random.Random, length: int) -> str:
+    """Characters from everywhere but the surrogates, near neighbours more often, so that words, runs and combinations come up."""
+    blocks = [(32, 127), (9, 14), (32, 33), (48, 58), (97, 123), (160, 592), (768, 880), (1024, 1280), (0x4E00, 0x9FFF), (0x1100, 0x1200),
+              (0xAC00, 0xD7A4), (0x1F300, 0x1F700), (0x0900, 0x0980), (0x2000, 0x2070), (0xE000, 0x10FFFF), (0, 0xD800)]
+    out = []
+    while len(out) < length:
+        block = rng.choice(blocks)
+        out += [chr(rng.randrange(*block)) for _ in range(rng.randint(1, 6))]
+    old = unicodedata.ucd_3_2_0.combining       # marks of later Unicode versions are in order in one normaliser and not yet in another
+    return "".join(char for char in out if old(char) == unicodedata.combining(char))
+
+
+@functools.cache
+def loaded(name: str) -> TextTokenizer:
+    return TextTokenizer.from_folder(VOCAB / name)
+
+
+@functools.cache
+def reference(name: str):
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    return getattr(transformers, {"gpt2": "GPT2Tokenizer", "qwen": "Qwen2Tokenizer"}[name]).from_pretrained(VOCAB / name)
+
+
+def hugging_face(folder: Path, name: str, pairs: bool, added: list[tuple[str, int]]) -> Path:
+    """Writes tokenizer.json in Hugging Face's layout from vocab.json and merges.txt: merges as pairs or as strings."""
+    folder.mkdir(exist_ok=True)
+    vocab = json.loads((VOCAB / name / "vocab.json").read_text("utf-8"))
+    merges = [line for line in (VOCAB / name / "merges.txt").read_text("utf-8").splitlines() if line][1:]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": name == "gpt2"}
+    split = {"type": "Split", "pattern": {"Regex": KNOWN[151643][0]}, "behavior": "Isolated", "invert": False}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": id, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                          "special": True} for token, id in added],
+        "normalizer": None if name == "gpt2" else {"type": "NFC"},
+        "pre_tokenizer": level if name == "gpt2" else {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": level, "decoder": level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                  "fuse_unk": False, "vocab": vocab, "merges": [merge.split(" ") for merge in merges] if pairs else merges}}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def same(a: TextTokenizer, b: TextTokenizer) -> bool:
+    texts = SAMPLES + [random_text(random.Random(seed), 200) for seed in range(3)]
+    return (a.encoding._mergeable_ranks == b.encoding._mergeable_ranks and all(a.encode(text) == b.encode(text) for text in texts)
+            and (a.marks, a.end, a.turn_start, a.turn_end, a.size, a.nfc) == (b.marks, b.end, b.turn_start, b.turn_end, b.size, b.nfc))
+
+
+def refuses(call, *words: str):
+    """The call raises ValueError with one sentence that has the words in it, and shows no chain of other errors."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is ValueError and caught.value.__suppress_context__ | (caught.value.__context__ is None)
+    assert "\n" not in message and 20 < len(message) < 700 and not re.search(r"\. [A-Z]", message), message
+    for word in words:
+        assert word in message, message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ids
+
+def test_text_bytes_are_the_ids():
+    text = TextTokenizer.bytes()
+    assert text.encode("aé\n漢") == list("aé\n漢".encode()) and text.encode("") == []
+    assert text.marks == dict(zip(MARKS, range(257, 261))) and text.end == 256 and text.size == 261
+    assert text.turn_start is None and text.turn_end is None and text.nfc is False and text.files == []
+    assert text.encode("e\u0301") == [101, 204, 129]                                        # not composed
+
+
+@needs_vocab
+def test_text_known_ids():
+    gpt2, qwen = loaded("gpt2"), loaded("qwen")
+    assert gpt2.encode("Hello world") == [15496, 995] and qwen.encode("Hello world") == [9707, 1879]
+    assert gpt2.end == 50256 and gpt2.size == 50261 and gpt2.turn_start is None and gpt2.turn_end is None and not gpt2.nfc
+    assert gpt2.marks == dict(zip(MARKS, range(50257, 50261)))
+    assert (qwen.end, qwen.turn_start, qwen.turn_end, qwen.size, qwen.nfc) == (151643, 151644, 151645, 151669, True)
+    assert qwen.marks == {"<image_start>": 151665, "<image_end>": 151666, "<image_gen_start>": 151667, "<image_gen_end>": 151668}
+    assert len(set(SPECIALS)) == 22 and qwen.specials["<|vision_start|>"] == 151652 and qwen.specials["<|file_sep|>"] == 151664
+    assert [Path(path).name for path in qwen.files] == ["vocab.json", "merges.txt"]
+
+
+@needs_vocab
+@pytest.mark.parametrize("name", ["gpt2", "qwen"])
+def test_text_equals_the_reference(name):
+    text, other = loaded(name), reference(name)
+    rng = random.Random(1)
+    samples = SAMPLES + [random_text(rng, rng.randint(1, 300)) for _ in range(300)]
+    samples += [unicodedata.normalize(form, sample) for form in ("NFC", "NFD") for sample in SAMPLES]
+    wrong = [sample for sample in samples if text.encode(sample) != other(sample, add_special_tokens=False)["input_ids"]]
+    assert not wrong, f"{len(wrong)} of {len(samples)} differ, such as {wrong[0]!r}"
+
+
+@needs_vocab
+def test_text_qwen_composes_and_gpt2_does_not():
+    assert loaded("qwen").encode("cafe\u0301") == loaded("qwen").encode("caf\u00e9")
+    assert loaded("gpt2").encode("cafe\u0301") != loaded("gpt2").encode("caf\u00e9")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layouts
+
+@needs_vocab
+@pytest.mark.parametrize("pairs, count", [(False, 22), (True, 3), (True, 26)])
+def test_text_qwen_tokenizer_json_equals_vocab_and_merges(tmp_path, pairs, count):
+    added = [(name, 151643 + n) for n, name in enumerate([*SPECIALS, *MARKS])][:count]   # Qwen2 lists 3, Qwen2.5 22; 26: and our marks
+    text = TextTokenizer.from_folder(hugging_face(tmp_path, "qwen", pairs, added))
+    assert same(text, loaded("qwen")) and [Path(path).name for path in text.files] == ["tokenizer.json"]
+
+
+@needs_vocab
+def test_text_gpt2_tokenizer_json_equals_vocab_and_merges(tmp_path):
+    folder = hugging_face(tmp_path, "gpt2", True, [("<|endoftext|>", 50256)])
+    assert same(TextTokenizer.from_folder(folder), loaded("gpt2"))
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    del content["model"]["type"]                                                             # as in older files
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert same(TextTokenizer.from_folder(str(folder)), loaded("gpt2"))
+
+
+@needs_vocab
+def test_text_qwen_tiktoken_equals_vocab_and_merges(tmp_path):
+    shutil.copyfile(VOCAB / "qwen" / "qwen.tiktoken", tmp_path / "qwen.tiktoken")
+    assert same(TextTokenizer.from_folder(tmp_path), loaded("qwen"))
+
+
+@needs_vocab
+def test_text_vocab_json_with_or_without_specials(tmp_path):
+    vocab = json.loads((VOCAB / "qwen" / "vocab.json").read_text("utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {name: 151643 + n for n, name in enumerate(SPECIALS)}), encoding="utf-8")
+    merges = (VOCAB / "qwen" / "merges.txt").read_bytes()
+    (tmp_path / "merges.txt").write_bytes(merges.partition(b"\n")[2] + b"\n")                # no first line, an empty last one
+    assert same(TextTokenizer.from_folder(tmp_path), loaded("qwen"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encode and decode
+
+@needs_vocab
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "qwen"])
+def test_text_spelling_of_marks_stays_text(name):
+    text = TextTokenizer.bytes() if name == "bytes" else loaded(name)
+    for spelling in [*MARKS, *SPECIALS]:
+        sample = f"see {spelling} and{spelling}{spelling}."
+        ids = text.encode(sample)
+        assert max(ids) < text.end and not set(ids) & set(text.specials.values())
+        assert text.decode(ids) == sample
+
+
+@needs_vocab
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "qwen"])
+def test_text_round_trip(name):
+    text = TextTokenizer.bytes() if name == "bytes" else loaded(name)
+    rng = random.Random(2)
+    for sample in SAMPLES + [random_text(rng, rng.randint(0, 400)) for _ in range(200)]:
+        assert text.decode(text.encode(sample)) == (unicodedata.normalize("NFC", sample) if name == "qwen" else sample)
+
+
+@needs_vocab
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "qwen"])
+def test_text_decode_leaves_out_specials_and_strangers(name):
+    text = TextTokenizer.bytes() if name == "bytes" else loaded(name)
+    a, b = text.encode("red"), text.encode(" circle")
+    assert text.decode([text.end, *a, *text.specials.values(), *b, text.size, 10 ** 9, -1]) == "red circle"
+    assert text.decode([]) == "" and text.decode([text.end]) == ""
+    cut = text.encode("é" if name == "bytes" else "\U000F1234")[:-1]                         # the start of a character
+    assert text.decode([*a, *cut, *b]) == "red\ufffd circle"
+    text.decode(random.Random(0).choices(range(text.size), k=2000))                          # any ids make some string
+
+
+def test_text_lone_surrogates_do_not_fail():
+    assert TextTokenizer.bytes().decode(TextTokenizer.bytes().encode("a\ud800b")) == "a\ufffdb"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+@needs_vocab
+@pytest.mark.parametrize("name, layout", [("gpt2", "vocab.json merges.txt"), ("qwen", "vocab.json merges.txt"), ("qwen", "qwen.tiktoken"),
+                                          ("gpt2", "tokenizer.json")])
+def test_text_save_and_from_folder(tmp_path, name, layout):
+    source, target = tmp_path / "source", tmp_path / "deep" / "target"
+    if layout == "tokenizer.json":
+        hugging_face(source, name, False, [("<|endoftext|>", 50256)])
+    else:
+        source.mkdir()
+        for file in layout.split():
+            shutil.copyfile(VOCAB / name / file, source / file)
+    text = TextTokenizer.from_folder(source)
+    text.save(target)
+    assert sorted(os.listdir(target)) == sorted(layout.split())                              # nothing temporary is left
+    assert same(TextTokenizer.from_folder(target), loaded(name))
+    before = {file: (source / file).read_bytes() for file in layout.split()}
+    text.save(source)                                                                        # where it came from
+    assert {file: (source / file).read_bytes() for file in os.listdir(source)} == before
+
+
+@needs_vocab
+def test_text_save_refuses_what_would_not_come_back(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    refuses(lambda: loaded("gpt2").save(tmp_path), "tokenizer.json", "another folder")
+    refuses(lambda: TextTokenizer.bytes().save(tmp_path), "tokenizer.json", "another folder")
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+    (tmp_path / "in").mkdir()
+    shutil.copyfile(VOCAB / "qwen" / "qwen.tiktoken", tmp_path / "in" / "qwen.tiktoken")
+    gone = TextTokenizer.from_folder(tmp_path / "in")
+    (tmp_path / "in" / "qwen.tiktoken").unlink()
+    refuses(lambda: gone.save(tmp_path / "out"), "qwen.tiktoken", "cannot be copied")
+    (tmp_path / "file").write_text("x")
+    refuses(lambda: loaded("gpt2").save(tmp_path / "file"), "cannot be copied")
+
+
+def test_text_bytes_save_nothing(tmp_path):
+    TextTokenizer.bytes().save(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def tiny(**changes) -> str:
+    """A small tokenizer.json, of which parts are replaced."""
+    content = {"added_tokens": [], "normalizer": None, "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}
+    return json.dumps(content | changes)
+
+
+BROKEN = {
+    "nothing": ({}, ["0 ordinary", "tokenizer.json", "merges.txt", "qwen.tiktoken"]),
+    "merges missing": ({"vocab.json": "{}"}, ["merges.txt"]),
+    "vocabulary missing": ({"merges.txt": "a b"}, ["vocab.json"]),
+    "empty": ({"tokenizer.json": ""}, ["tokenizer.json", "Expecting value"]),
+    "cut": ({"tokenizer.json": '{"model": {"vocab": {"a": 0, "b'}, ["tokenizer.json"]),
+    "no UTF-8": ({"tokenizer.json": b"\xff\xfe{}"}, ["tokenizer.json", "utf-8"]),
+    "too deep": ({"tokenizer.json": "[" * 200000}, ["tokenizer.json"]),
+    "list": ({"tokenizer.json": "[1, 2]"}, ["tokenizer.json"]),
+    "null": ({"tokenizer.json": "null"}, ["tokenizer.json"]),
+    "number": ({"tokenizer.json": "7"}, ["tokenizer.json"]),
+    "string": ({"tokenizer.json": '"x"'}, ["tokenizer.json"]),
+    "no model": ({"tokenizer.json": '{"added_tokens": []}'}, ["tokenizer.json"]),
+    "unigram": ({"tokenizer.json": tiny(model={"type": "Unigram", "vocab": [["a", -1.0]]})}, ["tokenizer.json"]),
+    "vocabulary of another type": ({"tokenizer.json": tiny(model={"vocab": [1], "merges": []})}, ["tokenizer.json"]),
+    "another vocabulary": ({"tokenizer.json": tiny()}, ["3 ordinary", "50256", "151643"]),
+    "merges of numbers": ({"tokenizer.json": tiny(model={"vocab": {"a": 0}, "merges": [1, 2]})}, ["tokenizer.json"]),
+    "merges of one": ({"tokenizer.json": tiny(model={"vocab": {"a": 0}, "merges": [["a"]]})}, ["tokenizer.json"]),
+    "merges of lists": ({"tokenizer.json": tiny(model={"vocab": {"a": 0}, "merges": [[["a"], ["a"]]]})}, ["tokenizer.json"]),
+    "ids as text": ({"tokenizer.json": tiny(model={"vocab": {"a": "0"}, "merges": []})}, ["tokenizer.json"]),
+    "ids as lists": ({"tokenizer.json": tiny(model={"vocab": {"a": [0]}, "merges": []})}, ["tokenizer.json"]),
+    "sentencepiece": ({"tokenizer.json": tiny(model={"vocab": {"\u2581a": 0}, "merges": []})}, ["\u2581", "spells no bytes"]),
+    "vocab.json is a list": ({"vocab.json": "[]", "merges.txt": "a b"}, ["vocab.json", "merges.txt"]),
+    "empty vocab.json": ({"vocab.json": "{}", "merges.txt": ""}, ["0 ordinary"]),
+    "merges.txt is something else": ({"vocab.json": '{"a": 0}', "merges.txt": "<html> no such file </html>"}, ["merges.txt"]),
+    "no base64": ({"qwen.tiktoken": "!!! 0\n"}, ["qwen.tiktoken", "base64"]),
+    "no rank": ({"qwen.tiktoken": "IQ==\n"}, ["qwen.tiktoken"]),
+    "rank is no number": ({"qwen.tiktoken": "IQ== x\n"}, ["qwen.tiktoken", "'x'"]),
+    "few ranks": ({"qwen.tiktoken": "IQ== 0\nIg== 1\n"}, ["2 ordinary", "151643"]),
+    "git lfs pointer": ({"qwen.tiktoken": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2561218\n"}, ["qwen.tiktoken"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_text_broken_files_are_refused(tmp_path, case):
+    files, words = BROKEN[case]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuses(lambda: TextTokenizer.from_folder(tmp_path), *words, "expected", "copy", str(tmp_path))
+
+
+def test_text_missing_folder_is_refused(tmp_path):
+    refuses(lambda: TextTokenizer.from_folder(str(tmp_path / "nowhere")), "nowhere", "tokenizer.json", "expected")
+    (tmp_path / "file").write_text("x")
+    refuses(lambda: TextTokenizer.from_folder(tmp_path / "file"), "file", "expected")
+
+
+def swapped(lines, i, j):
+    lines[i], lines[j] = lines[j], lines[i]
+    return lines
+
+
+@needs_vocab
+@pytest.mark.parametrize("change, words", [
+    (lambda m: swapped(m, 100, 101), "order"), (lambda m: m[:-1], "49999 merges"), (lambda m: m[:5] + m[6:], "merges"),
+    (lambda m: m + m[-1:], "50001 merges"), (lambda m: m[:7] + ["qq zz"] + m[8:], "known"), (lambda m: [" Ġt"] + m[1:], "known"),
+    (lambda m: [], "0 merges"),
+    (lambda m: m[:9] + ["a b c"] + m[10:], "unpack"), (lambda m: m[:9] + ["ab"] + m[10:], "unpack")],
+    ids=["order", "cut", "left out", "twice", "unknown", "empty", "none", "three", "one"])
+def test_text_merges_that_do_not_fit_are_refused(tmp_path, change, words):
+    shutil.copyfile(VOCAB / "gpt2" / "vocab.json", tmp_path / "vocab.json")
+    merges = (VOCAB / "gpt2" / "merges.txt").read_text("utf-8").splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join(merges[:1] + change(merges[1:])), encoding="utf-8")
+    refuses(lambda: TextTokenizer.from_folder(tmp_path), "merges.txt", words)
+
+
+@needs_vocab
+@pytest.mark.parametrize("change, words", [
+    ({"!": 1}, "0, 1, 2"), ({"!": -1}, "0, 1, 2"), ({"!": 0.0}, "float"), ({"!": None}, "0, 1, 2"), ({"!": "0"}, "0, 1, 2"),
+    ({"!": [0]}, "list"), ({"Ġgazed": 60000}, "merges"), ({"zqzqz": 50257}, "50257 ordinary"), ({"a b": 50257}, "spells no bytes")])
+def test_text_ids_that_do_not_fit_are_refused(tmp_path, change, words):
+    vocab = json.loads((VOCAB / "gpt2" / "vocab.json").read_text("utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | change), encoding="utf-8")
+    shutil.copyfile(VOCAB / "gpt2" / "merges.txt", tmp_path / "merges.txt")
+    refuses(lambda: TextTokenizer.from_folder(tmp_path), "vocab.json", words)
+
+
+@needs_vocab
+@pytest.mark.parametrize("added", [
+    [("<|endoftext|>", 50257)], [("<|endoftext|>", 50256), ("<tool_response>", 50257)], [("<|im_start|>", 50257)],
+    [("<image_start>", 50258)]])
+def test_text_added_tokens_elsewhere_are_refused(tmp_path, added):
+    refuses(lambda: TextTokenizer.from_folder(hugging_face(tmp_path, "gpt2", False, added)), "tokenizer.json", "added tokens", added[-1][0])
+
+
+@needs_vocab
+@pytest.mark.parametrize("added", [[7], [["<|endoftext|>", 50256]], [{"content": ["<|endoftext|>"], "id": 50256}]])
+def test_text_added_tokens_of_another_type_are_refused(tmp_path, added):
+    path = hugging_face(tmp_path, "gpt2", False, []) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"added_tokens": added}), encoding="utf-8")
+    refuses(lambda: TextTokenizer.from_folder(tmp_path), "tokenizer.json")
+
+
+def test_text_unreadable_file_is_refused(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", denied)
+    refuses(lambda: TextTokenizer.from_folder(tmp_path), "tokenizer.json", "Permission denied")
+
+
+@needs_vocab
+def test_text_missing_bytes_are_refused(tmp_path):
+    lines = (VOCAB / "qwen" / "qwen.tiktoken").read_text("utf-8").splitlines()
+    (tmp_path / "qwen.tiktoken").write_text("\n".join(["//79/A== 0", *lines[1:]]))           # four bytes where "!" was
+    refuses(lambda: TextTokenizer.from_folder(tmp_path), "256 of them single bytes")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mllm: the LLM
+
+def small_llm(**more):
+    sizes = dict(vocab_size=264, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=200, rope_theta=100.0, tie_word_embeddings=True)
+    return LLMConfig(**{**sizes, **more})
+
+
+def their_qwen(c, seed=0):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
+    return randomised(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**vars(c), bos_token_id=None, eos_token_id=None)), seed).eval()
+
+
+@pytest.mark.parametrize("tied, groups, theta, eps", [(True, 2, 1e6, 1e-6), (False, 4, 1e4, 1e-5), (False, 1, 30.0, 0.3)])
+def test_mllm_llm_matches_transformers(tied, groups, theta, eps, tmp_path):
+    c = small_llm(tie_word_embeddings=tied, num_key_value_heads=groups, rope_theta=theta, rms_norm_eps=eps)
+    theirs, ids = their_qwen(c), torch.randint(264, (2, 50), generator=torch.Generator().manual_seed(1))
+    theirs.save_pretrained(tmp_path)
+    ours = LLM.from_pretrained(tmp_path)
+    assert ours.config == c and (ours.lm_head is None) == tied
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert expected.std() > 0.3
+        torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+
+
+def test_mllm_llm_loads_the_layouts_of_hugging_face(tmp_path):
+    """Shards with an index, bf16, a tied checkpoint that holds its table twice, and config.json as Qwen2.5's were published, defaults left out."""
+    theirs, ids = their_qwen(small_llm(rms_norm_eps=1e-6)), torch.randint(264, (1, 9))
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="15KB")
+    assert len(glob.glob(str(tmp_path / "shards/*.safetensors"))) > 2
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    rounded = {name: value.float() for name, value in theirs.state_dict().items() if name != "lm_head.weight"}
+    shutil.copytree(tmp_path / "bf16", tmp_path / "twice")
+    save_file({name: value.bfloat16() for name, value in rounded.items()} | {"lm_head.weight": rounded["model.embed_tokens.weight"].bfloat16()},
+              tmp_path / "twice/model.safetensors", metadata={"format": "pt"})
+    published = {k: v for k, v in vars(small_llm()).items() if k != "rms_norm_eps"}
+    (tmp_path / "twice/config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "bfloat16", "use_sliding_window": False, "sliding_window": 99, **published}))
+    for name in ("bf16", "twice"):
+        ours = LLM.from_pretrained(tmp_path / name)
+        assert ours.config == small_llm(rms_norm_eps=1e-6) and equal(ours.state_dict(), rounded)
+        assert {value.dtype for value in ours.state_dict().values()} == {torch.float32}
+    theirs = their_qwen(small_llm(rms_norm_eps=1e-6))
+    with torch.no_grad():
+        torch.testing.assert_close(LLM.from_pretrained(tmp_path / "shards")(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_mllm_llm_bad_files_end_in_a_sentence(tmp_path):
+    c, index = small_llm(), "model.safetensors.index.json"
+    weights, shards = LLM(c).state_dict(), tmp_path / "shards"
+    shards.mkdir()
+    names = list(weights)
+    for n in range(2):
+        save_file({name: weights[name] for name in names[n::2]}, shards / f"part-{n}.safetensors")
+    (shards / index).write_text(json.dumps({"weight_map": {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}}))
+    config = {"model_type": "qwen2", **vars(c)}
+    (shards / "config.json").write_text(json.dumps(config))
+    assert equal(LLM.from_pretrained(shards).state_dict(), weights)
+
+    def words(change):
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(shards, folder)
+        change(folder)
+        with pytest.raises(ValueError) as caught:
+            LLM.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def configured(**more):
+        return words(lambda folder: (folder / "config.json").write_text(json.dumps({**config, **more})))
+
+    assert "part-1.safetensors" in words(lambda folder: os.remove(folder / "part-1.safetensors"))
+    assert "truncated or damaged" in words(lambda folder: (folder / "part-0.safetensors").write_bytes(b"x"))
+    less = words(lambda folder: save_file({name: weights[name] for name in names[2::2]}, folder / "part-0.safetensors"))
+    assert f"missing {names[0]}" in less and names[2] not in less
+    assert "unexpected model.rotary (3,)" in words(lambda folder: save_file({**{n: weights[n] for n in names[::2]}, "model.rotary": torch.ones(3)}, folder / "part-0.safetensors"))
+    assert "model.norm.weight is (5,), expected (32,)" in words(lambda folder: save_file({**weights, "model.norm.weight": torch.ones(5)}, folder / "model.safetensors"))
+    assert "no index of shards" in words(lambda folder: (folder / index).write_text('{"weights": 3}'))
+    assert "../part-0" in words(lambda folder: (folder / index).write_text('{"weight_map": {"a": "../part-0.safetensors"}}'))
+    assert "config.json cannot be read" in words(lambda folder: os.remove(folder / "config.json"))
+    assert "model_type 'llama'" in configured(model_type="llama") and "hidden_act 'gelu'" in configured(hidden_act="gelu")
+    assert "use_sliding_window True" in configured(use_sliding_window=True)
+    for rope in ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, {"rope_scaling": {"rope_type": "yarn"}}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}):
+        assert "rope_type 'yarn'" in configured(**rope)
+    assert "5 heads" in configured(num_attention_heads=5)
+
+
+def test_mllm_cache_decodes_what_transformers_generates():
+    """Greedy, from prompts of unequal lengths, padded on the left."""
+    c = small_llm(tie_word_embeddings=False)
+    theirs, ours, steps = their_qwen(c), LLM(c).eval(), 12
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(264, (3, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(9) >= torch.tensor([0, 4, 7])[:, None]
+    expected = theirs.generate(ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=steps, pad_token_id=0)[:, 9:]
+    cache, got = Cache(c, 3, 9 + steps, "cpu", torch.float32), []
+    with torch.no_grad():
+        h = ours.hidden(ours.model.embed_tokens(ids), mask, cache)[:, -1]
+        for _ in range(steps):
+            got.append(ours.head(h).argmax(-1))
+            h = ours.hidden(ours.model.embed_tokens(got[-1])[:, None], cache=cache)[:, -1]
+    assert torch.equal(torch.stack(got, 1), expected) and len(set(expected.flatten().tolist())) > 6
+
+
+@torch.no_grad()
+def test_mllm_padding_and_cache_change_nothing():
+    """Padding of random vectors on either side, in one pass or in chunks through a cache, and going on after it: what each sequence gives alone."""
+    c, lengths = small_llm(), (4, 11, 7)
+    llm = randomised(LLM(c))
+    rows, more = [torch.randn(n, 32) for n in lengths], torch.randn(3, 2, 32)
+    alone = [llm.hidden(row[None])[0] for row in rows]
+    longer = [llm.hidden(torch.cat([row, end])[None])[0, -2:] for row, end in zip(rows, more)]
+    for left in (True, False):
+        x, mask = torch.randn(3, 11, 32), torch.zeros(3, 11, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            place = slice(11 - len(row), 11) if left else slice(0, len(row))
+            x[b, place], mask[b, place] = row, True
+        results = [llm.hidden(x, mask)] + ([] if left else [llm.hidden(x)])
+        for sizes in ((11,), (1, 6, 1, 3), (5, 6)):
+            cache, parts = Cache(c, 3, 20, "cpu", torch.float32), []
+            for part, known in zip(x.split(sizes, 1), mask.split(sizes, 1)):
+                parts.append(llm.hidden(part, known, cache))
+            results.append(torch.cat(parts, 1))
+            torch.testing.assert_close(llm.hidden(more, cache=cache), torch.stack(longer), atol=1e-5, rtol=1e-4)
+        for result in results:
+            assert result.isfinite().all()
+            for b, expected in enumerate(alone):
+                torch.testing.assert_close(result[b][mask[b]], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_mllm_llm_is_causal():
+    llm, x = randomised(LLM(small_llm())), torch.randn(2, 12, 32)
+    later = x.clone()
+    later[:, 5:] = torch.randn(2, 7, 32)
+    for mask in (None, torch.arange(12) >= torch.tensor([[0], [3]])):
+        a, b = llm.hidden(x, mask), llm.hidden(later, mask)
+        assert torch.allclose(a[:, :5], b[:, :5], atol=1e-6) and ((a - b).abs().amax(-1) > 1e-2)[:, 5:].all()
+
+
+def test_mllm_checkpointing_changes_nothing():
+    grads = []
+    for on in (False, True):
+        llm = randomised(LLM(small_llm()))
+        llm.checkpointing = on
+        llm(torch.arange(20)[None], torch.ones(1, 20, dtype=torch.bool)).square().mean().backward()
+        grads.append({name: p.grad for name, p in llm.named_parameters()})
+    assert equal(*grads) and len(grads[0]) > 30
+
+
+@pytest.mark.parametrize("name, count", [("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-3b", 3_085_938_688), ("qwen2.5-7b", 7_615_616_512)])
+def test_mllm_published_shapes_have_the_published_counts(name, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in LLM(LLMConfig(**LLMS[name])).parameters()) == count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mllm: sequences
+
+BYTES = TextTokenizer.bytes()
+CHAT = TextTokenizer({bytes([b]): b for b in range(256)}, mllm.QWEN_SPLIT, True, mllm.SPECIALS, [])        # Qwen's marks over bytes
+START, END, GEN_START, GEN_END = (BYTES.marks[name] for name in mllm.MARKS)
+
+
+def random_codes(*shape, seed=0, size=11):
+    return torch.randint(size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def laid_out(segments, text):
+    """Segments -> (id, or None at a picture's positions; loss) for each place, written anew."""
+    out = []
+    for s in segments:
+        if isinstance(s, Words):
+            out += [(id, s.loss) for id in s.ids]
+        else:
+            first, last = (text.marks[f"<image_{'gen_' if s.paint else ''}{end}>"] for end in ("start", "end"))
+            out += [(first, False), *[(None, False)] * len(s.data), (last, False)]
+    return out
+
+
+def spelled(segments, text, losses=False):
+    names = {id: name for name, id in text.specials.items()} | {None: "#"}
+    return "".join(names[id] if id in names else text.decode([id]) for id, loss in laid_out(segments, text) if loss or not losses)
+
+
+def test_mllm_sequences_are_laid_out_as_the_docstring_says():
+    a, b = random_codes(2, 3, 2, 3)
+    line, stop = [(10, False)], (256, True)
+    say = lambda words, loss: [(byte, loss) for byte in words.encode()]
+    read, painted = ([(first, False), *[(None, False)] * 3, (last, False)] for first, last in ((START, END), (GEN_START, GEN_END)))
+    for segments, expected in (
+            (turn(BYTES, [Picture(a), "what?"], ["réd"]), read + say("what?", False) + line + say("réd", True) + [stop]),
+            (turn(BYTES, [Picture(a), "what?"]), read + say("what?", False) + line),
+            (turn(BYTES, ["red"], [Picture(b, True)]), say("red", False) + line + painted + [(256, False)]),
+            (turn(BYTES, [Picture(a), "more", Picture(b)], ["so", Picture(b, True), "it is"]),
+             read + say("more", False) + read + line + say("so", True) + painted + say("it is", True) + [stop]),
+            (document(BYTES, ["one", Picture(a), "two", Picture(b, True)]), [(256, False)] + say("one", True) + read + say("two", True) + painted + [stop])):
+        assert laid_out(segments, BYTES) == expected
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_mllm_pack_puts_losses_on_the_reply_alone(left):
+    """A place's state predicts what follows: every target stands one place on, is the reply's or its end, and is never a picture's."""
+    pictures = random_codes(5, 4, 2, 3)
+    rows = [turn(BYTES, [Picture(pictures[0]), "what?"], ["red"]), turn(BYTES, ["a circle"], [Picture(pictures[1], True)]),
+            document(BYTES, ["one", Picture(pictures[2]), "two", Picture(pictures[3], True, False), Picture(pictures[4], True), "three"]), [Words(list(b"hello"), True)]]
+    batch = pack(rows, BYTES, 4, left=left)
+    T, plain = batch.ids.shape[1], [laid_out(row, BYTES) for row in rows]
+    starts = [T - len(row) if left else 0 for row in plain]
+    assert T == max(map(len, plain))
+    assert batch.mask.tolist() == [[start <= t < start + len(row) for t in range(T)] for start, row in zip(starts, plain)]
+    wanted = [(b * T + start + p - 1, id) for b, (start, row) in enumerate(zip(starts, plain)) for p, (id, loss) in enumerate(row) if loss and p]
+    assert list(zip(batch.text_from.tolist(), batch.text_target.tolist())) == wanted
+    said = [bytes(id for place, id in wanted if place // T == b and id < 256) for b in range(4)]
+    assert said == [b"red", b"", b"onetwothree", b"ello"]       # nothing stands before the h
+    grid = batch.ids.flatten()
+    assert torch.equal(grid[batch.text_from + 1], batch.text_target)
+    assert torch.equal(batch.pictures, pictures) and batch.painted.tolist() == [False, True, False, True, True] and batch.learned.tolist() == [1, 4]
+    for place, painted in zip(batch.at.tolist(), batch.painted.tolist()):
+        assert grid[place - 1] == (GEN_START if painted else START) and grid[place + 4] == (GEN_END if painted else END) and not grid[place:place + 4].any()
+        assert not set(range(place, place + 5)) & set((batch.text_from + 1).tolist())
+    assert [place // T for place in batch.at.tolist()] == [0, 1, 2, 2, 2]
+    for b, (start, row) in enumerate(zip(starts, plain)):
+        assert batch.ids[b, start:start + len(row)].tolist() == [id or 0 for id, _ in row]
+    none = pack([[Words([1, 2])]], BYTES, 4)
+    assert len(none.pictures) == len(none.at) == len(none.learned) == len(none.text_from) == 0
+
+
+def test_mllm_pack_refuses_what_does_not_fit():
+    row = turn(BYTES, [Picture(random_codes(4, 2, 3)), "what?"], ["red"])
+    length = len(laid_out(row, BYTES))
+    assert pack([row], BYTES, 4, limit=length).ids.shape[1] == length
+    with pytest.raises(ValueError, match=f"{length} tokens, expected at most {length - 1}"):
+        pack([[Words([1])], row], BYTES, 4, limit=length - 1)
+    with pytest.raises(ValueError, match="a picture of 4 positions .* expected 5"):
+        pack([row], BYTES, 5)
+
+
+def test_mllm_chat_vocabularies_get_qwens_form():
+    """In a tiny vocabulary, bytes with Qwen's marks, and in the real one where it is."""
+    vocabulary, a = os.path.join(SHARED, "data/vocab/qwen"), random_codes(3, 2, 3)
+    for text in (CHAT, *([TextTokenizer.from_folder(vocabulary)] if os.path.isdir(vocabulary) else [])):
+        asked, painted = turn(text, [Picture(a), "what?"], ["red"]), turn(text, ["red"], [Picture(a, True)])
+        assert spelled(asked, text) == "<|im_start|>user\n<image_start>###<image_end>what?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+        assert spelled(asked, text, losses=True) == "red<|im_end|>" and spelled(painted, text, losses=True) == ""
+        assert spelled(painted, text) == "<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n<image_gen_start>###<image_gen_end><|im_end|>\n"
+        assert spelled(turn(text, ["hi"]), text) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        assert spelled(document(text, ["one"]), text) == "<|endoftext|>one<|endoftext|>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mllm: the loss
+
+BOTH = ("pixel", "semantic")
+
+
+def small_mllm(text=BYTES, llm=None, **more):
+    """N 4, D 3, K 11, E 6; everything random, also the tables."""
+    sizes = dict(positions=4, depth=3, codebook_size=11, code_dim=6, feature_width=10, head_width=16, head_layers=2, head_heads=2, head_mlp=24)
+    model = randomised(DualMLLM(MLLMConfig(llm=small_llm(**llm or {}), **{**sizes, **more}), text))
+    model.tables.normal_()
+    return model.eval()
+
+
+def slow_head(head, state, codes, tables, eps=1e-6):
+    """Logits of one stream at one position, depth by depth from scratch (Eq. 5): state (C,), codes (D,), a table (K, E) for each depth -> D x (K,)."""
+    norm, width, logits = lambda x, weight: x / (x.square().mean() + eps).sqrt() * weight, len(head.norm.weight) // head.layers[0].heads, []
+    for d in range(len(codes)):
+        x = [head.projector(state)] + [head.code_in(sum(tables[j][codes[j]] for j in range(i))) for i in range(1, d + 1)]
+        x = [a + head.depth[i] for i, a in enumerate(x)]
+        for layer in head.layers:
+            q, k, v = zip(*(layer.qkv(norm(a, layer.norm1.weight)).chunk(3) for a in x))
+            for i in range(d, -1, -1):
+                mixed = []
+                for m in range(layer.heads):
+                    part = slice(m * width, m * width + width)
+                    p = torch.stack([q[i][part] @ k[j][part] / width ** 0.5 for j in range(i + 1)]).softmax(0)
+                    mixed.append(sum(p[j] * v[j][part] for j in range(i + 1)))
+                x[i] = x[i] + layer.proj(torch.cat(mixed))
+                own = 0 if len(layer.down) == 1 else i
+                gate, up = (norm(x[i], layer.norm2.weight) @ layer.gate_up[own]).chunk(2)
+                x[i] = x[i] + (F.silu(gate) * up) @ layer.down[own]
+        logits.append(norm(x[d], head.norm.weight) @ head.classifiers[d])
+    return logits
+
+
+def slow_embedding(model, s, codes):
+    """What the LLM sees at a picture's position: codes (S, D), or features."""
+    c, parts = model.config, []
+    if c.continuous:
+        return model.projector(codes)
+    for stream in c.streams_in:
+        i = c.streams.index(stream)
+        vectors = [model.tables[i][d if c.tables > 1 else 0][codes[i, d]] for d in range(c.depth)]
+        parts.append(sum(vectors) if not s.paint or stream in c.streams_out else torch.zeros(c.code_dim))
+    return model.projector(torch.cat(parts))
+
+
+def slow_losses(model, rows, deep=None):
+    """Eq. 6-7 by loops over sequences, positions, streams and depths: sums of cross entropies by name. deep: the painted positions, counted over all rows,
+    whose later depths are learned too; None: all."""
+    c, total, count = model.config, {"text": torch.zeros(())}, 0
+    total |= {f"{stream}_{d + 1}": torch.zeros(()) for stream in c.streams_out for d in range(c.depth)}
+    for row in rows:
+        x, said, painted = [], [], []
+        for s in row:
+            if isinstance(s, Words):
+                said += [(len(x) + i, id) for i, id in enumerate(s.ids) if s.loss and len(x) + i]
+                x += [model.llm.model.embed_tokens.weight[id] for id in s.ids]
+            else:
+                painted += [(len(x) + 1 + n, codes) for n, codes in enumerate(s.data)] if s.paint and s.loss else []
+                x += [model.marks[2 * s.paint], *(slow_embedding(model, s, codes) for codes in s.data), model.marks[2 * s.paint + 1]]
+        h = model.llm.hidden(torch.stack(x)[None])[0]
+        for place, id in said:
+            total["text"] = total["text"] - model.llm.head(h[place - 1]).log_softmax(0)[id]
+        for place, codes in painted:
+            count += 1
+            for stream, head in model.heads.items():
+                i = c.streams.index(stream)
+                tables = [model.tables[i][d if c.tables > 1 else 0] for d in range(c.depth)]
+                for d, logits in enumerate(slow_head(head, h[place - 1], codes[i], tables)):
+                    if d and deep is not None and count - 1 not in deep:
+                        continue
+                    total[f"{stream}_{d + 1}"] = total[f"{stream}_{d + 1}"] - logits.log_softmax(0)[codes[i, d]]
+    return total
+
+
+def mixed_rows(text=BYTES):
+    p = [Picture(codes) for codes in random_codes(6, 4, 2, 3)]
+    paint = [picture._replace(paint=True) for picture in p]
+    return [turn(text, [p[0], "what?"], ["red"]), turn(text, ["a red circle"], [paint[1]]), turn(text, [p[2], "make it blue"], [paint[3]]),
+            document(text, ["one", p[0], "two", paint[4]._replace(loss=False), "three", paint[5]]), document(text, ["words alone"])]
+
+
+@pytest.mark.parametrize("more", [dict(), dict(head_shared=True, tables=3, streams_out=("pixel",)), dict(tables=3, streams_in=("semantic",), llm=dict(tie_word_embeddings=False)),
+                                  dict(streams_in=("pixel",), streams_out=("pixel",)), dict(head_shared=True, streams_out=("semantic",), tables=3)])
+def test_mllm_loss_is_the_slow_one(more):
+    model, rows = small_mllm(**more), mixed_rows()
+    with torch.no_grad():
+        expected, losses = slow_losses(model, rows), model(pack(rows, BYTES, 4))
+        assert losses.keys() == expected.keys()
+        for name in losses:
+            torch.testing.assert_close(losses[name], expected[name], atol=1e-3, rtol=1e-5, msg=lambda words: f"{name}: {words}")
+        batch = pack(rows, BYTES, 4, left=True)
+        h = model.llm.hidden(model.embed(batch), batch.mask).flatten(0, 1)
+        text = F.cross_entropy(model.llm.head(h[batch.text_from]), batch.text_target, reduction="sum")
+        torch.testing.assert_close(text, expected["text"], atol=1e-3, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_mllm_later_depths_can_be_learned_at_a_share_of_positions():
+    model, rows = small_mllm(tables=3), mixed_rows()
+    draws = lambda seed: [random.Random(f"{seed} {b}") for b in range(len(rows))]
+    batch = pack(rows, BYTES, 4, later=0.5, rngs=draws(0))
+    assert [sum(n // 4 == picture for n in batch.deep.tolist()) for picture in range(3)] == [2, 2, 2]
+    assert sorted(batch.deep.tolist() + batch.shallow.tolist()) == list(range(12))
+    expected, losses = slow_losses(model, rows, set(batch.deep.tolist())), model(batch)
+    assert losses.keys() == expected.keys()
+    for name in losses:
+        torch.testing.assert_close(losses[name], expected[name], atol=1e-3, rtol=1e-5)
+    drawn = [pack(rows, BYTES, 4, later=0.5, rngs=draws(seed)).deep for seed in range(200)]
+    assert (torch.bincount(torch.cat(drawn), minlength=12) / 200 - 0.5).abs().max() < 0.15
+    alone = [n + 4 * picture for picture, b in enumerate((1, 2, 3)) for n in pack([rows[b]], BYTES, 4, later=0.5, rngs=[draws(0)[b]]).deep.tolist()]
+    assert alone == batch.deep.tolist()         # so that micro-batches and ranks change nothing
+
+
+@torch.no_grad()
+def test_mllm_loss_of_continuous_features_is_the_slow_one():
+    model, features = small_mllm(streams_in=("continuous",)), torch.randn(2, 4, 10)
+    rows = [turn(BYTES, [Picture(features[0]), "what?", Picture(features[1])], ["red"]), document(BYTES, ["words alone"])]
+    losses, expected = model(pack(rows, BYTES, 4)), slow_losses(model, rows)
+    assert losses.keys() == expected.keys() == {"text"}
+    torch.testing.assert_close(losses["text"], expected["text"], atol=1e-3, rtol=1e-5)
+
+
+def test_mllm_loss_of_nothing_is_zero_with_gradients_for_all():
+    """A batch of text, or of pictures without text: zero, not NaN, and every parameter takes part, as DDP wants."""
+    model = small_mllm(llm=dict(tie_word_embeddings=False))
+    for row, empty in ((document(BYTES, ["words"]), {f"{s}_{d}" for s in BOTH for d in (1, 2, 3)}), (turn(BYTES, ["red"], [Picture(random_codes(4, 2, 3), True)]), {"text"})):
+        model.zero_grad()
+        losses = model(pack([row], BYTES, 4))
+        sum(losses.values()).backward()
+        assert {name for name, value in losses.items() if value == 0} == empty
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert any(p.grad.any() for p in model.heads.parameters()) == (len(empty) == 1)
+
+
+@torch.no_grad()
+def test_mllm_depth_is_causal():
+    """A code moves the logits of the depths after it, and of these alone; the last one moves none."""
+    for shared in (True, False):
+        head, h, vectors = small_mllm(head_shared=shared).heads["pixel"], torch.randn(5, 32), torch.randn(5, 3, 6)
+        logits = head(h, vectors)
+        for d in range(3):
+            changed = vectors.clone()
+            changed[:, d] = torch.randn(5, 6)
+            moved = (head(h, changed) - logits).abs().amax((1, 2))
+            assert (moved[:d + 1] < 1e-6).all() and (moved[d + 1:] > 1e-3).all()
+
+
+@torch.no_grad()
+def test_mllm_pictures_are_causal_over_positions():
+    """Codes at a position leave the losses of the positions before it alone, and of itself at depth 1; they move those that follow."""
+    model, codes = small_mllm(), random_codes(4, 2, 3)
+    changed = codes.clone()
+    changed[2] = (changed[2] + 1) % 11
+    logits = [forced(model, ["red"], c[None]) for c in (codes, changed)]
+    moved = (logits[0] - logits[1]).abs().amax(-1)[:, :, :, 0]       # (N, streams, D)
+    assert (moved[:2] < 1e-6).all() and (moved[2, :, 0] < 1e-6).all() and (moved[2, :, 1:] > 1e-4).all() and (moved[3] > 1e-4).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mllm: generation
+
+@torch.no_grad()
+def forced(model, prompts, codes, given=None):
+    """Teacher forcing over whole sequences, without a cache: prompts and codes (B, N, S, D) -> logits (N, painted streams, D, B, K)."""
+    c = model.config
+    rows = [turn(model.text, [*([] if given is None else [Picture(given[b])]), prompt], [Picture(codes[b], True)]) for b, prompt in enumerate(prompts)]
+    batch = pack(rows, model.text, c.positions)
+    places = batch.at[batch.painted][:, None] + torch.arange(c.positions) - 1                                # (B, N)
+    h, logits = model.llm.hidden(model.embed(batch)).flatten(0, 1)[places.flatten()], []
+    for stream, head in model.heads.items():
+        s = c.streams.index(stream)
+        logits.append(head(h, model.vectors(codes[:, :, s].flatten(0, 1), s)).unflatten(1, places.shape))     # (D, B, N, K)
+    return torch.stack(logits).permute(3, 0, 1, 2, 4)
+
+
+def heard(monkeypatch):
+    """What `choose` is asked to choose from, from now on."""
+    seen, choose = [], mllm.choose
+    monkeypatch.setattr(mllm, "choose", lambda logits, *a, **kw: seen.append(logits.clone()) or choose(logits, *a, **kw))
+    return seen
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("edit", [False, True])
+@pytest.mark.parametrize("more", [dict(), dict(head_shared=True, tables=3, streams_out=("pixel",))])
+def test_mllm_painting_equals_teacher_forcing(monkeypatch, guidance, edit, more):
+    """Logits that painting met, with its cache and prompts of unequal lengths, are those of the painted codes read back; guidance is u + s (c - u)."""
+    model, prompts, seen = small_mllm(**more), ["red", "a blue square", ""], heard(monkeypatch)
+    given = random_codes(3, 4, 2, 3, seed=5) if edit else None
+    codes = model.paint(prompts, given, guidance=guidance)
+    conditional, unconditional = forced(model, prompts, codes, given), forced(model, [""] * 3, codes, given)
+    expected = unconditional + guidance * (conditional - unconditional)
+    assert (conditional - unconditional)[..., :2, :].abs().max() > 0.05 and expected.std() > 0.2
+    torch.testing.assert_close(torch.stack(seen).view(expected.shape), expected.float(), atol=1e-4, rtol=0)
+    if "streams_out" in more:
+        assert not codes[:, :, 1].any()
+    assert codes.shape == (3, 4, 2, 3) and codes.dtype == torch.int64 and codes[:, :, 0].unique().numel() > 3
+
+
+def test_mllm_generates_in_bf16():
+    """Under autocast, cache included; the logits stay near those of fp32."""
+    model, codes = small_mllm(), random_codes(1, 4, 2, 3)
+    exact = forced(model, ["red"], codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        near, painted = forced(model, ["red"], codes).float(), model.paint(["red", "blue"], guidance=2.0)
+        assert len(model.answer(codes, ["what?"], longest=3)) == 1
+    assert painted.shape == (2, 4, 2, 3) and painted.max() < 11
+    assert not torch.equal(near, exact) and (near - exact).abs().mean() < 0.05 * exact.std()
+
+
+@torch.no_grad()
+def test_mllm_heads_sample_what_they_are_taught():
+    """Depth by depth with a cache equals all depths at once, whatever is picked."""
+    for more in (dict(), dict(head_shared=True, tables=3)):
+        model, h, codes, seen = small_mllm(**more), torch.randn(6, 32), random_codes(6, 3), []
+        head = model.heads["semantic"]
+        got = head.sample(h, model.tables[1], lambda logits, d: seen.append(logits) or codes[:, d])
+        assert torch.equal(got, codes)
+        torch.testing.assert_close(torch.stack(seen), head(h, model.vectors(codes, 1)), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_mllm_vectors_are_the_tables_rows():
+    codes = random_codes(5, 4, 3)
+    for tables in (1, 3):
+        model = small_mllm(tables=tables)
+        expected = torch.stack([torch.stack([model.tables[1][d if tables > 1 else 0][codes[i, j, d]] for d in range(3)]) for i in range(5) for j in range(4)])
+        assert torch.equal(model.vectors(codes, 1).flatten(0, 1), expected)
+
+
+def test_mllm_seed_and_prompt_alone_decide_a_picture():
+    model, prompts = small_mllm(), ["red", "a blue square above all the others", "red", "red"]
+    for guidance in (1.0, 3.0):
+        together = model.paint(prompts, guidance=guidance, seeds=[5, 6, 5, 7])
+        assert torch.equal(together[0], together[2]) and not torch.equal(together[0], together[3])
+        for b, seed in enumerate((5, 6, 5, 7)):
+            assert torch.equal(model.paint([prompts[b]], guidance=guidance, seeds=[seed])[0], together[b])
+    assert torch.equal(model.paint(["red"] * 2), model.paint(["red"] * 2, seeds=[0, 1]))
+    assert torch.equal(model.paint(["red"], seeds=[0])[0], model.paint(["red"])[0])
+
+
+def test_mllm_temperature_zero_is_the_likeliest(monkeypatch):
+    model, seen = small_mllm(), heard(monkeypatch)
+    codes = model.paint(["red", "blue"], temperature=0, seeds=[1, 2])
+    assert torch.equal(torch.stack(seen).argmax(-1), codes.permute(1, 2, 3, 0).reshape(-1, 2))
+    assert torch.equal(codes, model.paint(["red", "blue"], temperature=0, seeds=[3, 4]))
+    assert torch.equal(codes, model.paint(["red", "blue"], top_k=1, seeds=[3, 4])) and torch.equal(codes, model.paint(["red", "blue"], top_p=1e-6, seeds=[3, 4]))
+
+
+def test_mllm_choose_samples_what_it_should():
+    """Frequencies over an even grid of noise, against top-k, then top-p, by a sort."""
+    n = 5000
+    logits, noise = torch.randn(9, generator=torch.Generator().manual_seed(3)) * 1.5, (torch.arange(n) + 0.5) / n
+    for temperature in (0.5, 1.0, 2.0):
+        for top_k in (0, 1, 4, 50):
+            for top_p in (1.0, 0.8, 0.45, 0.01):
+                order = sorted(range(9), key=lambda i: -logits[i])[:top_k or 9]
+                weight = {i: math.exp(logits[i] / temperature) for i in order}
+                share = {i: w / sum(weight.values()) for i, w in weight.items()}
+                kept, mass = {}, 0.0
+                for i in order:
+                    if mass < top_p:
+                        kept[i] = share[i]
+                    mass += share[i]
+                expected = torch.tensor([kept.get(i, 0.0) / sum(kept.values()) for i in range(9)])
+                chosen = mllm.choose(logits.expand(n, 9), noise, temperature, top_k, top_p)
+                counts = torch.bincount(chosen, minlength=9) / n
+                assert set(chosen.tolist()) <= set(kept) and (counts - expected).abs().max() <= 1.5 / n, (temperature, top_k, top_p)
+    torch.manual_seed(0)
+    rows = torch.randn(300, 9) * 3
+    assert torch.equal(mllm.choose(rows, torch.rand(300), temperature=0), rows.argmax(1)) and torch.equal(mllm.choose(rows, torch.zeros(300)), rows.argmax(1))
+    last = mllm.choose(rows, torch.full((300,), 1 - 2.0 ** -24), top_p=0.7)       # the largest noise never falls off the end
+    likelier = torch.stack([row.softmax(0)[row > row[i]].sum() for row, i in zip(rows, last)])
+    assert (likelier < 0.7 + 1e-6).all()
+    each = torch.rand(300)
+    assert torch.equal(mllm.choose(rows, each, top_p=0.9), torch.cat([mllm.choose(rows[i:i + 1], each[i:i + 1], top_p=0.9) for i in range(300)]))
+
+
+@torch.no_grad()
+def test_mllm_answers_are_what_the_sequence_says():
+    """Greedy answers, about pictures or without, in a batch or alone, are those of running the whole sequence again for every token."""
+    model, pictures = small_mllm(llm=dict(tie_word_embeddings=False)), random_codes(3, 4, 2, 3)
+    model.llm.lm_head.weight.mul_(3)
+    questions = ["what?", "how many circles are there?", ""]
+    for given in (pictures, None):
+        answers = model.answer(given, questions, longest=8)
+        for b, question in enumerate(questions):
+            row, out = turn(BYTES, [*([] if given is None else [Picture(given[b])]), question]), []
+            while len(out) < 8 and BYTES.end not in out:
+                batch = pack([row + [Words(out)]], BYTES, 4)
+                out.append(model.llm.head(model.llm.hidden(model.embed(batch))[0, -1])[:BYTES.end + 1].argmax().item())
+            assert answers[b] == BYTES.decode(out[:out.index(BYTES.end)] if BYTES.end in out else out)
+            assert model.answer(None if given is None else given[b:b + 1], [question], longest=8) == [answers[b]]
+    assert model.answer(pictures, questions, longest=8) != model.answer(pictures.flip(0), questions, longest=8)
+
+
+def test_mllm_answers_are_text_that_ends(monkeypatch):
+    """Marks, special tokens and rows beyond the vocabulary are never written, whatever the logits; the end mark ends an answer; `longest` bounds it."""
+    for text in (BYTES, CHAT):
+        model, stop = small_mllm(text, llm=dict(vocab_size=290)), text.end if text.turn_end is None else text.turn_end
+        scripts = [[104, 105, stop, 104], [stop], [104, text.marks["<image_end>"], 289, 105, 105]]
+
+        def head(h):
+            logits = torch.zeros(len(h), 290)
+            logits[:, 256:], logits[:, 120], logits[:, stop] = 100.0, 90.0, -100.0         # all but text is likelier than x
+            for row, script in zip(logits, scripts):
+                row[script.pop(0) if script else 120] = 200.0
+            return logits
+
+        with monkeypatch.context() as patch:
+            seen = heard(patch)
+            patch.setattr(model.llm, "head", head)
+            assert model.answer(None, ["a", "b", "c"], longest=5) == ["hi", "", "hxxii"]
+            assert model.answer(None, ["a", "b"], longest=3, temperature=1.0, top_p=0.5) == ["xxx"] * 2
+        assert len(seen) == 5 + 3 and all({*(logits > -np.inf).nonzero()[:, 1].tolist()} == {*range(256), stop} for logits in seen)
+
+
+def test_mllm_unpainted_streams_are_read_as_zeros():
+    """What was read counts in all streams, what was painted in those that are painted: other semantic codes there change nothing."""
+    model = small_mllm(streams_out=("pixel",))
+    a, b = random_codes(2, 4, 2, 3)
+    b = torch.stack([a[:, 0], b[:, 1]], 1)
+    with torch.no_grad():
+        for paint in (True, False):
+            embedded = [model.embed(pack([[Words([256]), Picture(codes, paint)]], BYTES, 4)) for codes in (a, b)]
+            assert torch.equal(*embedded) == paint
+    assert not model.paint(["red"])[:, :, 1].any()
+
+
+def test_mllm_streams_must_fit():
+    for more in (dict(streams_in=("pixel",), streams_out=("semantic",)), dict(streams_in=()), dict(streams_in=("depth",)), dict(streams_out=("depth",))):
+        with pytest.raises(ValueError, match="streams"):
+            MLLMConfig(**more)
+    with pytest.raises(ValueError, match="paints no stream"):
+        small_mllm(streams_in=("continuous",)).paint(["red"])
+    model = small_mllm(streams_in=("continuous",))
+    features = torch.randn(2, 4, 10)
+    assert len(model.answer(features, ["what?", "why?"], longest=3)) == 2
+
+
+def test_mllm_prompts_beyond_the_context_are_refused():
+    """Exactly what fits with its picture or its answer is taken; one more is not."""
+    model = small_mllm(llm=dict(max_position_embeddings=40))
+    for call, room in ((lambda words: model.paint([words], guidance=1), 4 + 1), (lambda words: model.answer(None, [words], longest=6), 6)):
+        call("x" * (40 - room - 1))         # the line break
+        with pytest.raises(ValueError, match="expected at most"):
+            call("x" * (40 - room))
+
+
+def test_mllm_answers_that_fill_the_context_are_refused():
+    """Room for as many tokens as the context has leaves none for the prompt."""
+    model = small_mllm(llm=dict(max_position_embeddings=40))
+    for longest in (40, 41):
+        with pytest.raises(ValueError, match="expected at most"):
+            model.answer(None, ["x"], longest=longest)
+
+
+def test_mllm_score_is_the_logarithm_of_the_captions_probability():
+    model, pictures, captions = small_mllm(), random_codes(3, 4, 2, 3), ["red", "a blue square", "two"]
+    expected = torch.stack([-slow_losses(model, [turn(BYTES, [Picture(p)], [c])])["text"] for p, c in zip(pictures, captions)])
+    torch.testing.assert_close(model.score(pictures, captions), expected, atol=1e-3, rtol=1e-5)
+
+
+def test_mllm_files_round_trip_and_raise(tmp_path):
+    model = small_mllm(tables=3, head_shared=True, streams_out=("pixel",))
+    model.save_pretrained(tmp_path / "a", stage="3")
+    again = DualMLLM.from_pretrained(tmp_path / "a")
+    assert again.config == model.config and equal(again.state_dict(), model.state_dict()) and not again.training
+    assert torch.equal(again.paint(["red"]), model.paint(["red"])) and json.load(open(tmp_path / "a/config.json"))["stage"] == "3"
+    weights = load_file(tmp_path / "a/model.safetensors")
+    assert not any("lm_head" in name for name in weights) and "marks" in weights and "tables" in weights
+    save_file({name: value for name, value in weights.items() if name != "marks"}, tmp_path / "a/model.safetensors")
+    with pytest.raises(ValueError, match=r"missing marks \(4, 32\)"):
+        DualMLLM.from_pretrained(tmp_path / "a")
+    for change, words in (({"model_type": "qwen2"}, "expected 'dualmllm'"), ({"llm": 3}, "no sizes for a LLMConfig"), ({"streams_in": ["depth"]}, "streams")):
+        config = json.load(open(tmp_path / "a/config.json")) | change
+        os.makedirs(tmp_path / "b", exist_ok=True)
+        (tmp_path / "b/config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=words):
+            DualMLLM.from_pretrained(tmp_path / "b")
+
+
+def test_mllm_code_tables_tell_tokenizers_apart(tokenizer):
+    tables, sha = code_tables(tokenizer)
+    assert torch.equal(tables[0], tokenizer.quantizer_pix.codebook) and torch.equal(tables[1], tokenizer.quantizer_sem.codebook)
+    other = copy.deepcopy(tokenizer)
+    assert code_tables(other)[1] == sha
+    other.quantizer_sem.codebook[0, 3, 4] += 1e-6
+    assert code_tables(other)[1] != sha
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_mllm
+
+TINY_MLLM = ["--device", "cpu", "--precision", "fp32", "--log-every", "1", "--save-every", "2", "--eval-images", "32", "--workers", "0"]
+PARTS = ("llm", "projector", "heads")
+MIXED = dict(caption=0.25, question=0.125, paint=0.25, edit=0.125, text=0.25)
+MIXED_ROW = train_mllm.Row("1", PARTS, 1e-3, 8, 3, MIXED)
+TWO_ROWS = (train_mllm.Row("1", ("projector",), 1e-3, 4, 3, dict(caption=1.0)), train_mllm.Row("2", PARTS, 1e-3, 4, 5, MIXED))
+
+
+def shrink(patch, *rows, evaluates=lambda stage: False):
+    """These stages instead of nano's, on few scenes; evaluation only where asked."""
+    evaluate = train_mllm.MLLMStage.evaluate
+    patch.setitem(train_mllm.SCENES, "nano", 24)
+    patch.setitem(train_mllm.STAGES, "nano", rows)
+    patch.setattr(train_mllm.MLLMStage, "evaluate", lambda self: evaluate(self) if evaluates(self) else {})
+
+
+def train_tiny(out, tokenizer_folder, *more):
+    train_mllm.main([*TINY_MLLM, "--tokenizer", str(tokenizer_folder), "--out", str(out), *more])
+    return out
+
+
+def mllm_words(*argv):
+    """The sentence that a run ends with."""
+    with pytest.raises(SystemExit) as end:
+        train_tokenizer.run(lambda: train_mllm.main([*TINY_MLLM, *argv]))
+    assert isinstance(end.value.code, str) and end.value.code.startswith("error: ") and "\n" not in end.value.code
+    return end.value.code
+
+
+def losses_logged(out):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "sequences_per_second", "waiting")} for line in log(out)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder, data="plain")
+    tokenizer.siglip_model.save_pretrained(folder / "siglip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mllm_stages(tokenizer_folder, tmp_path_factory):
+    """All of nano's stages, two steps each, evaluated at the end -> the folder, and what was seen of each stage."""
+    out, seen, train, take_step = tmp_path_factory.mktemp("mllm") / "run", [], train_mllm.train, train_tokenizer.take_step
+
+    def watched(stage, batches):
+        parts = [part for part, in next(iter(batches(0)))[0]]
+        copies = lambda: {name: value.clone() for name, value in stage.model.state_dict().items()}
+        with torch.no_grad():
+            at_first = stage.model(parts[0])
+        seen.append(dict(row=stage.row, stage=stage, before=copies(), grads=set(), parts=parts, at_first=at_first))
+        train(stage, batches)
+        names = {id(p): name for name, p in stage.model.named_parameters()}
+        seen[-1] |= dict(after=copies(), states={names[id(p)] for p in stage.optimizer.state}, left=[n for n, p in stage.model.named_parameters() if p.grad is not None])
+
+    def step(stage, lr):
+        seen[-1]["grads"] |= {name for name, p in stage.model.named_parameters() if p.grad is not None}
+        return take_step(stage, lr)
+
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch, *(replace(row, steps=2, batch=8) for row in train_mllm.NANO), evaluates=lambda stage: stage.folder == str(out))
+        patch.setattr(train_mllm, "train", watched)
+        patch.setattr(train_tokenizer, "take_step", step)
+        train_tiny(out, tokenizer_folder)
+    return out, seen
+
+
+def test_train_mllm_stages_change_their_parts_alone(mllm_stages):
+    """Bit for bit; what is frozen has neither gradient nor optimiser state."""
+    _, seen = mllm_stages
+    assert [record["row"].name for record in seen] == [row.name for row in train_mllm.NANO]
+    for record, last in zip(seen, [None, *seen]):
+        whose = {name: "projector" if name == "marks" else name.split(".")[0] for name in record["before"]}
+        expected = {name for name in whose if whose[name] in record["row"].trains}
+        assert {name for name in whose if not torch.equal(record["before"][name], record["after"][name])} == expected, record["row"].name
+        assert record["states"] == record["grads"] == expected and record["left"] == []
+        assert last is None or equal(last["after"], record["before"])
+    assert {whose[name] for name in whose} == {*PARTS, "tables"}
+
+
+def test_train_mllm_leaves_all_that_was_promised(mllm_stages, tokenizer_folder):
+    out, seen = mllm_stages
+    folders = [out / f"stage-{record['row'].name}" for record in seen[:-1]] + [out]
+    assert sorted(os.listdir(out / "stage-4-1")) == ["config.json", "curves.png", "log.jsonl", "metrics.json", "model.safetensors", "state.pt"]
+    for folder, record in zip(folders, seen):
+        for name in ("config.json", "curves.png", "log.jsonl", "metrics.json", "model.safetensors", "state.pt"):
+            assert os.path.getsize(folder / name) > 0
+        model = DualMLLM.from_pretrained(folder)
+        assert equal(model.state_dict(), record["after"]) and model.config.tables_sha256 == code_tables(DualTokenizer.from_pretrained(tokenizer_folder))[1]
+        assert torch.equal(model.tables, code_tables(DualTokenizer.from_pretrained(tokenizer_folder))[0])
+    metrics = json.load(open(out / "metrics.json"))
+    expected = {"understanding", "caption_exact", "painting", "reader_accuracy", "fd", "preset", "design", "streams", "streams_in", "streams_out", "steps", "seed", "device",
+                "seconds", "peak_memory_gib", "sequences_per_second", "torch", "commit"}
+    assert expected <= metrics.keys() and os.path.getsize(out / "samples/painted.png") > 0
+    assert set(metrics["understanding"]["all"]) == {"n", "right", "chance", "majority"} and "all" in metrics["painting"]
+
+
+def test_train_mllm_logs_means_over_the_batch_and_weighs_them(mllm_stages):
+    """Text over its tokens, a stream's depths over painted positions; terms that the mixture lacks are not logged."""
+    _, seen = mllm_stages
+    for record in seen:
+        line, kinds, (part,) = losses_logged(record["stage"].folder)[0], set(record["stage"].row.mixture), record["parts"]
+        counts = [len(part.text_target), len(part.learned) * 64, len(part.deep)]
+        means = {name: value.item() / max(1, counts[0 if name == "text" else 1 if name.endswith("_1") else 2]) for name, value in record["at_first"].items()}
+        weights = {name: train_mllm.LOSS[name.split("_")[0]] * (1.0 if name == "text" else train_mllm.DEPTHS["nano"][int(name[-1]) - 1]) for name in means}
+        written = {name for name in means if kinds & ({"text", "caption", "question"} if name == "text" else {"paint", "edit"})}
+        assert written == line.keys() & means.keys()
+        assert all(abs(line[name] - means[name]) < 1e-5 * means[name] for name in written)
+        assert abs(line["loss"] - sum(weights[name] * means[name] for name in means)) < 1e-5 * line["loss"]
+
+
+def test_train_mllm_kinds_take_their_shares_of_every_batch(mllm_stages, monkeypatch):
+    data, made = copy.copy(mllm_stages[1][-1]["stage"].data), []
+    monkeypatch.setattr(data, "make", lambda kind, rng: made.append((kind, rng.random())) or [Words([1])])
+    data.batches(40, dict(caption=1.0, paint=2.0, unheard=5.0, text=1.0))
+    for step in range(3):
+        data[step]
+    kinds = [kind for kind, _ in made]
+    assert all(kinds[40 * s:40 * s + 40].count(kind) == n for s in range(3) for kind, n in (("caption", 10), ("paint", 20), ("text", 10)))
+    assert len({number for _, number in made}) == 120
+    again, made[:] = list(made), []
+    data[0]
+    assert made == again[:40]
+
+
+def test_train_mllm_sequences_say_what_is_true(mllm_stages):
+    """Words, questions and edits belong to the scene whose codes stand beside them."""
+    data, rng = mllm_stages[1][-1]["stage"].data, random.Random(0)
+    scenes, edits = data.scenes, data.edits
+    words = lambda segments, loss: bytes(id for s in segments if isinstance(s, Words) and s.loss == loss for id in s.ids if id < 256).decode().removesuffix("\n")
+    pictures = lambda segments: [s for s in segments if isinstance(s, Picture)]
+    index = lambda s: [i for i in range(len(data.pictures)) if np.array_equal(data.pictures[i], s.data.numpy())]
+    for _ in range(40):
+        for kind in ("caption", "question", "paint", "edit"):
+            made = data.make(kind, rng)
+            seen = [index(s) for s in pictures(made)]
+            assert all(seen) and [s.paint for s in pictures(made)] == {"paint": [True], "edit": [False, True]}.get(kind, [False])
+            if kind == "caption":
+                assert words(made, False) == "" and any(words(made, True) in {c.text for c in shapes.claims(scenes[i])} for i in seen[0])
+            if kind == "question":
+                assert any((words(made, False), words(made, True)) in {(q, a) for _, q, a in shapes.questions(scenes[i])} for i in seen[0])
+            if kind == "paint":
+                assert words(made, True) == "" and (words(made, False) == "" or any(words(made, False) in {c.text for c in shapes.claims(scenes[i])} for i in seen[0]))
+            if kind == "edit":
+                assert words(made, True) == "" and any(before in seen[0] and len(scenes) + e in seen[1] and words(made, False) in ("", edit[1])
+                                                       for e, (before, *edit) in enumerate(edits))
+    text = words(data.make("text", rng), True)
+    assert text.count("\n") == 2 and text.split("\n")[1].endswith("?")
+
+
+def test_train_mllm_dropped_words_look_like_the_unconditional_prompt(monkeypatch):
+    """A painted sample without its words begins exactly as what guidance steers away from, with or without a picture given."""
+    model, codes, rows, pack_all = small_mllm(), random_codes(2, 4, 2, 3), [], mllm.pack
+    monkeypatch.setattr(mllm, "pack", lambda sequences, *a, **kw: rows.extend(sequences) or pack_all(sequences, *a, **kw))
+    fake = SimpleNamespace(text=BYTES, picture=lambda index, paint=False: Picture(codes[index], paint))
+    for given in ([], [fake.picture(1)]):
+        for drop, row in ((1.0, 1), (0.0, 0)):
+            rows.clear()
+            monkeypatch.setattr(train_mllm, "DROP", drop)
+            made = laid_out(train_mllm.Sequences.painted(fake, 0, "red", random.Random(0), *given), BYTES)
+            model.paint(["red"], codes[1:] if given else None, guidance=3.0)
+            prompt = laid_out(rows[row], BYTES)
+            assert len(rows) == 2 and made[:len(prompt)] == prompt and prompt[-1] == (GEN_START, False) and made[len(prompt)] == (None, False)
+    monkeypatch.undo()
+    dropped = [len(laid_out(train_mllm.Sequences.painted(fake, 0, "red", random.Random(n)), BYTES)) for n in range(1000)]
+    assert abs(dropped.count(min(dropped)) / 1000 - train_mllm.DROP) < 0.03
+
+
+def test_train_mllm_accumulation_is_the_whole_batch(tokenizer_folder, tmp_path, monkeypatch):
+    shrink(monkeypatch, MIXED_ROW)
+    runs = [train_tiny(tmp_path / n, tokenizer_folder, "--accumulate", n) for n in ("1", "4")]
+    one, other = ((losses_logged(run), load_file(run / "model.safetensors")) for run in runs)
+    assert len(one[0]) == 3 + 1 and {"text", "pixel_4", "semantic_1"} <= one[0][0].keys()
+    for a, b in zip(one[0][:3], other[0][:3]):
+        assert all(abs(a[name] - b[name]) < (1e-3 if name == "norm" else 1e-5) * abs(a[name]) for name in a)
+    assert max((one[1][name] - other[1][name]).abs().mean().item() for name in one[1]) < 1e-5
+
+
+def test_train_mllm_two_ranks_are_one_process(tokenizer_folder, tmp_path, monkeypatch):
+    """The same codes, losses, weights and metrics; both ranks end with equal weights."""
+    code = ("import os, sys, torch, train_mllm as t\n"
+            "train, t.SCENES['nano'] = t.train, 24\n"
+            f"t.STAGES['nano'] = (t.{MIXED_ROW!r},)\n"
+            "def kept(stage, batches):\n"
+            "    train(stage, batches)\n"
+            "    torch.save(stage.model.state_dict(), os.path.join(sys.argv[1], 'rank' + os.environ.get('RANK', '0') + '.pt'))\n"
+            "t.train = kept\n"
+            "t.run(lambda: t.main(sys.argv[2:]))\n")
+    (tmp_path / "script.py").write_text(code)
+    more, port = ["--tokenizer", str(tokenizer_folder), "--eval-images", "16", "--out"], str(free_port())
+    os.mkdir(tmp_path / "two")
+    argv = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "two"), *TINY_MLLM, *more, str(tmp_path / "two/run")]
+    running = [subprocess.Popen(argv, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
+        **os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for r in range(2)]
+    shrink(monkeypatch, MIXED_ROW, evaluates=lambda stage: True)
+    train_mllm.main([*TINY_MLLM, *more, str(tmp_path / "one/run")])         # meanwhile
+    try:
+        for process in running:
+            errors = process.communicate(timeout=120)[1]
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()      # of two that wait for each other, one may have died
+    metrics = {name: json.load(open(tmp_path / name / "run/metrics.json")) for name in ("one", "two")}
+    first, second = (torch.load(tmp_path / f"two/rank{r}.pt", weights_only=True) for r in range(2))
+    one = load_file(tmp_path / "one/run/model.safetensors")
+    assert equal(first, second) and one.keys() == first.keys() and max((one[name] - first[name]).abs().mean().item() for name in one) < 1e-5
+    lines = [[line for line in losses_logged(tmp_path / name / "run") if "loss" in line] for name in ("one", "two")]
+    assert all(abs(a[name] - b[name]) < (1e-3 if name == "norm" else 1e-5) * abs(a[name]) for a, b in zip(*lines) for name in a) and len(lines[0]) == len(lines[1]) == 3
+    codes = [np.load(glob.glob(str(tmp_path / name / "run/codes/*/pictures.npy"))[0]) for name in ("one", "two")]
+    assert np.array_equal(*codes) and metrics["two"]["ranks"] == 2
+    assert os.listdir(tmp_path / "one/run/codes") == os.listdir(tmp_path / "two/run/codes")
+    asked = [{kind: [row[k] for k in ("n", "chance", "majority")] for kind, row in metrics[name]["understanding"].items()} for name in ("one", "two")]
+    assert asked[0].keys() == asked[1].keys() and all(asked[0][kind] == pytest.approx(asked[1][kind]) for kind in asked[0]) and asked[0]["all"][0] == 16
+    assert metrics["one"]["reader_accuracy_by_skill"] == metrics["two"]["reader_accuracy_by_skill"]
+
+
+@pytest.fixture(scope="module")
+def two_stages(tokenizer_folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch, *TWO_ROWS)
+        return train_tiny(tmp_path_factory.mktemp("two_stages") / "run", tokenizer_folder)
+
+
+@pytest.mark.parametrize("stage, dies_at", [("stage-1", 3), ("stage-2", 3), ("stage-2", 4)])
+def test_train_mllm_interrupted_and_resumed_is_uninterrupted(two_stages, tokenizer_folder, tmp_path, monkeypatch, capsys, stage, dies_at):
+    """Bit for bit, optimiser and log included; a finished stage is kept."""
+    shrink(monkeypatch, *TWO_ROWS)
+    write = train_tokenizer.write_log
+
+    def dies(the_stage, line, broken):
+        write(the_stage, line, broken)
+        if the_stage.name == stage and line["step"] == dies_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tokenizer, "write_log", dies)
+        train_tiny(tmp_path, tokenizer_folder)
+    capsys.readouterr()
+    train_tiny(tmp_path, tokenizer_folder, "--resume")
+    said = capsys.readouterr().out
+    assert ("stage 1:" in said and "is kept" in said) == (stage == "stage-2") and f"{stage}: resumed at step 2" in said
+    for folder in ("stage-1", "."):
+        assert equal(load_file(two_stages / folder / "model.safetensors"), load_file(tmp_path / folder / "model.safetensors"))
+        assert losses_logged(two_stages / folder) == losses_logged(tmp_path / folder)
+        states = [torch.load(run / folder / "state.pt", weights_only=True)["optimizer"]["state"] for run in (two_stages, tmp_path)]
+        assert states[0].keys() == states[1].keys() and all(equal(states[0][key], states[1][key]) for key in states[0]) and states[0]
+
+
+def test_train_mllm_resume_keeps_what_is_finished(two_stages, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch, *TWO_ROWS)
+    shutil.copytree(two_stages, tmp_path / "run")
+    monkeypatch.setattr(train_mllm, "train", lambda *a: pytest.fail("trained again"))
+    train_tiny(tmp_path / "run", tokenizer_folder, "--resume")
+    assert capsys.readouterr().out.count("is kept") == 2
+    monkeypatch.undo()
+    shrink(monkeypatch, *TWO_ROWS)
+    assert "seed 0 -> 1" in mllm_words("--resume", "--seed", "1", "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"))
+
+
+def test_train_mllm_one_stage_starts_from_the_one_before(two_stages, tokenizer_folder, tmp_path, monkeypatch):
+    shrink(monkeypatch, *TWO_ROWS)
+    for name in ("stage-1", "codes"):
+        shutil.copytree(two_stages / name, tmp_path / name)
+    train_tiny(tmp_path, tokenizer_folder, "--stage", "2")
+    assert equal(load_file(two_stages / "model.safetensors"), load_file(tmp_path / "model.safetensors")) and losses_logged(two_stages) == losses_logged(tmp_path)
+    train_tiny(tmp_path, tokenizer_folder, "--stage", "2", "--steps", "1", "--batch-size", "2", "--lr", "0.25")
+    line, *_ = losses_logged(tmp_path)
+    assert json.load(open(tmp_path / "metrics.json"))["settings"]["row"] | dict(mixture=0) == vars(TWO_ROWS[1]) | dict(trains=list(PARTS), steps=1, batch=2, lr=0.25, mixture=0)
+    assert line["step"] == 1 and line["lr"] == 0.25
+    os.remove(tmp_path / "stage-1/metrics.json")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert "stage 1 is not finished" in mllm_words("--stage", "2", "--tokenizer", str(tokenizer_folder), "--out", str(folder))
+    assert not os.path.exists(tmp_path / "nowhere/model.safetensors")
+
+
+def test_train_mllm_one_stage_needs_the_data_of_that_stage_alone(tokenizer_folder, captioned, tmp_path, monkeypatch):
+    """A stage of captions runs on captioned images, though the stage of text before it could not."""
+    shrink(monkeypatch, train_mllm.Row("0", ("llm",), 1e-3, 4, 1, dict(text=1.0)), replace(TWO_ROWS[0], steps=1))
+    train_tiny(tmp_path, tokenizer_folder, "--stage", "0")
+    train_tiny(tmp_path, tokenizer_folder, "--stage", "1", "--data", str(captioned / "train"))
+    assert os.path.exists(tmp_path / "metrics.json")
+
+
+def test_train_mllm_one_stage_refuses_another_design(two_stages, tokenizer, tokenizer_folder, tmp_path, monkeypatch):
+    shrink(monkeypatch, *TWO_ROWS)
+    shutil.copytree(two_stages / "stage-1", tmp_path / "run/stage-1")
+    there = ["--stage", "2", "--out", str(tmp_path / "run")]
+    assert "streams_out" in mllm_words(*there, "--tokenizer", str(tokenizer_folder), "--streams-out", "pixel")
+    other = copy.deepcopy(tokenizer)
+    other.quantizer_pix.codebook[0, 0, 0] += 1
+    other.save_pretrained(tmp_path / "other", data="plain")
+    assert "another tokenizer" in mllm_words(*there, "--tokenizer", str(tmp_path / "other"))
+
+
+def test_train_mllm_codes_are_kept_by_what_made_them(tokenizer, tokenizer_folder, tmp_path, monkeypatch):
+    """Once for one tokenizer and one data; anew for others, in a folder of their own; kept ones are what encoding gives."""
+    shrink(monkeypatch, replace(TWO_ROWS[0], steps=1, batch=2))
+    calls, encode, known = [], DualTokenizer.encode, set()
+    monkeypatch.setattr(DualTokenizer, "encode", lambda self, images: calls.append(len(images)) or encode(self, images))
+    other = copy.deepcopy(tokenizer)
+    other.quantizer_sem.codebook.mul_(1.5)
+    other.save_pretrained(tmp_path / "other", data="plain")
+    for folder, more, new in ((tokenizer_folder, [], True), (tokenizer_folder, [], False), (tmp_path / "other", [], True), (tokenizer_folder, ["--data", "textured"], True),
+                              (tokenizer_folder, ["--seed", "1"], True), (tmp_path / "other", [], False), (tokenizer_folder, ["--streams-in", "pixel"], False)):
+        calls.clear()
+        train_tiny(tmp_path / "run", folder, *more)
+        made = set(os.listdir(tmp_path / "run/codes")) - known
+        assert bool(calls) == new and len(made) == new, (folder, more)
+        if new:
+            key, = made
+            known.add(key)
+            codes = train_mllm.to_tensor(np.load(tmp_path / "run/codes" / key / "pictures.npy"))
+            world = World("textured" if "textured" in more else "plain", 32, int("--seed" in more), single=train_mllm.SINGLE)
+            fresh = encode(DualTokenizer.from_pretrained(folder), shapes.render(shapes.pack(list(world.scenes(range(24)))), 32))
+            assert codes.dtype == torch.int64 and len(codes) > 24 and (codes[:24] == fresh).float().mean() > 0.999
+    train_tiny(tmp_path / "again", tokenizer_folder)
+    for path in glob.glob(str(tmp_path / "again/codes/*/pictures.npy")):
+        assert np.array_equal(np.load(path), np.load(path.replace("again", "run")))
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Twelve captioned images, one of them broken, and six to evaluate on."""
+    folder = tmp_path_factory.mktemp("images")
+    images, captions = World("plain", 32, seed=3).batch(range(18))
+    for n, (image, caption) in enumerate(zip(images, captions)):
+        path = folder / ("train" if n < 12 else "val") / f"{n}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).save(path)
+        path.with_suffix(".txt").write_text(f"{caption}, {n}")
+    (folder / "train/7.png").write_bytes(b"broken")
+    return folder
+
+
+def test_train_mllm_on_a_folder_of_images(captioned, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """Kinds that such data lacks are left out; a broken file is named and replaced, caption and all; captions are retrieved, pictures painted."""
+    shrink(monkeypatch, TWO_ROWS[0], replace(TWO_ROWS[1], batch=8), evaluates=lambda stage: stage.name == "stage-2")
+    (tmp_path / "words.txt").write_text("some words to learn. " * 40)
+    train, seen = train_mllm.train, []
+    monkeypatch.setattr(train_mllm, "train", lambda stage, batches: seen.append(stage.data) or train(stage, batches))
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), "--text-data", str(tmp_path / "words.txt"),
+               "--text-length", "80")
+    out, metrics = capsys.readouterr().out, json.load(open(tmp_path / "run/metrics.json"))
+    assert "7.png" in out and "7.png: cannot be read" in out
+    assert 0 <= metrics["caption_retrieval"] <= 1 and "understanding" not in metrics and "painting" not in metrics
+    assert os.path.getsize(tmp_path / "run/samples/painted.png") > 0
+    assert {"text", "pixel_1"} <= losses_logged(tmp_path / "run")[0].keys()
+    tokenizer, folders = DualTokenizer.from_pretrained(tokenizer_folder), glob.glob(str(tmp_path / "run/codes/*/"))
+    said = {len(captions): (captions, folder) for folder in folders for captions in [json.load(open(os.path.join(folder, "said.json")))]}
+    captions, folder = said[12]
+    numbers = [int(caption.split(", ")[1]) for caption in captions]
+    assert set(numbers) == set(range(12)) - {7} and len(folders) == 2
+    images = sample.read_images([str(captioned / f"train/{n}.png") for n in numbers], 32)
+    assert (train_mllm.to_tensor(np.load(os.path.join(folder, "pictures.npy"))) == tokenizer.encode(images)).float().mean() > 0.999
+    for n in range(20):
+        for kind in ("caption", "paint"):
+            made = seen[0].make(kind, random.Random(n))
+            picture, = (s.data for s in made if isinstance(s, Picture))
+            said = BYTES.decode(sum((s.ids for s in made if isinstance(s, Words)), [])).strip()
+            assert said == "" if kind == "paint" and not said else any(said == caption and np.array_equal(codes, picture.numpy()) for codes, caption in zip(seen[0].pictures, captions))
+
+
+def test_train_mllm_caption_retrieval_counts_pictures(monkeypatch):
+    """The likeliest caption for each picture, among those of a group, a short one included; chance is one in its size."""
+    captions = ["a", "b", "c", "d", "e", "f"]
+    liked = torch.eye(6) + torch.tensor([9.0, 0, 0, 0, 0, 0])       # one caption is likely with any picture: it does not count
+    model = SimpleNamespace(score=lambda pictures, words: torch.stack([liked[int(p), captions.index(w)] for p, w in zip(pictures, words)]))
+    data, ranks = SimpleNamespace(val=np.arange(6, dtype=np.uint16), val_captions=captions), train_tokenizer.Ranks("cpu")
+    assert train_mllm.caption_retrieval(model, data, ranks, 6)["caption_retrieval"] == 1.0
+    liked = liked[[0, 1, 2, 4, 3, 5]]
+    found = train_mllm.caption_retrieval(model, data, ranks, 6)
+    assert found["caption_retrieval"] == pytest.approx(4 / 6)
+    assert found["caption_retrieval_chance"] == pytest.approx(1 / 6)
+
+
+def test_train_mllm_changed_images_are_encoded_again(captioned, tokenizer_folder, tmp_path, monkeypatch):
+    """Another picture or caption under an old name is other data."""
+    shrink(monkeypatch, replace(TWO_ROWS[0], steps=1, batch=2))
+    shutil.copytree(captioned / "train", tmp_path / "images")
+    flags = ["--data", str(tmp_path / "images"), "--val-data", str(captioned / "val")]
+    kept, known = lambda: set(os.listdir(tmp_path / "run/codes")), set()
+    for change in (lambda: None, lambda: shutil.copy(captioned / "train/1.png", tmp_path / "images/2.png"), lambda: (tmp_path / "images/2.txt").write_text("other words")):
+        change()
+        train_tiny(tmp_path / "run", tokenizer_folder, *flags)
+        assert kept() - known, "the old codes and captions were used"
+        known = kept()
+
+
+def test_train_mllm_held_out_images_may_have_no_captions(captioned, tokenizer_folder, tmp_path, monkeypatch):
+    shrink(monkeypatch, replace(MIXED_ROW, steps=1), evaluates=lambda stage: True)
+    (tmp_path / "images").mkdir()
+    for path in glob.glob(str(captioned / "val/*.png")):
+        shutil.copy(path, tmp_path / "images")
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(tmp_path / "images"))
+    assert os.path.exists(tmp_path / "run/metrics.json")
+
+
+def test_train_mllm_text_data_is_read_in_pieces(tokenizer_folder, tmp_path, monkeypatch):
+    shrink(monkeypatch, train_mllm.Row("0", ("llm",), 1e-3, 4, 2, dict(text=1.0)))
+    words = "".join(chr(97 + n % 26) + str(n) for n in range(300))
+    (tmp_path / "words.txt").write_text(words)
+    rows, pack_all = [], train_mllm.pack
+    monkeypatch.setattr(train_mllm, "pack", lambda sequences, *a, **kw: rows.extend(sequences) or pack_all(sequences, *a, **kw))
+    flags = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--text-data"]
+    train_tiny(tmp_path / "run", tokenizer_folder, "--text-data", str(tmp_path / "words.txt"), "--text-length", "40")
+    pieces = [BYTES.decode(sum((s.ids for s in row), [])) for row in rows]
+    assert len(pieces) == 8 and all(len(piece) == 40 and piece in words for piece in pieces) and len(set(pieces)) > 4
+    assert "cannot be read" in mllm_words(*flags, str(tmp_path / "gone.txt"))
+    assert "expected more than --text-length 5000" in mllm_words(*flags, str(tmp_path / "words.txt"), "--text-length", "5000")
+
+
+@pytest.mark.parametrize("flags", [["--streams-in", "continuous"], ["--streams-in", "pixel", "--streams-out", "pixel"], ["--streams-out", "pixel"], ["--streams-in", "semantic"]])
+def test_train_mllm_streams(tokenizer_folder, tmp_path, monkeypatch, flags):
+    rows = (TWO_ROWS[0], train_mllm.Row("3", ("heads",), 1e-3, 4, 2, dict(paint=1.0)), train_mllm.Row("4-1", PARTS, 1e-3, 8, 2, MIXED))
+    shrink(monkeypatch, *(replace(row, steps=1) for row in rows))
+    train_tiny(tmp_path, tokenizer_folder, *flags)
+    model, painted = DualMLLM.from_pretrained(tmp_path), "pixel" in flags or "semantic" in flags
+    assert list(model.config.streams_in) == (flags[1].split(",") if flags[0] == "--streams-in" else ["pixel", "semantic"])
+    assert set(model.heads) == {"pixel", "semantic"} - ({"semantic"} if flags[-1] == "pixel" else set() if painted else {"pixel", "semantic"})
+    assert os.path.exists(tmp_path / "stage-3") == painted and ("pixel_1" in losses_logged(tmp_path)[0]) == painted
+
+
+def test_train_mllm_takes_a_folder_of_qwen(tokenizer_folder, tmp_path, monkeypatch):
+    """Its weights and vocabulary; no stage 0; saved beside the model."""
+    vocabulary = os.path.join(SHARED, "data/vocab/qwen")
+    if not os.path.isdir(vocabulary):
+        pytest.skip("no vocabulary of Qwen2.5: set NANODUALTOKEN_SHARED")
+    llm = randomised(LLM(small_llm(vocab_size=151936, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
+    shutil.copytree(vocabulary, tmp_path / "llm")
+    save_file(llm.state_dict(), tmp_path / "llm/model.safetensors")
+    (tmp_path / "llm/config.json").write_text(json.dumps({"model_type": "qwen2", **vars(llm.config)}))
+    shrink(monkeypatch, train_mllm.NANO[0], replace(TWO_ROWS[0], steps=1))
+    train_tiny(tmp_path / "run", tokenizer_folder, "--llm", str(tmp_path / "llm"))
+    model = DualMLLM.from_pretrained(tmp_path / "run")
+    assert not os.path.exists(tmp_path / "run/stage-0") and equal(model.llm.state_dict(), llm.state_dict()) and model.text.turn_start == 151644
+    assert spelled(turn(model.text, [Picture(torch.zeros(1, 2, 4)), "what is it?"], ["a cat"]), model.text) == (
+        "<|im_start|>user\n<image_start>#<image_end>what is it?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n")
+    assert all(isinstance(answer, str) for answer in model.answer(torch.zeros(1, 64, 2, 4, dtype=torch.int64), ["what is it?"], longest=3))
+
+
+def test_train_mllm_bench_writes_nothing(tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch, replace(MIXED_ROW, batch=2))
+    train_mllm.main([*TINY_MLLM, "--bench", "--tokenizer", "nano", "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().out.count("waiting for data") == 1 and not os.path.exists(tmp_path / "run")
+
+
+def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, monkeypatch):
+    shrink(monkeypatch, *(replace(row, steps=1, batch=4) for row in train_mllm.NANO))
+    (tmp_path / "llm").mkdir()
+    there = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run")]
+    for argv, words in ((["--preset", "huge"], "--preset is 'huge', expected one of nano"), (["--stage", "5"], "--stage is '5', expected all"),
+                        (["--preset", "qwen2.5-3b", "--stage", "0"], "--stage is '0'"), (["--llm", "gpt5"], "--llm is 'gpt5', expected one of nano"),
+                        (["--llm", str(tmp_path / "llm")], "config.json cannot be read"), (["--steps", "3"], "name the stage"),
+                        (["--stage", "3"], "stage 2 is not finished"), (["--tokenizer", str(tmp_path / "nowhere")], "no model in"),
+                        (["--streams-in", "pixel", "--streams-out", "semantic"], "streams"), (["--streams-in", "depth"], "streams"), (["--streams-out", "depth"], "streams"),
+                        (["--streams-in", ""], "streams"),
+                        (["--streams-in", "continuous", "--teacher", str(tmp_path / "gone")], "no model in"), (["--streams-in", "continuous", "--stage", "3"], "--stage is '3'"),
+                        (["--text-length", "1"], "--text-length is 1"), (["--data", str(tmp_path / "gone")], "no such image data"), (["--accumulate", "5"], "multiple"),
+                        (["--data", str(tmp_path / "llm")], "no images in"), (["--device", "warp"], "--device warp cannot be used")):
+        assert words in mllm_words(*there, *argv), argv
+        assert not glob.glob(str(tmp_path / "run/**/model.safetensors"), recursive=True)
+
+
+def test_train_mllm_refuses_to_paint_no_stream(tokenizer_folder, tmp_path, monkeypatch):
+    """Stage 3 would have nothing to train."""
+    shrink(monkeypatch, TWO_ROWS[0], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)))
+    assert "streams" in mllm_words("--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--streams-out", "")
+
+
+def parameters_printed(capsys, *argv):
+    capsys.readouterr()
+    train_mllm.main(["--parameters", *argv])
+    return {line.strip().rsplit(maxsplit=2)[0]: float(line.rsplit(maxsplit=2)[1]) for line in capsys.readouterr().out.splitlines() if line.endswith(" M")}
+
+
+def test_train_mllm_parameters_are_the_papers(capsys):
+    """Appendix D.1: 257.9 M for a head over depth, Qwen2.5-3B's 3,085.9 M, and 2.1 M more in the projector for the second stream."""
+    two = parameters_printed(capsys, "--preset", "qwen2.5-3b", "--code-dim", "1024")
+    one = parameters_printed(capsys, "--preset", "qwen2.5-3b", "--code-dim", "1024", "--streams-in", "pixel", "--streams-out", "pixel")
+    depth = [value for name, value in two.items() if "over depth" in name]
+    assert depth == [257.9, 257.9] and two["LLM"] == one["LLM"] == 3085.9
+    assert round(two["input projector"] - one["input projector"], 1) == 2.1 and [value for name, value in one.items() if "over depth" in name] == [257.9]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample, with the MLLM
+
+@pytest.fixture(scope="module")
+def there(mllm_stages, tokenizer_folder):
+    return ["--device", "cpu", "--tokenizer", str(tokenizer_folder), "--mllm", str(mllm_stages[0])]
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), np.uint8)).save(path)
+    return str(path)
+
+
+def test_sample_paints(there, tmp_path, capsys):
+    def painted(name, prompts, *more):
+        sample.main(["--paint", *prompts, *there, "--out", str(tmp_path / name), *more])
+        paths = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+        assert sorted(os.listdir(tmp_path / name)) == sorted(map(os.path.basename, paths)) and len(paths) == len(prompts)
+        return [Image.open(path).copy() for path in paths]
+
+    one, two = painted("one", ["a red circle", "two"])
+    again, = painted("again", ["two"])
+    four, = painted("four", ["two"], "--n", "4", "--guidance", "1", "--seed", "5")
+    other, = painted("other", ["two"], "--guidance", "1", "--seed", "8")        # the fourth of those four
+    cold, = painted("cold", ["two"], "--n", "2", "--guidance", "1", "--temperature", "0")
+    side = cold.height - 8
+    assert np.array_equal(*(np.asarray(cold)[4:4 + side, x:x + side] for x in (4, side + 8)))
+    assert painted("unguided", ["two"], "--guidance", "1")[0] != two
+    assert one != two and two == again and one.width == one.height and 3 * four.height < four.width < 5 * four.height
+    pixels = lambda picture: np.asarray(picture.resize((32, 32), Image.Resampling.BOX), float)
+    last = pixels(four.crop((four.width - four.height + 4, 4, four.width - 4, four.height - 4)))
+    same, unlike = (np.abs(last - pixels(picture.crop((4, 4, picture.width - 4, picture.height - 4)))).mean() for picture in (other, two))
+    assert same < 0.2 * unlike
+
+
+def test_sample_prompts_that_look_alike_get_files_of_their_own(there, tmp_path, capsys):
+    sample.main(["--paint", "two!", "two?", *there, "--out", str(tmp_path / "out"), "--guidance", "1"])
+    assert len(os.listdir(tmp_path / "out")) == 2 == len(set(capsys.readouterr().out.split()))
+
+
+def test_sample_answers(there, photo, capsys):
+    sample.main(["--ask", "what is it?", "--image", photo, *there])
+    one = capsys.readouterr().out
+    sample.main(["--ask", "--image", photo, photo, *there])
+    assert one.endswith("\n") and capsys.readouterr().out.count("photo.png: ") == 2
+
+
+def test_sample_edits(there, photo, tmp_path, capsys):
+    contents = []
+    for name in ("one", "again"):
+        sample.main(["--edit", "make it green", "--image", photo, photo, *there, "--out", str(tmp_path / name), "--guidance", "1"])
+        paths = capsys.readouterr().out.split()
+        assert len(paths) == len(set(paths)) == 2 == len(os.listdir(tmp_path / name))
+        contents.append([open(path, "rb").read() for path in paths])
+    assert contents[0] == contents[1] and contents[0][0] == contents[0][1]
+    picture = Image.open(paths[0])
+    assert picture.width > 1.9 * picture.height
+
+
+def test_sample_evaluates(mllm_stages, there, tmp_path, capsys):
+    """As at the end of training: the same numbers."""
+    sample.main(["--eval", "--eval-images", "32", *there, "--out", str(tmp_path)])
+    said, metrics = capsys.readouterr().out, json.load(open(tmp_path / "metrics.json"))
+    trained = json.load(open(mllm_stages[0] / "metrics.json"))
+    assert str(tmp_path / "metrics.json") in said and "understanding all" in said and os.path.getsize(tmp_path / "samples/painted.png") > 0
+    for name in ("understanding", "caption_exact", "painting", "reader_accuracy"):
+        assert metrics[name] == trained[name]
+    assert metrics["fd"] == pytest.approx(trained["fd"], rel=1e-3)
+
+
+def test_sample_evaluates_images_as_training_did(captioned, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """On the pictures that were held out then, --val-data included."""
+    shrink(monkeypatch, TWO_ROWS[0], evaluates=lambda stage: True)
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"))
+    before, scored = sorted(glob.glob(str(tmp_path / "run/codes/*"))), []
+    score = DualMLLM.score
+    monkeypatch.setattr(DualMLLM, "score", lambda self, pictures, captions: scored.extend(captions) or score(self, pictures, captions))
+    sample.main(["--eval", "--eval-images", "32", "--device", "cpu", "--tokenizer", str(tokenizer_folder), "--mllm", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert {int(caption.split(", ")[1]) for caption in scored} == set(range(12, 18)) and sorted(glob.glob(str(tmp_path / "run/codes/*"))) == before
+    trained, metrics = (json.load(open(tmp_path / name / "metrics.json")) for name in ("run", "out"))
+    assert metrics["caption_retrieval"] == trained["caption_retrieval"]
+
+
+@pytest.mark.parametrize("n", [2, 16])
+def test_sample_evaluates_on_few(there, tmp_path, n):
+    sample.main(["--eval", "--eval-images", str(n), *there, "--out", str(tmp_path), "--guidance", "1"])
+    assert json.load(open(tmp_path / "metrics.json"))["understanding"]["all"]["n"] <= n
+
+
+def test_sample_with_an_mllm_bad_input_ends_in_a_sentence(there, mllm_stages, photo, tokenizer, tmp_path, capsys):
+    """And nothing is written."""
+    out = ["--out", str(tmp_path / "out")]
+    other = copy.deepcopy(tokenizer)
+    other.quantizer_sem.codebook[0, 0, 0] += 1
+    other.save_pretrained(tmp_path / "other", data="plain")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    long = "x" * (json.load(open(mllm_stages[0] / "config.json"))["llm"]["max_position_embeddings"] + 1)
+    for argv, words in ((["--paint", "red", *there, "--tokenizer", str(tmp_path / "other")], "another tokenizer"),
+                        (["--ask", "what?", "--image", str(tmp_path / "bad.png"), *there], "bad.png: cannot be read as an image"),
+                        (["--edit", "what?", "--image", str(tmp_path / "gone.png"), *there], "expected the path of an image"),
+                        (["--paint", long, *there], "expected at most"), (["--ask", long, "--image", photo, *there], "expected at most"),
+                        (["--paint", "red", *there, "--mllm", str(tmp_path / "nowhere")], "no model in"), (["--eval", *there, "--tokenizer", str(tmp_path / "nowhere")], "no model in")):
+        said = sample_words(*argv, *out)
+        assert words in said and said.startswith("error: ") and "\n" not in said, argv
+    for argv, words in ((["--ask", "what?"], "--image"), (["--edit", "what?"], "--image"), (["--paint", "red", "--ask", "what?", "--image", photo], "expected one of"),
+                        ([], "expected one of"), (["--paint", "red", "--top-p", "0"], "--top-p")):
+        capsys.readouterr()
+        assert sample_words(*argv, *there, *out) == "2" and words in capsys.readouterr().err.splitlines()[-1]
+    assert not os.path.exists(tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the project
 
 def test_project_readme_commands_and_files_exist():
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    parsers = {"train_tokenizer.py": train_tokenizer.flags, "sample.py": sample.flags}
+    parsers = {"train_tokenizer.py": train_tokenizer.flags, "train_mllm.py": train_mllm.flags, "sample.py": sample.flags}
     commands = re.findall(r"^ *(?:python|torchrun --nproc_per_node=\d+) (\w+\.py)(.*?)(?:#.*)?$", text, re.M)
     assert {script for script, _ in commands} == set(parsers)
     for script, arguments in commands:
@@ -1501,7 +3108,7 @@ def test_project_readme_commands_and_files_exist():
         assert int(lines) == open(os.path.join(HERE, path), encoding="utf-8").read().count("\n"), f"README: {path} has another number of lines"
 
 
-@pytest.mark.parametrize("script", ["train_tokenizer.py", "sample.py"])
+@pytest.mark.parametrize("script", ["train_tokenizer.py", "train_mllm.py", "sample.py"])
 def test_project_every_flag_is_read_and_explained(script):
     text = open(os.path.join(HERE, script), encoding="utf-8").read()
     for flag, rest in re.findall(r'add_argument\("--([\w-]+)"(.*)', text):

@@ -58,7 +58,7 @@ class Row:
 
 _ALL = ("llm", "projector", "heads")
 _UNDERSTAND = dict(caption=0.2, question=0.6, text=0.2)
-_EVERYTHING = dict(caption=0.04, question=0.2, paint=0.62, edit=0.1, text=0.04)
+_EVERYTHING = dict(caption=0.03, question=0.18, paint=0.7, edit=0.06, text=0.03)
 # What trains, learning rates and batches are the paper's; steps and shares are not in it.
 PAPER = (
     Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0)),
@@ -72,8 +72,8 @@ NANO = (
     Row("1", ("projector",), 2.5e-3, 64, 40, dict(caption=1.0)),
     Row("2", ("projector", "llm"), 2.5e-3, 64, 400, _UNDERSTAND),
     Row("3", ("heads",), 2.5e-3, 32, 150, dict(paint=1.0)),
-    Row("4-1", _ALL, 2.5e-3, 32, 4800, _EVERYTHING),
-    Row("4-2", _ALL, 1e-3, 32, 1000, _EVERYTHING),
+    Row("4-1", _ALL, 2.5e-3, 32, 4000, _EVERYTHING),
+    Row("4-2", _ALL, 1e-3, 32, 800, _EVERYTHING),
 )
 SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
     NANO, (500, 200, 1500, 500, 4000, 1000), (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 3e-4)))
@@ -193,14 +193,17 @@ class Sequences(torch.utils.data.Dataset):
         return turn(self.text, [*given, "" if rng.random() < DROP else words], [self.picture(index, True)])
 
     def __getitem__(self, step: int) -> list:
-        """This rank's micro-batches of a step. Kinds take their shares of every global batch, in the same order whatever the number of ranks."""
-        kinds, shares = zip(*self.mixture.items())
-        edges, A = np.cumsum(shares) / sum(shares), self.ranks.count * self.args.accumulate
+        """This rank's micro-batches of a step. Edits, two pictures long, have steps of their own, their share of all, so that nothing else is padded to
+        their length; the other kinds have their shares of every other global batch. All that whatever the number of ranks."""
+        total = sum(self.mixture.values())
+        edits, A = self.mixture.get("edit", 0) / total, self.ranks.count * self.args.accumulate
+        kinds = {"edit": 1} if int((step + 1) * edits + 1e-9) > int(step * edits + 1e-9) else {kind: share for kind, share in self.mixture.items() if kind != "edit"}
+        edges = np.cumsum(list(kinds.values())) / sum(kinds.values())
         parts = []
         for first in range(self.ranks.rank, A, self.ranks.count):
             places = range(first, self.batch, A)
             rngs = [random.Random(f"{self.args.seed} {step} {j}") for j in places]
-            rows = [self.make(kinds[min(np.searchsorted(edges, (j + 0.5) / self.batch), len(kinds) - 1)], rng) for j, rng in zip(places, rngs)]
+            rows = [self.make([*kinds][np.searchsorted(edges[:-1], (j + 0.5) / self.batch)], rng) for j, rng in zip(places, rngs)]
             parts.append(pack(rows, self.text, self.positions, later=LATER.get(self.args.preset, 1.0), rngs=rngs))
         return parts
 
@@ -421,19 +424,19 @@ class MLLMStage(Stage):
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
-        counts = [[len(part.text_target), len(part.learned) * self.data.positions, len(part.deep)] for part, in parts]
-        counts = torch.tensor(counts, dtype=torch.float32).sum(0).to(self.ranks.device)
-        self.scale = len(parts) * self.ranks.count / all_reduce(counts).clamp(min=1)
+        counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.deep)] for part, in parts], dtype=torch.float32).sum(0)
+        self.present = (counts > 0).tolist()        # on this rank, and so on all: each has all kinds of the step
+        self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device)).clamp(min=1)
 
     def loss(self, batch, *, step):
-        terms, total, kinds, depths = {}, 0.0, self.data.mixture.keys(), DEPTHS.get(self.args.preset, (1.0,))
+        terms, total, depths = {}, 0.0, DEPTHS.get(self.args.preset, (1.0,))
         for name, value in self.wrapped(batch).items():
             stream, depth = (*name.split("_"), "1")[:2]
             depth, words = int(depth), stream == "text"
-            mean = value * self.scale[0 if words else 1 if depth == 1 else 2]
-            total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * mean
-            if kinds & ({"text", "caption", "question"} if words else {"paint", "edit"}):
-                terms[name] = mean
+            what = 0 if words else 1 if depth == 1 else 2
+            total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * value * self.scale[what]
+            if self.present[what]:
+                terms[name] = value * self.scale[what]
         return total, terms
 
     def evaluate(self):
