@@ -58,7 +58,7 @@ class Row:
 
 _ALL = ("llm", "projector", "heads")
 _UNDERSTAND = dict(caption=0.2, question=0.6, text=0.2)
-_EVERYTHING = dict(caption=0.03, question=0.18, paint=0.7, edit=0.06, text=0.03)
+_EVERYTHING = dict(caption=0.03, question=0.17, paint=0.72, edit=0.05, text=0.03)
 # What trains, learning rates and batches are the paper's; steps and shares are not in it.
 PAPER = (
     Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0)),
@@ -68,12 +68,12 @@ PAPER = (
     Row("4-2", _ALL, 1e-5, 256, 10_000, _EVERYTHING),
 )
 NANO = (
-    Row("0", ("llm",), 2.5e-3, 64, 100, dict(text=1.0)),
+    Row("0", ("llm",), 2.5e-3, 64, 300, dict(text=1.0)),
     Row("1", ("projector",), 2.5e-3, 64, 40, dict(caption=1.0)),
-    Row("2", ("projector", "llm"), 2.5e-3, 64, 400, _UNDERSTAND),
-    Row("3", ("heads",), 2.5e-3, 32, 150, dict(paint=1.0)),
+    Row("2", ("projector", "llm"), 2.5e-3, 64, 500, _UNDERSTAND),
+    Row("3", ("heads",), 2.5e-3, 32, 100, dict(paint=1.0)),
     Row("4-1", _ALL, 2.5e-3, 32, 4000, _EVERYTHING),
-    Row("4-2", _ALL, 1e-3, 32, 800, _EVERYTHING),
+    Row("4-2", _ALL, 1e-3, 32, 700, _EVERYTHING),
 )
 SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
     NANO, (500, 200, 1500, 500, 4000, 1000), (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 3e-4)))
@@ -84,8 +84,11 @@ DEPTHS = {"nano": (1.0, 0.2, 0.1, 0.05), "small": (1.0, 0.2, 0.1, 0.05)}        
 DROP = 0.1              # share of painted samples without their words, for guidance
 LATER = {"nano": 0.25}  # share of painted positions whose depths after the first are learned in a step; default 1. They are most of a head's work and little of a picture
 SCENES = {"nano": 16_384, "small": 65_536}      # of the built-in world, whose codes are extracted once; a quarter of them with an edit
-SINGLE, CROWDED = 0.25, 4       # of drawn scenes, the share with one shape; and every how manyth with three or four is kept: .4, .4 and .2 with one, two and more
-SAMPLING = dict(guidance=3.0, temperature=0.8, top_k=0, top_p=0.8)      # in evaluation; the paper: 3, 1, 900, .96
+POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares with one, two, three and four shapes
+# The same for the sequences of a kind. Two shapes are the hard part of painting, and enough for a text that answers its own questions.
+COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.25, 0.65, 0.05, 0.05), "text": (0.3, 0.7, 0.0, 0.0)}
+RELATIONS = 0.6         # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
+SAMPLING = dict(guidance=2.0, temperature=0.8, top_k=0, top_p=0.85)      # in evaluation; the paper: 3, 1, 900, .96
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -192,12 +195,16 @@ class Sequences(torch.utils.data.Dataset):
         """A sequence that paints a picture, after its words (dropped now and then) and the pictures given."""
         return turn(self.text, [*given, "" if rng.random() < DROP else words], [self.picture(index, True)])
 
+    def kinds_of(self, step: int) -> dict[str, float]:
+        """Shares of the kinds in a step's global batch. Edits, two pictures long, have steps of their own, so that nothing else is padded to their length."""
+        edits = self.mixture.get("edit", 0) / sum(self.mixture.values())
+        if int((step + 1) * edits + 1e-9) > int(step * edits + 1e-9):
+            return {"edit": 1.0}
+        return {kind: share for kind, share in self.mixture.items() if kind != "edit"}
+
     def __getitem__(self, step: int) -> list:
-        """This rank's micro-batches of a step. Edits, two pictures long, have steps of their own, their share of all, so that nothing else is padded to
-        their length; the other kinds have their shares of every other global batch. All that whatever the number of ranks."""
-        total = sum(self.mixture.values())
-        edits, A = self.mixture.get("edit", 0) / total, self.ranks.count * self.args.accumulate
-        kinds = {"edit": 1} if int((step + 1) * edits + 1e-9) > int(step * edits + 1e-9) else {kind: share for kind, share in self.mixture.items() if kind != "edit"}
+        """This rank's micro-batches of a step: the same sequences whatever the number of ranks."""
+        kinds, A = self.kinds_of(step), self.ranks.count * self.args.accumulate
         edges = np.cumsum(list(kinds.values())) / sum(kinds.values())
         parts = []
         for first in range(self.ranks.rank, A, self.ranks.count):
@@ -231,8 +238,13 @@ class WorldSequences(Sequences):
     def __init__(self, source, args, ranks, text, tokenizer, encode):
         super().__init__(source, args, ranks, text, tokenizer.config.positions)
         n, size = 512 if args.bench else SCENES.get(args.preset, 65_536), tokenizer.config.vision.image_size
-        drawn = enumerate(shapes.World(source, size, args.seed, single=SINGLE).scenes(range(2 * n)))
-        self.scenes = [scene for i, scene in drawn if len(scene) <= 2 or i % CROWDED == 0][:n]
+        self.by_count = [[] for _ in POOL]
+        for scene in shapes.World(source, size, args.seed, single=0.25).scenes(range(3 * n)):
+            if len(self.by_count[len(scene) - 1]) < round(POOL[len(scene) - 1] * n):
+                self.by_count[len(scene) - 1].append(scene)
+        self.scenes = sum(self.by_count, [])
+        random.Random(0).shuffle(self.scenes)
+        self.by_count = [[i for i, scene in enumerate(self.scenes) if len(scene) == k + 1] for k in range(len(POOL))]
         self.edits = [(i, *edit) for i in range(n // 4) if (edit := shapes.edits(self.scenes[i], random.Random(i)))]     # (before, kind, instruction, after)
         drawn = self.scenes + [after for *_, after in self.edits]
 
@@ -240,20 +252,22 @@ class WorldSequences(Sequences):
             for i in range(0, len(mine), 128):
                 part = mine[i:i + 128]
                 yield shapes.render(shapes.pack([drawn[j] for j in part]), size, ranks.device), [None] * len(part)
-        self.pictures, _ = extract(args, ranks, {**encode.key, "data": source, "size": size, "seed": args.seed, "scenes": [n, SINGLE, CROWDED]}, len(drawn), chunks, encode)
+        self.pictures, _ = extract(args, ranks, {**encode.key, "data": source, "size": size, "seed": args.seed, "scenes": [n, POOL]}, len(drawn), chunks, encode)
 
     def sequence(self, kind, rng):
-        i = rng.randrange(len(self.scenes))
-        scene, text = self.scenes[i], self.text
         if kind == "edit":
             e = rng.randrange(len(self.edits))
             return self.painted(len(self.scenes) + e, self.edits[e][2], rng, self.picture(self.edits[e][0]))
+        i = rng.choice(rng.choices(self.by_count, COUNTS[kind])[0])
+        scene, text = self.scenes[i], self.text
         if kind == "question":
             _, question, answer = ask(scene, rng)
             return turn(text, [self.picture(i), question], [answer])
         words = shapes.caption(scene, rng.randrange(1 << 30)).text
         if kind == "caption":
             return turn(text, [self.picture(i)], [words])
+        if rng.random() < RELATIONS and (relations := [claim.text for claim in shapes.claims(scene) if claim.skill == "relation"]):
+            words = rng.choice(relations)
         if kind == "paint":
             return self.painted(i, words, rng)
         return document(text, [f"{words}\n{question}\n{answer}" for _, question, answer in [ask(scene, rng)]])
@@ -425,17 +439,16 @@ class MLLMStage(Stage):
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
         counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.deep)] for part, in parts], dtype=torch.float32).sum(0)
-        self.present = (counts > 0).tolist()        # on this rank, and so on all: each has all kinds of the step
         self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device)).clamp(min=1)
 
     def loss(self, batch, *, step):
-        terms, total, depths = {}, 0.0, DEPTHS.get(self.args.preset, (1.0,))
+        terms, total, depths, kinds = {}, 0.0, DEPTHS.get(self.args.preset, (1.0,)), self.data.kinds_of(step).keys()
         for name, value in self.wrapped(batch).items():
             stream, depth = (*name.split("_"), "1")[:2]
             depth, words = int(depth), stream == "text"
             what = 0 if words else 1 if depth == 1 else 2
             total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * value * self.scale[what]
-            if self.present[what]:
+            if kinds & ({"text", "caption", "question"} if words else {"paint", "edit"}):
                 terms[name] = value * self.scale[what]
         return total, terms
 
@@ -511,7 +524,7 @@ def image_data(folder: str, tokenizer_folder: str, ranks: Ranks, source: str, mo
     return ImageSequences(source, args, ranks, model.text, tokenizer, encode)
 
 
-def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
+def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, say=print) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
     """The configuration that flags and tokenizer give, the text tokenizer, and the LLM where one is loaded."""
     llm, name = None, args.llm or args.preset
     if name in LLMS:
@@ -522,7 +535,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int) 
         if text.end > sizes.vocab_size:
             raise ValueError(f"the vocabulary in {name} has {text.end} tokens, its LLM {sizes.vocab_size} rows; copy both from the same model")
         if text.size > sizes.vocab_size:
-            print(f"the vocabulary of {sizes.vocab_size} has no spare rows: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}", flush=True)
+            say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}")
     else:
         raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, or a folder with config.json, weights and vocabulary")
     c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name)
@@ -543,6 +556,8 @@ def main(argv=None):
         print(f"{args.preset} over {c.preset}, K {c.codebook_size}, E {config.code_dim}, D {c.depth}")
         for name, value in table:
             print(f"  {name:40} {value / 1e6:10.1f} M")
+        print(f"  {'a second stream in the projector':40} {config.code_dim * config.llm.hidden_size / 1e6:10.1f} M")
+        print("paper, App. D.1 (3B, E 1024): a head 258 M, a code table 16 M, a second stream in the projector 2.1 M")
         return
 
     # ---- device, tokenizer, LLM
@@ -554,7 +569,7 @@ def main(argv=None):
         tokenizer, source = DualTokenizer.from_pretrained(args.tokenizer), args.data or read_config(args.tokenizer).get("data", "plain")
     tokenizer.to(ranks.device).requires_grad_(False)
     tables, sha256 = code_tables(tokenizer)
-    config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size)
+    config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size, ranks.say)
     if config.continuous:
         rows = [row for row in rows if row.name != "3"]
         rows = [replace(row, mixture={k: v for k, v in row.mixture.items() if k not in ("paint", "edit")}) for row in rows]
