@@ -208,18 +208,18 @@ class Sequences(torch.utils.data.Dataset):
         edges = np.cumsum(list(kinds.values())) / sum(kinds.values())
         parts = []
         for first in range(self.ranks.rank, A, self.ranks.count):
-            places = range(first, self.batch, A)
-            rngs = [random.Random(f"{self.args.seed} {step} {j}") for j in places]
-            rows = [self.make([*kinds][np.searchsorted(edges[:-1], (j + 0.5) / self.batch)], rng) for j, rng in zip(places, rngs)]
+            places = range(first, self.row.batch, A)
+            rngs = [random.Random(f"{self.args.seed} {self.row.name} {step} {j}") for j in places]
+            rows = [self.make([*kinds][np.searchsorted(edges[:-1], (j + 0.5) / self.row.batch)], rng) for j, rng in zip(places, rngs)]
             parts.append(pack(rows, self.text, self.positions, later=LATER.get(self.args.preset, 1.0), rngs=rngs))
         return parts
 
-    def batches(self, batch: int, mixture: dict):
-        """-> function of a start step that yields this rank's micro-batches (batch on the device,) of each step, and no reports, without end."""
-        check_batch(batch, self.ranks, self.args.accumulate)
-        self.batch, self.mixture = batch, {kind: share for kind, share in mixture.items() if kind in self.kinds}
+    def batches(self, row: Row):
+        """-> function of a start step that yields this rank's micro-batches (batch on the device,) of each step of a stage, and no reports, without end."""
+        check_batch(row.batch, self.ranks, self.args.accumulate)
+        self.row, self.mixture = row, {kind: share for kind, share in row.mixture.items() if kind in self.kinds}
         if not self.mixture:
-            raise ValueError(f"the data {self.source!r} has none of {', '.join(mixture)}; it has {', '.join(self.kinds)}")
+            raise ValueError(f"the data {self.source!r} has none of {', '.join(row.mixture)}; it has {', '.join(self.kinds)}")
         cuda = self.ranks.device.type == "cuda"
 
         def steps(start):
@@ -347,7 +347,8 @@ def share(right: list) -> float:
 
 
 def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dict:
-    """Answers and captions, exactly right or not. Chance: one of the type's answers at random; majority: always its most frequent answer in training."""
+    """Answers and captions, exactly right or not. Chance: one of the type's answers at random; majority: always its most frequent
+    answer to such questions about scenes of the training split."""
     mine, answers, captions = range(ranks.rank, len(val.scenes), ranks.count), [], []
     for i in tqdm(range(0, len(mine), 128), "answering", leave=False, disable=not ranks.first):
         part = mine[i:i + 128]
@@ -419,10 +420,6 @@ class MLLMStage(Stage):
 
     def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, data: Sequences, encode):
         super().__init__(args, ranks)
-        if args.stage == row.name:
-            row = replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr)
-        elif args.bench:
-            row = replace(row, batch=args.batch_size or row.batch)
         self.name, self.row, self.model, self.tokenizer, self.data, self.encode = f"stage-{row.name}", row, model, tokenizer, data, encode
         self.folder = args.out if last else os.path.join(args.out, self.name)
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, 30 if args.preset in ("nano", "small") else 500
@@ -584,8 +581,9 @@ def main(argv=None):
         args.out = os.path.join(tempfile.gettempdir(), f"nanodualtoken-bench-{os.getppid()}")
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
     data = (WorldSequences if source in shapes.DIFFICULTIES else ImageSequences)(source, args, ranks, text, tokenizer, encode)
-    for row in rows:
-        data.batches(row.batch if args.stage != row.name else args.batch_size or row.batch, row.mixture)        # raises before anything is trained
+    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in rows]     # of the one, or for --bench
+    for row in rows if args.stage == "all" else rows[names.index(args.stage):][:1]:
+        data.batches(row)       # raises before anything is trained
 
     # ---- where to start
     first = 0 if args.stage == "all" else names.index(args.stage)
@@ -605,7 +603,7 @@ def main(argv=None):
     for n, row in enumerate(rows[first:] if args.stage == "all" else rows[first:first + 1], first):
         stage = MLLMStage(args, ranks, row, n == len(rows) - 1, model, tokenizer, data, encode)
         if args.bench:
-            bench(stage, data.batches(stage.batch, row.mixture))
+            bench(stage, data.batches(stage.row))
             continue
         stage.earlier = dict(earlier)
         if args.resume and kept(stage):
@@ -613,7 +611,7 @@ def main(argv=None):
             model.load_state_dict(DualMLLM.from_pretrained(stage.folder).state_dict())
             earlier[row.name] = read_json(os.path.join(stage.folder, "metrics.json"))["seconds"]
         else:
-            train(stage, data.batches(stage.batch, row.mixture))
+            train(stage, data.batches(stage.row))
             earlier[row.name] = stage.seconds
     if args.bench and ranks.first:
         shutil.rmtree(args.out)
