@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import _config, load_weights, read_config, read_weights, recomputed, save_model
+from tokenizer import load_weights, make_config, read_config, read_weights, recomputed, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text as ids: UTF-8 bytes without any file, or a GPT-2 or Qwen2.5 vocabulary from local files; in each, four marks for images
@@ -403,7 +403,7 @@ class LLM(nn.Module):
             if got != expected:
                 raise ValueError(f"{folder}/config.json has {what} {got!r}, expected {expected!r}: this LLM is Qwen2's")
         with torch.device("meta"):      # no time for random weights that are not used
-            model = cls(_config(LLMConfig, {"rope_theta": rope.get("rope_theta", 10_000.0), **config}, folder))
+            model = cls(make_config(LLMConfig, {"rope_theta": rope.get("rope_theta", 10_000.0), **config}, folder))
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
         load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder, assign=True)
         return model
@@ -601,11 +601,9 @@ class DualMLLM(nn.Module):
         is_mark = (mark >= 0) & (mark < len(MARKS))
         x = self.llm.model.embed_tokens(batch.ids.masked_fill(is_mark, 0))
         x = torch.where(is_mark[..., None], F.embedding(mark.clamp(0, len(MARKS) - 1), self.marks), x)
-        pictures = batch.pictures
-        if not self.config.continuous and pictures.shape[2:] != (len(self.config.streams), self.config.depth):
-            pictures = pictures.new_zeros(0, N, len(self.config.streams), self.config.depth)            # of a batch of text
-        elif self.config.continuous and pictures.shape[2] != self.config.feature_width:
-            pictures = self.marks.new_zeros(0, N, self.config.feature_width)
+        c, pictures = self.config, batch.pictures
+        if not len(pictures):       # a batch of text
+            pictures = self.marks.new_zeros(0, N, c.feature_width) if c.continuous else batch.ids.new_zeros(0, N, len(c.streams), c.depth)
         y = self.project(pictures, batch.painted)
         places = (batch.at[:, None] + torch.arange(N, device=batch.at.device)).flatten()
         return x.flatten(0, 1).index_copy(0, places, y.flatten(0, 1).to(x.dtype)).view_as(x)
@@ -624,6 +622,8 @@ class DualMLLM(nn.Module):
         for stream, head in self.heads.items():
             s = self.config.streams.index(stream)
             for rows, depths in ((batch.deep, D), (batch.shallow, 1)):
+                if len(batch.learned) and not len(rows):
+                    continue
                 target = codes[rows, s, :depths]                                                        # (M, depths)
                 logits = head(h[before[rows]], self.vectors(target, s)).float()                         # (depths, M, K)
                 for d in range(depths):
@@ -716,8 +716,8 @@ class DualMLLM(nn.Module):
         config = read_config(folder)
         if config.get("model_type") != "dualmllm":
             raise ValueError(f"{folder}/config.json is no multimodal LLM of ours: model_type is {config.get('model_type')!r}, expected 'dualmllm'")
-        config["llm"] = _config(LLMConfig, config.get("llm"), folder)
-        config = _config(MLLMConfig, config, folder)
+        config["llm"] = make_config(LLMConfig, config.get("llm"), folder)
+        config = make_config(MLLMConfig, config, folder)
         text = TextTokenizer.bytes() if config.text == "bytes" else TextTokenizer.from_folder(folder)
         with torch.device("meta"):
             model = cls(config, text)

@@ -22,7 +22,8 @@ from data.images import centre_crop, decode
 from losses import psnr, ssim
 from mllm import DualMLLM, code_tables
 from tokenizer import DualTokenizer, read_config, write_json
-from train_mllm import SAMPLING, encoder, evaluate, image_data
+from train_mllm import SAMPLING, ImageSequences, encoder, evaluate
+from train_mllm import flags as train_flags
 from train_tokenizer import VALIDATION_SEED, Ranks, report, run, save_grid
 
 
@@ -67,10 +68,13 @@ def read_images(paths: list[str], size: int) -> torch.Tensor:
     return torch.stack([load(path) for path in paths])
 
 
-def names_of(paths: list[str]) -> list[str]:
-    """File names without their ends, numbered where two are equal."""
-    names = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+def numbered(names: list[str]) -> list[str]:
+    """Names of pictures, numbered where two are equal."""
     return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+
+
+def stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def slug(words: str) -> str:
@@ -82,7 +86,7 @@ def reconstruct(args, tokenizer: DualTokenizer, device):
     """Original and reconstruction side by side, one PNG per image."""
     size, n = tokenizer.config.vision.image_size, args.n or 8
     if args.reconstruct:
-        images, names = read_images(args.reconstruct, size).to(device), names_of(args.reconstruct)
+        images, names = read_images(args.reconstruct, size).to(device), numbered([stem(path) for path in args.reconstruct])
     else:
         source = read_config(args.tokenizer).get("data")       # what it was trained on
         difficulty = source if source in shapes.DIFFICULTIES else "plain"
@@ -94,12 +98,13 @@ def reconstruct(args, tokenizer: DualTokenizer, device):
         print(f"{path}  {size} px  PSNR {psnr(rebuilt[pair], images[pair]).item():.2f} dB  SSIM {ssim(rebuilt[pair], images[pair]).item():.3f}")
 
 
+@torch.no_grad()
 def paint(args, tokenizer: DualTokenizer, model: DualMLLM, how: dict):
     """One PNG per prompt, with --n samples."""
     n = args.n or 1
-    for prompt in args.paint:
+    for prompt, name in zip(args.paint, numbered([slug(prompt) for prompt in args.paint])):
         codes = model.paint([prompt] * n, seeds=list(range(args.seed, args.seed + n)), progress=True, **how)
-        path = os.path.join(args.out, f"{slug(prompt)}.png")
+        path = os.path.join(args.out, f"{name}.png")
         save_grid(list(tokenizer.decode(codes).split(min(n, 4))), path, cell=256 if n == 1 else 96)
         print(path)
 
@@ -113,7 +118,7 @@ def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device,
         for path, answer in zip(args.image, model.answer(pictures, [args.ask] * len(images))):
             print(answer if len(images) == 1 else f"{path}: {answer}")
         return
-    for i, name in enumerate(names_of(args.image)):
+    for i, name in enumerate(numbered([stem(path) for path in args.image])):
         codes = model.paint([args.edit] * n, pictures[i:i + 1].expand(n, *pictures.shape[1:]), seeds=list(range(args.seed, args.seed + n)), progress=True, **how)
         path = os.path.join(args.out, f"{name}-{slug(args.edit)}.png")
         save_grid([torch.cat([images[i:i + 1], tokenizer.decode(codes)])], path, cell=256 if n == 1 else 96)
@@ -129,16 +134,20 @@ def main(argv=None):
     model = DualMLLM.from_pretrained(args.mllm).to(ranks.device)
     if model.config.tables_sha256 != code_tables(tokenizer)[1]:
         raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its --tokenizer")
-    encode = encoder(model.config, tokenizer, args.tokenizer)
+    run_config = read_config(args.mllm)
+    encode = encoder(model.config, tokenizer, args.tokenizer, run_config.get("teacher", ""))
     how = dict(guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if args.eval:
-        source = read_config(args.mllm).get("data", "plain")
-        data = SimpleNamespace(source=source) if source in shapes.DIFFICULTIES else image_data(args.mllm, args.tokenizer, ranks, source, model, tokenizer, encode)
+        data, grid = SimpleNamespace(source=run_config.get("data", "plain")), os.path.join(args.out, "painted.png")
+        os.makedirs(args.out, exist_ok=True)
+        if data.source not in shapes.DIFFICULTIES:
+            more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])
+            data = ImageSequences(data.source, more, ranks, model.text, model.config, tokenizer.config.vision.image_size, encode, train=False)
         kinds = ("caption", "question", *(["paint"] if model.heads else []))
-        metrics = evaluate(model, tokenizer, data, encode, args.eval_images, ranks, args.out, kinds, how)
+        metrics = evaluate(model, tokenizer, data, encode, args.eval_images, ranks, grid, kinds, how)
         write_json(os.path.join(args.out, "metrics.json"), metrics)
         report(metrics)
-        return print(os.path.join(args.out, "metrics.json"))
+        return print(os.path.join(args.out, "metrics.json"), grid if model.heads else "")
     if args.paint:
         return paint(args, tokenizer, model, how)
     ask_or_edit(args, tokenizer, model, encode, ranks.device, how)

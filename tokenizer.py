@@ -333,7 +333,7 @@ class SigLIP(nn.Module):
         config = read_config(folder)
         if "vision_config" not in config or "text_config" not in config:
             raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got {', '.join(config)[:120]}")
-        model = cls(_config(VisionConfig, config["vision_config"], folder), _config(TextConfig, config["text_config"], folder))
+        model = cls(make_config(VisionConfig, config["vision_config"], folder), make_config(TextConfig, config["text_config"], folder))
         # Checkpoints of old transformers releases also hold the positions 0, 1, 2, ... themselves.
         load_weights(model, read_weights(folder, ignore=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")), folder)
         return model
@@ -606,8 +606,8 @@ class DualTokenizer(nn.Module):
         if config.get("model_type") != "dualtoken":
             raise ValueError(f"{folder}/config.json is no tokenizer of ours: model_type is {config.get('model_type')!r}, expected 'dualtoken'")
         for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
-            config[name] = _config(kind, config.get(name), folder)
-        model = cls(_config(TokenizerConfig, config, folder))
+            config[name] = make_config(kind, config.get(name), folder)
+        model = cls(make_config(TokenizerConfig, config, folder))
         load_weights(model, read_weights(folder), folder)
         return model.eval()
 
@@ -622,9 +622,9 @@ class DualTokenizer(nn.Module):
         dd, vq = c["ddconfig"], c["vq_pix"]
         if dd["attn_resolutions"] != [dd["resolution"] // 2 ** (len(dd["ch_mult"]) - 1)]:
             raise ValueError(f"{folder}/config.json has decoder attention at {dd['attn_resolutions']}, expected it at the coarsest level alone")
-        text = _config(TextConfig, siglip["text_config"], folder)
+        text = make_config(TextConfig, siglip["text_config"], folder)
         model = cls(TokenizerConfig(
-            vision=_config(VisionConfig, siglip["vision_config"], folder), text=text, preset="released", shallow_layer=c["layer_recon"],
+            vision=make_config(VisionConfig, siglip["vision_config"], folder), text=text, preset="released", shallow_layer=c["layer_recon"],
             deep_layer=c["layer_sem"], shortcut_layer=c.get("layer_shortcut") or 0, shortcut_weight=c.get("weight_shortcut", 0.0),
             codebook_size=vq["n_embed"], depth=vq["code_shape"][-1], code_dim=vq["embed_dim"], shared_codebook=vq["shared_codebook"],
             decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"], decoder_in=dd["decoder_in_channels"],
@@ -685,7 +685,7 @@ def read_config(folder: str) -> dict:
     return config
 
 
-def _config(cls, values: dict, folder: str):
+def make_config(cls, values: dict, folder: str):
     """A dataclass from the fields that it knows; fields that others added are left alone."""
     if not isinstance(values, dict):
         raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {values!r}, expected an object")

@@ -21,25 +21,22 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from data import shapes
-from data.images import ImageData
+from data.images import ImageData, start_worker
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, write_json
-from train_tokenizer import (VALIDATION_SEED, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, kept, native_bf16, run, save_grid,
+from train_tokenizer import (VALIDATION_SEED, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, kept, precision, run, save_grid,
                              shared_flags, train)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +85,7 @@ POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares wi
 # The same for the sequences of a kind. Two shapes are the hard part of painting, and enough for a text that answers its own questions.
 COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.25, 0.65, 0.05, 0.05), "text": (0.3, 0.7, 0.0, 0.0)}
 RELATIONS = 0.6         # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
-SAMPLING = dict(guidance=2.0, temperature=0.8, top_k=0, top_p=0.85)      # in evaluation; the paper: 3, 1, 900, .96
+SAMPLING = dict(guidance=3.0, temperature=0.8, top_k=0, top_p=0.6)      # in evaluation; the paper: 3, 1, 900, .96
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -106,7 +103,8 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--streams-out", default="pixel,semantic", help="what is painted: pixel,semantic or pixel; the other is fed back as zeros")
     g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: TOKENIZER/siglip")
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
-    g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer preset's")
+    g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
+    g.add_argument("--vocabulary", default="", help="folder of a GPT-2 or Qwen2.5 vocabulary for an LLM from scratch; default: bytes")
     g = shared_flags(p)
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
     args = p.parse_args(argv)
@@ -125,7 +123,12 @@ def flags(argv=None) -> argparse.Namespace:
 
 def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, list]:
     """Codes or features of `count` pictures, kept in --out/codes/KEY, so that another tokenizer or other data never finds them. chunks(mine) yields
-    (images, what is said of them) for a range of pictures, this rank's share; encode(images) -> (b, ...). -> memory map (count, ...), what was said."""
+    (images, what is said of them) for a range of pictures, this rank's share; encode(images) -> (b, ...). -> memory map (count, ...), what was said.
+    For --bench the first few stand for all, and nothing is written."""
+    if args.bench:
+        images, texts = next(iter(chunks(range(min(count, 64)))))
+        values = encode(images.to(ranks.device)).cpu().numpy()
+        return np.resize(values.astype(np.uint16 if values.dtype == np.int64 else np.float16), (count, *values.shape[1:])), (texts * count)[:count]
     folder = os.path.join(args.out, "codes", hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16])
     if not os.path.exists(folder):
         if count < ranks.count:
@@ -145,9 +148,11 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
             rows[mine[done:done + len(values)]] = values
             done, said = done + len(values), said + texts
         rows.flush()
-        said = ranks.gather_rows({"rank": [ranks.rank] * len(said), "said": said})
+        write_json(os.path.join(temporary, f"said-{ranks.rank}.json"), said)
+        if ranks.count > 1:
+            dist.barrier()
         if ranks.first:
-            by_rank = [[s for s, r in zip(said["said"], said["rank"]) if r == rank] for rank in range(ranks.count)]
+            by_rank = [read_json(os.path.join(temporary, f"said-{rank}.json")) for rank in range(ranks.count)]
             write_json(os.path.join(temporary, "said.json"), [by_rank[i % ranks.count][i // ranks.count] for i in range(count)])
             write_json(os.path.join(temporary, "key.json"), key)
             os.rename(temporary, folder)
@@ -170,8 +175,11 @@ class Sequences(torch.utils.data.Dataset):
     """Training sequences, a function of seed, step and place in the batch alone. `kinds`: those that this data has; `sequence(kind, rng)` makes one."""
     kinds: tuple = ()
 
-    def __init__(self, source: str, args, ranks: Ranks, text: TextTokenizer, positions: int):
-        self.source, self.args, self.ranks, self.text, self.positions, self.pieces = source, args, ranks, text, positions, None
+    def __init__(self, source: str, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig):
+        self.source, self.args, self.ranks, self.text, self.positions, self.pieces = source, args, ranks, text, config.positions, None
+        longest, context = 2 * (config.positions + 2) + args.text_length + 64, config.llm.max_position_embeddings       # an edit, with what stands around it
+        if longest > context:
+            raise ValueError(f"two pictures and --text-length {args.text_length} make up to {longest} tokens, but the LLM's context is {context}; choose a shorter length")
         if args.text_data:
             try:
                 with open(args.text_data, encoding="utf-8") as file:
@@ -187,8 +195,8 @@ class Sequences(torch.utils.data.Dataset):
     def make(self, kind: str, rng: random.Random) -> list:
         """The segments of one sequence of this kind."""
         if kind == "text" and self.pieces is not None:
-            start = rng.randrange(len(self.pieces) - self.args.text_length)
-            return document(self.text, [Words(self.pieces[start:start + self.args.text_length].tolist(), loss=True)])
+            start = rng.randrange(len(self.pieces) - self.args.text_length + 1)
+            return [Words(self.pieces[start:start + self.args.text_length].tolist(), loss=True)]        # from anywhere to anywhere: no end mark
         return self.sequence(kind, rng)
 
     def painted(self, index: int, words: str, rng: random.Random, *given: Picture) -> list:
@@ -224,7 +232,7 @@ class Sequences(torch.utils.data.Dataset):
 
         def steps(start):
             workers = self.args.workers if cuda else 0      # on a CPU they would only take the model's cores
-            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, sys.maxsize), num_workers=workers, pin_memory=cuda,
+            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, sys.maxsize), num_workers=workers, pin_memory=cuda, worker_init_fn=start_worker,
                                                  prefetch_factor=4 if workers else None, generator=torch.Generator())
             for parts in loader:
                 yield [(part.to(self.ranks.device),) for part in parts], []
@@ -235,9 +243,11 @@ class WorldSequences(Sequences):
     """The built-in world: captions, questions, edits. Its first scenes' codes are extracted once; words are drawn anew every time."""
     kinds = ("caption", "question", "paint", "edit", "text")
 
-    def __init__(self, source, args, ranks, text, tokenizer, encode):
-        super().__init__(source, args, ranks, text, tokenizer.config.positions)
-        n, size = 512 if args.bench else SCENES.get(args.preset, 65_536), tokenizer.config.vision.image_size
+    def __init__(self, source, args, ranks, text, config, size, encode):
+        if args.val_data:
+            raise ValueError(f"--val-data {args.val_data!r} goes with images, and the data is the built-in world {source!r}; leave it out")
+        super().__init__(source, args, ranks, text, config)
+        n = 512 if args.bench else SCENES.get(args.preset, 65_536)
         self.by_count = [[] for _ in POOL]
         for scene in shapes.World(source, size, args.seed, single=0.25).scenes(range(3 * n)):
             if len(self.by_count[len(scene) - 1]) < round(POOL[len(scene) - 1] * n):
@@ -252,7 +262,8 @@ class WorldSequences(Sequences):
             for i in range(0, len(mine), 128):
                 part = mine[i:i + 128]
                 yield shapes.render(shapes.pack([drawn[j] for j in part]), size, ranks.device), [None] * len(part)
-        self.pictures, _ = extract(args, ranks, {**encode.key, "data": source, "size": size, "seed": args.seed, "scenes": [n, POOL]}, len(drawn), chunks, encode)
+        self.key = {**encode.key, "data": source, "size": size, "seed": args.seed, "scenes": [n, POOL]}
+        self.pictures, _ = extract(args, ranks, self.key, len(drawn), chunks, encode)
 
     def sequence(self, kind, rng):
         if kind == "edit":
@@ -281,36 +292,51 @@ def ask(scene, rng: random.Random) -> tuple[str, str, str]:
     return rng.choice(asked[rng.choice(sorted(asked))])
 
 
+def fingerprint(data: ImageData) -> str:
+    """SHA-256 of which images there are, and of the sizes and times of the files that hold them and their captions."""
+    sha = hashlib.sha256(data.records.tobytes() + data.names)
+    for source in data.files:
+        found = [source] if os.path.isfile(source) else sorted(os.path.join(root, name) for root, _, names in os.walk(source) for name in names)
+        for path in found:
+            status = os.stat(path)
+            sha.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    return sha.hexdigest()
+
+
 class ImageSequences(Sequences):
     """Real images with captions: captioning and painting; text is captions, unless --text-data is given."""
     kinds = ("caption", "paint", "text")
 
-    def __init__(self, source, args, ranks, text, tokenizer, encode):
-        super().__init__(source, args, ranks, text, tokenizer.config.positions)
-        size = tokenizer.config.vision.image_size
+    def __init__(self, source, args, ranks, text, config, size, encode, train: bool = True):
+        """Not train: held-out images alone, to evaluate on."""
+        super().__init__(source, args, ranks, text, config)
         data = ImageData(source, size, train=False)
-        train, val = (data, ImageData(args.val_data, size, train=False)) if args.val_data else data.split()
-        train.train, self.reports = False, list(dict.fromkeys(train.broken + val.broken))
+        parts = (data, ImageData(args.val_data, size, train=False)) if args.val_data else data.split()
+        reports, self.key = [report for part in parts for report in part.broken], dict(encode.key)
 
-        def codes(part, name):
-            def chunks(mine):
-                loader = part.load(128 * ranks.count, rank=ranks.rank, ranks=ranks.count, workers=args.workers)
-                for images, captions, reports in loader:
-                    self.reports.extend(reports)
+        def codes(part: ImageData, name: str) -> tuple[np.ndarray, list[str]]:
+            def chunks(_):
+                for images, captions, broken in part.load(128 * ranks.count, rank=ranks.rank, ranks=ranks.count, workers=args.workers):
+                    reports.extend(broken)
                     yield images.to(ranks.device).float() / 127.5 - 1, captions
-            content = hashlib.sha256(part.records.tobytes() + part.names).hexdigest()
-            return extract(args, ranks, {**encode.key, "data": source, "size": size, "part": name, "content": content}, len(part), chunks, encode)
-        self.pictures, self.captions = codes(train, "train")
-        self.val, self.val_captions = codes(val, "val")
-        self.told = [i for i, caption in enumerate(self.captions) if caption]
-        if not self.told:
-            raise ValueError(f"the images in {source!r} have no captions; add .txt files or a metadata.jsonl")
-        reports = list(dict.fromkeys(ranks.gather_rows({"reports": self.reports})["reports"]))
-        ranks.say(*(f"  {report}\n" for report in reports[:10]), f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(reports)} broken", sep="")
+            part.train = False
+            self.key[name] = {"size": size, "content": fingerprint(part)}
+            pictures, captions = extract(args, ranks, {**encode.key, **self.key[name]}, len(part), chunks, encode)
+            return pictures, [text.decode(text.encode(caption)[:args.text_length]) for caption in captions]
+        self.val, self.val_captions = codes(parts[1], "val")
+        if train:
+            self.pictures, self.captions = codes(parts[0], "train")
+            self.told = [i for i, caption in enumerate(self.captions) if caption]
+            if not self.told:
+                raise ValueError(f"the images in {source!r} have no captions; add .txt files or a metadata.jsonl")
+            reports = list(dict.fromkeys(ranks.gather_rows({"reports": reports})["reports"]))
+            for report in reports[:10]:
+                ranks.say(f"  {report}")
+            ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(reports)} broken")
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
-        words = self.text.decode(self.text.encode(self.captions[i])[:self.args.text_length])
+        words = self.captions[i]
         if kind == "text":
             return document(self.text, [words])
         return self.painted(i, words, rng) if kind == "paint" else turn(self.text, [self.picture(i)], [words])
@@ -372,19 +398,21 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
             "caption_exact": share(right)}
 
 
-def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, ranks: Ranks, folder: str, how: dict) -> dict:
+def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, ranks: Ranks, grid: str, how: dict) -> dict:
     """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy is the same for the tokenizer's own
     reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to those scenes in the features of the tokenizer's ViT."""
-    look = tokenizer.siglip_model.vision_model
+    look, shown = tokenizer.siglip_model.vision_model, [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
     mine, rows = range(ranks.rank, len(val.claims), ranks.count), collections.defaultdict(list)
     for i in tqdm(range(0, len(mine), 64), "painting", leave=False, disable=not ranks.first):
-        part = [val.claims[j] for j in mine[i:i + 64]]
-        real = val.render([scene for *_, scene in part], ranks.device)
-        made = tokenizer.decode(model.paint([claim.text for _, claim, _ in part], seeds=list(mine[i:i + 64]), **how))
+        part = mine[i:i + 64]
+        claims, scenes = zip(*(val.claims[j][1:] for j in part))
+        real = val.render(list(scenes), ranks.device)
+        made = tokenizer.decode(model.paint([claim.text for claim in claims], seeds=list(part), **how))
         for name, images in (("painted", made), ("ceiling", tokenizer.decode(tokenizer.encode(real)))):
-            rows[name] += [scene is not None and claim.holds(scene) for (_, claim, _), scene in zip(part, shapes.read(images, val.source))]
-        rows["real"].append(look(real)[1].float()), rows["made"].append(look(made)[1].float()), rows["pictures"].append(made)
-        rows["index"] += mine[i:i + 64]
+            rows[name] += [scene is not None and claim.holds(scene) for claim, scene in zip(claims, shapes.read(images, val.source))]
+        rows["real"].append(look(real)[1].float()), rows["made"].append(look(made)[1].float())
+        rows["pictures"] += [(j, picture.cpu()) for j, picture in zip(part, made) if any(j in row for row in shown)]
+        rows["index"] += part
     rows = ranks.gather_rows({name: torch.cat(value) if isinstance(value[0], Tensor) else value for name, value in rows.items()})
     metrics = {}
     for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling")):
@@ -393,10 +421,8 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, ranks: 
             by_skill[val.claims[i][0]].append(right)
         metrics[what] = {**{skill: share(by_skill[skill]) for skill in SKILLS if skill in by_skill}, "all": share(rows[name])}
     if ranks.first:
-        found = {i: row for row, i in enumerate(rows["index"])}
-        firsts = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in by_skill]
-        save_grid([rows["pictures"][[found[i] for i in row]] for row in firsts], os.path.join(folder, "samples", "painted.png"),
-                  titles=[[val.claims[i][1].text for i in row] for row in firsts])
+        pictures, shown = dict(rows["pictures"]), [row for row in shown if row]
+        save_grid([torch.stack([pictures[i] for i in row]) for row in shown], grid, titles=[[val.claims[i][1].text for i in row] for row in shown])
     return {**metrics, "reader_accuracy": metrics["reader_accuracy_by_skill"]["all"], "fd": frechet_distance(rows["made"], rows["real"])}
 
 
@@ -408,7 +434,7 @@ def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: in
         scores = torch.stack([model.score(to_tensor(data.val[[i] * len(g)]), [data.val_captions[j] for j in g]) for i in g]).cpu()
         best = (scores - scores.mean(0)).argmax(1).tolist()
         right += [data.val_captions[g[b]] == data.val_captions[i] for i, b in zip(g, best)]
-    return {"caption_retrieval": share(ranks.gather_rows({"right": right})["right"]), "caption_retrieval_chance": 1 / group}
+    return {"caption_retrieval": share(ranks.gather_rows({"right": right})["right"]), "caption_retrieval_chance": len(groups) / max(1, sum(map(len, groups)))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,8 +449,10 @@ class MLLMStage(Stage):
         self.name, self.row, self.model, self.tokenizer, self.data, self.encode = f"stage-{row.name}", row, model, tokenizer, data, encode
         self.folder = args.out if last else os.path.join(args.out, self.name)
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, 30 if args.preset in ("nano", "small") else 500
-        self.settings = json.loads(json.dumps({"stage": row.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "text_data": args.text_data,
-                                               "row": asdict(row), "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model), **common(args)}))
+        pieces = "" if data.pieces is None else hashlib.sha256(data.pieces.tobytes()).hexdigest()
+        self.settings = json.loads(json.dumps({
+            "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length], "row": asdict(row),
+            "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model), **common(args), "precision": self.precision}))
         model.requires_grad_(False)
         for part in row.trains:
             for parameter in model.parts()[part]:
@@ -436,7 +464,7 @@ class MLLMStage(Stage):
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
         counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.deep)] for part, in parts], dtype=torch.float32).sum(0)
-        self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device)).clamp(min=1)
+        self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device, non_blocking=True)).clamp(min=1)
 
     def loss(self, batch, *, step):
         terms, total, depths, kinds = {}, 0.0, DEPTHS.get(self.args.preset, (1.0,)), self.data.kinds_of(step).keys()
@@ -444,15 +472,17 @@ class MLLMStage(Stage):
             stream, depth = (*name.split("_"), "1")[:2]
             depth, words = int(depth), stream == "text"
             what = 0 if words else 1 if depth == 1 else 2
-            total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * value * self.scale[what]
+            mean = value * self.scale[what]
+            total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * mean
             if kinds & ({"text", "caption", "question"} if words else {"paint", "edit"}):
-                terms[name] = value * self.scale[what]
+                terms[name] = mean
         return total, terms
 
     def evaluate(self):
         self.metrics = {"streams_in": list(self.model.config.streams_in), "streams_out": list(self.model.config.streams_out)}
         kinds = self.data.mixture.keys() if "llm" in self.row.trains or "heads" in self.row.trains else ()      # the projector alone is not worth the time
-        self.metrics |= evaluate(self.model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks, self.folder, kinds)
+        self.metrics |= evaluate(self.model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks,
+                                 os.path.join(self.folder, "samples", "painted.png"), kinds)
         return self.metrics
 
     def about(self):
@@ -461,12 +491,12 @@ class MLLMStage(Stage):
         return {"images_per_second": round(self.per_second * pictures, 1), "stage_seconds": {**self.earlier, self.row.name: self.seconds}}
 
     def save(self):
-        self.model.save_pretrained(self.folder, stage=self.row.name, data=self.data.source)
+        self.model.save_pretrained(self.folder, stage=self.row.name, data=self.data.source, val_data=self.args.val_data, teacher=self.args.teacher)
 
 
 @torch.no_grad()
-def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, n: int, ranks: Ranks, folder: str, kinds, how: dict = SAMPLING) -> dict:
-    """What these kinds of sequences teach, on n held-out pictures, half of them painted; grids go to folder/samples. Called on all ranks."""
+def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, n: int, ranks: Ranks, grid: str, kinds, how: dict = SAMPLING) -> dict:
+    """What these kinds of sequences teach, on n held-out pictures, half of them painted; `grid`: where a picture of these goes. Called on all ranks."""
     was_training, metrics = model.training, {}
     model.eval()
     if data.source in shapes.DIFFICULTIES:
@@ -474,16 +504,15 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, n: int, ra
         if "question" in kinds:
             metrics |= understanding(model, val, encode, ranks)
         if "paint" in kinds:
-            metrics |= painting(model, tokenizer, val, ranks, folder, how)
+            metrics |= painting(model, tokenizer, val, ranks, grid, how)
     else:
         if "caption" in kinds:
             metrics |= caption_retrieval(model, data, ranks, n)
-        if "paint" in kinds and ranks.first:
-            shown = [i for i, caption in enumerate(data.val_captions) if caption][:16]
+        shown = [i for i, caption in enumerate(data.val_captions) if caption][:16]
+        if "paint" in kinds and ranks.first and shown:
             made, real = tokenizer.decode(model.paint([data.val_captions[i] for i in shown], **how)), tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
-            rows = [x for i in range(0, len(shown), 8) for x in (real[i:i + 8], made[i:i + 8])]
-            save_grid(rows, os.path.join(folder, "samples", "painted.png"), titles=[
-                [data.val_captions[j] if n % 2 else "" for j in shown[n // 2 * 8:n // 2 * 8 + 8]] for n in range(len(rows))])
+            rows = [images[i:i + 8] for i in range(0, len(shown), 8) for images in (real, made)]
+            save_grid(rows, grid, titles=[[data.val_captions[j] if row % 2 else "" for j in shown[row // 2 * 8:][:8]] for row in range(len(rows))])
     model.train(was_training)
     return metrics
 
@@ -511,25 +540,25 @@ def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: 
     @torch.no_grad()
     def encode(images):
         return model(images, tokenizer.config.deep_layer)[0] if config.continuous else model.encode(images)
-    encode.key = {"encoder": digest(model), "continuous": config.continuous}
+    if tokenizer.config.codebook_size > 2 ** 16:
+        raise ValueError(f"a codebook of {tokenizer.config.codebook_size} codes, expected at most {2 ** 16}: codes are kept in 16 bits")
+    encode.key = {"encoder": digest(model), "continuous": config.continuous, "layers": [tokenizer.config.shallow_layer, tokenizer.config.deep_layer]}
     return encode
-
-
-def image_data(folder: str, tokenizer_folder: str, ranks: Ranks, source: str, model: DualMLLM, tokenizer: DualTokenizer, encode) -> "ImageSequences":
-    """The held-out images of a run in `folder`, for evaluating it again."""
-    args = flags(["--out", folder, "--tokenizer", tokenizer_folder])
-    return ImageSequences(source, args, ranks, model.text, tokenizer, encode)
 
 
 def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, say=print) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
     """The configuration that flags and tokenizer give, the text tokenizer, and the LLM where one is loaded."""
     llm, name = None, args.llm or args.preset
     if name in LLMS:
-        text, sizes = TextTokenizer.bytes(), LLMConfig(**LLMS[name])
+        text, sizes = TextTokenizer.from_folder(args.vocabulary) if args.vocabulary else TextTokenizer.bytes(), LLMConfig(**LLMS[name])
+        if args.vocabulary and sizes.vocab_size < 151_936:
+            sizes = replace(sizes, vocab_size=math.ceil(text.size / 64) * 64)
+        if STAGES[args.preset] is PAPER and not (args.bench or args.parameters):
+            raise ValueError(f"the stages of --preset {args.preset} start from a pretrained LLM; give its folder with --llm, or train --preset small from scratch")
     elif os.path.isdir(name):
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
         sizes = llm.config
-        if text.end > sizes.vocab_size:
+        if max(text.end, text.turn_end or 0) >= sizes.vocab_size:
             raise ValueError(f"the vocabulary in {name} has {text.end} tokens, its LLM {sizes.vocab_size} rows; copy both from the same model")
         if text.size > sizes.vocab_size:
             say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}")
@@ -539,6 +568,8 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
     config = MLLMConfig(llm=sizes, streams=STREAMS, streams_in=split(args.streams_in), streams_out=split(args.streams_out), positions=c.positions, depth=c.depth,
                         codebook_size=c.codebook_size, code_dim=args.code_dim if args.parameters and args.code_dim else c.code_dim, tables=tables,
                         feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256, **HEADS.get(args.preset, {}))
+    if not config.continuous and "pixel" not in config.streams_out:
+        raise ValueError(f"--streams-out is {args.streams_out!r}, expected pixel,semantic or pixel: pictures are decoded from pixel codes")
     return config, text, llm
 
 
@@ -546,7 +577,8 @@ def main(argv=None):
     args = flags(argv)
     rows = STAGES[args.preset]
     if args.parameters:
-        c = preset_config(args.tokenizer if args.tokenizer in PRESETS else "siglip-l-256")
+        name = args.tokenizer if args.tokenizer in PRESETS else args.preset if args.preset in PRESETS else "siglip-l-256"
+        c = preset_config(name)
         with torch.device("meta"):
             config, text, _ = build(args, c, 1, "", c.vision.hidden_size)
             table = parameter_table(DualMLLM(config, text))
@@ -576,15 +608,6 @@ def main(argv=None):
     if args.stage not in ("all", *names):
         raise ValueError(f"--stage is {args.stage!r}, but with these flags there is only {', '.join(names)}")
 
-    # ---- data
-    if args.bench:      # its codes are of random scenes, few, and not kept
-        args.out = os.path.join(tempfile.gettempdir(), f"nanodualtoken-bench-{os.getppid()}")
-    encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
-    data = (WorldSequences if source in shapes.DIFFICULTIES else ImageSequences)(source, args, ranks, text, tokenizer, encode)
-    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in rows]     # of the one, or for --bench
-    for row in rows if args.stage == "all" else rows[names.index(args.stage):][:1]:
-        data.batches(row)       # raises before anything is trained
-
     # ---- where to start
     first = 0 if args.stage == "all" else names.index(args.stage)
     if first and not args.bench:
@@ -593,17 +616,28 @@ def main(argv=None):
         model = DualMLLM(config, text, llm)
         model.take_tables(tables)
     model.to(ranks.device).train()
+
+    # ---- data
+    encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
+    data = (WorldSequences if source in shapes.DIFFICULTIES else ImageSequences)(source, args, ranks, text, config, tokenizer.config.vision.image_size, encode)
+    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in rows]     # of the one, or for --bench
+    rows_to_run = rows if args.stage == "all" else [rows[first]]
+    for row in rows_to_run:
+        data.batches(row)       # raises before anything is trained
+    if args.eval_images < 4 * ranks.count:
+        raise ValueError(f"--eval-images is {args.eval_images}, expected at least {4 * ranks.count} for {ranks.count} ranks")
     if args.compile:
         compile_parts(model)
-    precision = "bf16 autocast" if args.precision == "bf16" or args.precision == "auto" and (ranks.device.type == "cuda" or native_bf16()) else "fp32"
-    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, data {source}, out {args.out}")
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks, True)}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, data {source}, out {args.out}")
 
     # ---- the stages, in order
     earlier = {}
-    for n, row in enumerate(rows[first:] if args.stage == "all" else rows[first:first + 1], first):
-        stage = MLLMStage(args, ranks, row, n == len(rows) - 1, model, tokenizer, data, encode)
+    for row in rows_to_run:
+        batches = data.batches(row)
+        ranks.say(f"stage {row.name} trains {', '.join(row.trains)} on " + ", ".join(f"{kind} {share:g}" for kind, share in data.mixture.items()))
+        stage = MLLMStage(args, ranks, row, row is rows[-1], model, tokenizer, data, encode)
         if args.bench:
-            bench(stage, data.batches(stage.row))
+            bench(stage, batches)
             continue
         stage.earlier = dict(earlier)
         if args.resume and kept(stage):
@@ -611,10 +645,8 @@ def main(argv=None):
             model.load_state_dict(DualMLLM.from_pretrained(stage.folder).state_dict())
             earlier[row.name] = read_json(os.path.join(stage.folder, "metrics.json"))["seconds"]
         else:
-            train(stage, data.batches(stage.row))
+            train(stage, batches)
             earlier[row.name] = stage.seconds
-    if args.bench and ranks.first:
-        shutil.rmtree(args.out)
 
 
 def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:

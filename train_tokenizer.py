@@ -37,7 +37,7 @@ from data.images import ImageData
 from losses import (Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import all_reduce, histogram, usage_and_perplexity
-from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, load_weights, preset_config, read_config, text_ids, write_json
+from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, load_weights, preset_config, text_ids, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,10 +157,10 @@ class Ranks:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.first = self.rank == 0
 
-    def say(self, *words, sep: str = " "):
+    def say(self, *words):
         """Print, on the first rank only."""
         if self.first:
-            print(*words, sep=sep, flush=True)
+            print(*words, flush=True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """DDP where there are several ranks. Buffers are not broadcast: codebooks are equal because every rank computes the same update."""
@@ -200,9 +200,10 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def native_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself (AVX-512 BF16): there it is several times as fast as fp32, elsewhere slower. False where torch does not say."""
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+def precision(args, ranks: Ranks, on_cpu: bool = False) -> str:
+    """bf16 or fp32. auto is bf16 on CUDA, and, if on_cpu, on a CPU that multiplies bf16 itself (AVX-512 BF16; torch may not say): elsewhere it is slower."""
+    native = ranks.device.type == "cuda" or on_cpu and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return args.precision if args.precision != "auto" else "bf16" if native else "fp32"
 
 
 class Stage:
@@ -213,8 +214,8 @@ class Stage:
 
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
-        bf16 = args.precision == "bf16" or args.precision == "auto" and (ranks.device.type == "cuda" or self.cpu_bf16 and native_bf16())
-        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        self.precision = precision(args, ranks, self.cpu_bf16)
+        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
 
     def before_step(self, parts: list[tuple]):
         """Before the first micro-batch of a step; parts are all of this rank's."""
@@ -856,8 +857,7 @@ def main(argv=None):
     data = Data(s.data, args.val_data, config.vision.image_size, args, ranks)
     for batch in (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
-    precision = "bf16 autocast" if args.precision == "bf16" or args.precision == "auto" and ranks.device.type == "cuda" else "fp32"
-    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
 
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:

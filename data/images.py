@@ -341,7 +341,7 @@ class ImageData:
             end, positions = math.ceil(len(mine) / local), lambda step: mine[step * local:(step + 1) * local]
         steps = range(start, end if stop is None else min(stop, end))
         return torch.utils.data.DataLoader(
-            self, batch_sampler=_Batches(steps, positions), collate_fn=_collate, num_workers=workers, worker_init_fn=_start_worker,
+            self, batch_sampler=_Batches(steps, positions), collate_fn=_collate, num_workers=workers, worker_init_fn=start_worker,
             persistent_workers=workers > 0, prefetch_factor=4 if workers else None, pin_memory=pin,
             generator=torch.Generator())    # else every iterator takes a number from torch's own, and evaluating would change the training
 
@@ -392,5 +392,5 @@ def _collate(samples):
     return torch.stack(images), list(captions), sum(broken, [])
 
 
-def _start_worker(_):
+def start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches every process; the training script decides when its workers stop
