@@ -189,7 +189,7 @@ class Batch:
         return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
 
-def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = False, limit: int = 0, later: float = 1.0, rngs: list = ()) -> Batch:
+def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = False, limit: int | None = None, later: float = 1.0, rngs: list = ()) -> Batch:
     """Sequences (lists of `Words` and `Picture`s) -> one `Batch`, padded to the longest (on the left where all must end together, for generation). A picture
     takes `positions` = N places between its two marks, and is never counted as text. later: share of a painted picture's positions, drawn by its sequence's
     `random.Random`, whose later depths are learned too. ValueError: longer than `limit`, if that is given."""
@@ -208,7 +208,7 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
                 loss += [False] * (positions + 2)
         rows.append((ids, loss, pictures))
     longest = max(len(ids) for ids, _, _ in rows)
-    if limit and longest > limit:
+    if limit is not None and longest > limit:
         raise ValueError(f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
     ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.bool)
     places, targets, data, at, painted, learned, deep = [], [], [], [], [], [], []

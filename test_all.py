@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -2496,7 +2497,7 @@ def test_mllm_code_tables_tell_tokenizers_apart(tokenizer):
 
 TINY_MLLM = ["--device", "cpu", "--precision", "fp32", "--log-every", "1", "--save-every", "2", "--eval-images", "32", "--workers", "0"]
 PARTS = ("llm", "projector", "heads")
-MIXED = dict(caption=0.25, question=0.125, paint=0.25, edit=0.125, text=0.25)
+MIXED = dict(caption=0.15, question=0.1, paint=0.2, edit=0.4, text=0.15)          # of three steps the last is one of edits
 MIXED_ROW = train_mllm.Row("1", PARTS, 1e-3, 8, 3, MIXED)
 TWO_ROWS = (train_mllm.Row("1", ("projector",), 1e-3, 4, 3, dict(caption=1.0)), train_mllm.Row("2", PARTS, 1e-3, 4, 5, MIXED))
 
@@ -2544,7 +2545,7 @@ def mllm_stages(tokenizer_folder, tmp_path_factory):
         copies = lambda: {name: value.clone() for name, value in stage.model.state_dict().items()}
         with torch.no_grad():
             at_first = stage.model(parts[0])
-        seen.append(dict(row=stage.row, stage=stage, before=copies(), grads=set(), parts=parts, at_first=at_first))
+        seen.append(dict(row=stage.row, stage=stage, kinds=stage.data.kinds_of(0), before=copies(), grads=set(), parts=parts, at_first=at_first))
         train(stage, batches)
         names = {id(p): name for name, p in stage.model.named_parameters()}
         seen[-1] |= dict(after=copies(), states={names[id(p)] for p in stage.optimizer.state}, left=[n for n, p in stage.model.named_parameters() if p.grad is not None])
@@ -2595,7 +2596,7 @@ def test_train_mllm_logs_means_over_the_batch_and_weighs_them(mllm_stages):
     """Text over its tokens, a stream's depths over painted positions; terms that the mixture lacks are not logged."""
     _, seen = mllm_stages
     for record in seen:
-        line, kinds, (part,) = losses_logged(record["stage"].folder)[0], set(record["stage"].row.mixture), record["parts"]
+        line, kinds, (part,) = losses_logged(record["stage"].folder)[0], set(record["kinds"]), record["parts"]
         counts = [len(part.text_target), len(part.learned) * 64, len(part.deep)]
         means = {name: value.item() / max(1, counts[0 if name == "text" else 1 if name.endswith("_1") else 2]) for name, value in record["at_first"].items()}
         weights = {name: train_mllm.LOSS[name.split("_")[0]] * (1.0 if name == "text" else train_mllm.DEPTHS["nano"][int(name[-1]) - 1]) for name in means}
@@ -2605,18 +2606,20 @@ def test_train_mllm_logs_means_over_the_batch_and_weighs_them(mllm_stages):
         assert abs(line["loss"] - sum(weights[name] * means[name] for name in means)) < 1e-5 * line["loss"]
 
 
-def test_train_mllm_kinds_take_their_shares_of_every_batch(mllm_stages, monkeypatch):
+def test_train_mllm_kinds_take_their_shares(mllm_stages, monkeypatch):
+    """Of the steps for edits, which have steps of their own, and of every other batch for the rest; a step is a function of its number."""
     data, made = copy.copy(mllm_stages[1][-1]["stage"].data), []
     monkeypatch.setattr(data, "make", lambda kind, rng: made.append((kind, rng.random())) or [Words([1])])
-    data.batches(40, dict(caption=1.0, paint=2.0, unheard=5.0, text=1.0))
-    for step in range(3):
+    data.batches(replace(MIXED_ROW, batch=20, mixture=dict(caption=1.0, paint=2.0, unheard=5.0, edit=1.0, text=1.0)))
+    for step in range(50):
         data[step]
-    kinds = [kind for kind, _ in made]
-    assert all(kinds[40 * s:40 * s + 40].count(kind) == n for s in range(3) for kind, n in (("caption", 10), ("paint", 20), ("text", 10)))
-    assert len({number for _, number in made}) == 120
+    batches = [[kind for kind, _ in made[20 * step:20 * step + 20]] for step in range(50)]
+    assert [batch.count("edit") for batch in batches].count(20) == 10
+    assert all([batch.count(kind) for kind in ("caption", "paint", "text")] == [5, 10, 5] for batch in batches if "edit" not in batch)
+    assert len({number for _, number in made}) == 1000
     again, made[:] = list(made), []
-    data[0]
-    assert made == again[:40]
+    data[7]
+    assert made == again[140:160]
 
 
 def test_train_mllm_sequences_say_what_is_true(mllm_stages):
@@ -2792,7 +2795,8 @@ def test_train_mllm_one_stage_refuses_another_design(two_stages, tokenizer, toke
 def test_train_mllm_codes_are_kept_by_what_made_them(tokenizer, tokenizer_folder, tmp_path, monkeypatch):
     """Once for one tokenizer and one data; anew for others, in a folder of their own; kept ones are what encoding gives."""
     shrink(monkeypatch, replace(TWO_ROWS[0], steps=1, batch=2))
-    calls, encode, known = [], DualTokenizer.encode, set()
+    calls, encode, train, known, data = [], DualTokenizer.encode, train_mllm.train, set(), []
+    monkeypatch.setattr(train_mllm, "train", lambda stage, batches: data.append(stage.data) or train(stage, batches))
     monkeypatch.setattr(DualTokenizer, "encode", lambda self, images: calls.append(len(images)) or encode(self, images))
     other = copy.deepcopy(tokenizer)
     other.quantizer_sem.codebook.mul_(1.5)
@@ -2807,9 +2811,9 @@ def test_train_mllm_codes_are_kept_by_what_made_them(tokenizer, tokenizer_folder
             key, = made
             known.add(key)
             codes = train_mllm.to_tensor(np.load(tmp_path / "run/codes" / key / "pictures.npy"))
-            world = World("textured" if "textured" in more else "plain", 32, int("--seed" in more), single=train_mllm.SINGLE)
-            fresh = encode(DualTokenizer.from_pretrained(folder), shapes.render(shapes.pack(list(world.scenes(range(24)))), 32))
-            assert codes.dtype == torch.int64 and len(codes) > 24 and (codes[:24] == fresh).float().mean() > 0.999
+            drawn = data[-1].scenes + [after for *_, after in data[-1].edits]
+            fresh = encode(DualTokenizer.from_pretrained(folder), shapes.render(shapes.pack(drawn), 32))
+            assert codes.dtype == torch.int64 and len(codes) == len(drawn) > 24 and (codes == fresh).float().mean() > 0.999
     train_tiny(tmp_path / "again", tokenizer_folder)
     for path in glob.glob(str(tmp_path / "again/codes/*/pictures.npy")):
         assert np.array_equal(np.load(path), np.load(path.replace("again", "run")))
@@ -2903,7 +2907,9 @@ def test_train_mllm_text_data_is_read_in_pieces(tokenizer_folder, tmp_path, monk
     pieces = [BYTES.decode(sum((s.ids for s in row), [])) for row in rows]
     assert len(pieces) == 8 and all(len(piece) == 40 and piece in words for piece in pieces) and len(set(pieces)) > 4
     assert "cannot be read" in mllm_words(*flags, str(tmp_path / "gone.txt"))
-    assert "expected more than --text-length 5000" in mllm_words(*flags, str(tmp_path / "words.txt"), "--text-length", "5000")
+    (tmp_path / "few.txt").write_text("few words")
+    assert "expected more than --text-length 40" in mllm_words(*flags, str(tmp_path / "few.txt"), "--text-length", "40")
+    assert "context" in mllm_words(*flags, str(tmp_path / "words.txt"), "--text-length", "5000")
 
 
 @pytest.mark.parametrize("flags", [["--streams-in", "continuous"], ["--streams-in", "pixel", "--streams-out", "pixel"], ["--streams-out", "pixel"], ["--streams-in", "semantic"]])
@@ -2922,7 +2928,7 @@ def test_train_mllm_takes_a_folder_of_qwen(tokenizer_folder, tmp_path, monkeypat
     vocabulary = os.path.join(SHARED, "data/vocab/qwen")
     if not os.path.isdir(vocabulary):
         pytest.skip("no vocabulary of Qwen2.5: set NANODUALTOKEN_SHARED")
-    llm = randomised(LLM(small_llm(vocab_size=151936, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
+    llm = randomised(LLM(small_llm(max_position_embeddings=600, vocab_size=151936, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
     shutil.copytree(vocabulary, tmp_path / "llm")
     save_file(llm.state_dict(), tmp_path / "llm/model.safetensors")
     (tmp_path / "llm/config.json").write_text(json.dumps({"model_type": "qwen2", **vars(llm.config)}))
@@ -3045,7 +3051,7 @@ def test_sample_evaluates(mllm_stages, there, tmp_path, capsys):
     sample.main(["--eval", "--eval-images", "32", *there, "--out", str(tmp_path)])
     said, metrics = capsys.readouterr().out, json.load(open(tmp_path / "metrics.json"))
     trained = json.load(open(mllm_stages[0] / "metrics.json"))
-    assert str(tmp_path / "metrics.json") in said and "understanding all" in said and os.path.getsize(tmp_path / "samples/painted.png") > 0
+    assert str(tmp_path / "metrics.json") in said and "understanding all" in said and len(glob.glob(str(tmp_path / "**/painted.png"), recursive=True)) == 1
     for name in ("understanding", "caption_exact", "painting", "reader_accuracy"):
         assert metrics[name] == trained[name]
     assert metrics["fd"] == pytest.approx(trained["fd"], rel=1e-3)
@@ -3053,7 +3059,7 @@ def test_sample_evaluates(mllm_stages, there, tmp_path, capsys):
 
 def test_sample_evaluates_images_as_training_did(captioned, tokenizer_folder, tmp_path, monkeypatch, capsys):
     """On the pictures that were held out then, --val-data included."""
-    shrink(monkeypatch, TWO_ROWS[0], evaluates=lambda stage: True)
+    shrink(monkeypatch, replace(TWO_ROWS[0], trains=("projector", "llm")), evaluates=lambda stage: True)
     train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"))
     before, scored = sorted(glob.glob(str(tmp_path / "run/codes/*"))), []
     score = DualMLLM.score
@@ -3117,7 +3123,7 @@ def test_project_every_flag_is_read_and_explained(script):
 
 
 def test_project_imports_only_what_requirements_name():
-    allowed = {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken", "data", "rvq", "losses", "tokenizer", "train_tokenizer"}
+    allowed = {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken", "data", "rvq", "losses", "tokenizer", "mllm", "train_tokenizer", "train_mllm"}
     named = open(os.path.join(HERE, "requirements.txt"), encoding="utf-8").read().replace("pillow", "PIL")
     for path in glob.glob(os.path.join(HERE, "*.py")) + glob.glob(os.path.join(HERE, "data/*.py")):
         if not path.endswith("test_all.py"):
