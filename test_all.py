@@ -1361,9 +1361,9 @@ def test_train_skips_steps_that_are_not_finite(run_folder, tmp_path, monkeypatch
     """The weights before and after are the same, the term is named, and too many in a row end the run with the weights kept."""
     weights, original = [], train_tokenizer.TokenizerStage.loss
 
-    def spoilt(self, images, captions, step):
+    def spoilt(self, images, captions, *, step):
         weights.append({name: p.detach().clone() for name, p in self.model.state_dict().items() if not name.endswith("updates")})
-        total, terms = original(self, images, captions, step)
+        total, terms = original(self, images, captions, step=step)
         if step >= 5:
             terms = {**terms, "deep": terms["deep"] * float("nan")}
             total = total * float("nan")
