@@ -2932,7 +2932,7 @@ def test_train_mllm_takes_a_folder_of_qwen(tokenizer_folder, tmp_path, monkeypat
     shutil.copytree(vocabulary, tmp_path / "llm")
     save_file(llm.state_dict(), tmp_path / "llm/model.safetensors")
     (tmp_path / "llm/config.json").write_text(json.dumps({"model_type": "qwen2", **vars(llm.config)}))
-    shrink(monkeypatch, train_mllm.NANO[0], replace(TWO_ROWS[0], steps=1))
+    shrink(monkeypatch, replace(train_mllm.NANO[0], steps=1, batch=2), replace(TWO_ROWS[0], steps=1))
     train_tiny(tmp_path / "run", tokenizer_folder, "--llm", str(tmp_path / "llm"))
     model = DualMLLM.from_pretrained(tmp_path / "run")
     assert not os.path.exists(tmp_path / "run/stage-0") and equal(model.llm.state_dict(), llm.state_dict()) and model.text.turn_start == 151644

@@ -85,7 +85,7 @@ POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares wi
 # The same for the sequences of a kind. Two shapes are the hard part of painting, and enough for a text that answers its own questions.
 COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.25, 0.65, 0.05, 0.05), "text": (0.3, 0.7, 0.0, 0.0)}
 RELATIONS = 0.6         # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
-SAMPLING = dict(guidance=2.0, temperature=0.8, top_k=0, top_p=0.85)      # in evaluation; the paper: 3, 1, 900, .96
+SAMPLING = dict(guidance=3.0, temperature=0.8, top_k=0, top_p=0.85)      # in evaluation; the paper: 3, 1, 900, .96
 
 
 def flags(argv=None) -> argparse.Namespace:
