@@ -52,6 +52,8 @@ def flags(argv=None) -> argparse.Namespace:
         p.error(f"expected one of --paint, --ask, --edit, --eval, --reconstruct, got {', '.join('--' + w for w in wishes) or 'none'}")
     if wishes[0] in ("ask", "edit") and not args.image:
         p.error(f"--{wishes[0]} is about an image, and there is none; add --image IMAGE")
+    if args.image and wishes[0] not in ("ask", "edit"):
+        p.error(f"--image goes with --ask or --edit, not with --{wishes[0]}")
     if args.n < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.eval_images < 2:
         p.error(f"--n {args.n}, --temperature {args.temperature}, --top-k {args.top_k}: expected 0 or more; --top-p {args.top_p}: above 0, at most 1; --eval-images at least 2")
     return args
@@ -138,7 +140,9 @@ def main(argv=None):
     encode = encoder(model.config, tokenizer, args.tokenizer, run_config.get("teacher", ""))
     how = dict(guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if args.eval:
-        data, grid = SimpleNamespace(source=run_config.get("data", "plain")), os.path.join(args.out, "painted.png")
+        data, grid = SimpleNamespace(source=run_config.get("data")), os.path.join(args.out, "painted.png")
+        if not data.source:
+            raise ValueError(f"{args.mllm}/config.json does not say what the model was trained on, so there is nothing to evaluate it on; name a run folder of train_mllm.py")
         os.makedirs(args.out, exist_ok=True)
         if data.source not in shapes.DIFFICULTIES:
             more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])

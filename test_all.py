@@ -2958,7 +2958,8 @@ def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, mon
                         (["--streams-in", "pixel", "--streams-out", "semantic"], "streams"), (["--streams-in", "depth"], "streams"), (["--streams-out", "depth"], "streams"),
                         (["--streams-in", ""], "streams"),
                         (["--streams-in", "continuous", "--teacher", str(tmp_path / "gone")], "no model in"), (["--streams-in", "continuous", "--stage", "3"], "--stage is '3'"),
-                        (["--text-length", "1"], "--text-length is 1"), (["--data", str(tmp_path / "gone")], "no such image data"), (["--accumulate", "5"], "multiple"),
+                        (["--text-length", "1"], "--text-length is 1"), (["--teacher", "x"], "--teacher x would do nothing"), (["--code-dim", "64"], "--code-dim 64 would do nothing"),
+                        (["--vocabulary", "v", "--llm", str(tmp_path / "llm")], "--vocabulary v would do nothing"), (["--data", str(tmp_path / "gone")], "no such image data"), (["--accumulate", "5"], "multiple"),
                         (["--data", str(tmp_path / "llm")], "no images in"), (["--device", "warp"], "--device warp cannot be used")):
         assert words in mllm_words(*there, *argv), argv
         assert not glob.glob(str(tmp_path / "run/**/model.safetensors"), recursive=True)
@@ -3092,7 +3093,7 @@ def test_sample_with_an_mllm_bad_input_ends_in_a_sentence(there, mllm_stages, ph
         said = sample_words(*argv, *out)
         assert words in said and said.startswith("error: ") and "\n" not in said, argv
     for argv, words in ((["--ask", "what?"], "--image"), (["--edit", "what?"], "--image"), (["--paint", "red", "--ask", "what?", "--image", photo], "expected one of"),
-                        ([], "expected one of"), (["--paint", "red", "--top-p", "0"], "--top-p")):
+                        ([], "expected one of"), (["--paint", "red", "--top-p", "0"], "--top-p"), (["--paint", "red", "--image", photo], "--image goes with")):
         capsys.readouterr()
         assert sample_words(*argv, *there, *out) == "2" and words in capsys.readouterr().err.splitlines()[-1]
     assert not os.path.exists(tmp_path / "out")

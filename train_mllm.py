@@ -113,6 +113,10 @@ def flags(argv=None) -> argparse.Namespace:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}")
     if args.stage not in ("all", *(row.name for row in STAGES[args.preset])):
         raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(row.name for row in STAGES[args.preset])}")
+    for flag, given, wanted in (("--teacher", args.teacher, args.streams_in == "continuous"), ("--code-dim", args.code_dim, args.parameters),
+                                ("--vocabulary", args.vocabulary, (args.llm or args.preset) in LLMS)):
+        if given and not wanted:
+            raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with --parameters, --vocabulary with an LLM from scratch")
     if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not args.bench:
         raise ValueError("--steps, --lr and --batch-size are those of one stage, and --stage is all; name the stage")
     return args
@@ -595,11 +599,14 @@ def main(argv=None):
     if args.bench and args.tokenizer in PRESETS:
         tokenizer, source = DualTokenizer(preset_config(args.tokenizer)).eval(), args.data or "plain"       # random weights, for its shapes
     else:
-        tokenizer, source = DualTokenizer.from_pretrained(args.tokenizer), args.data or read_config(args.tokenizer).get("data", "plain")
+        tokenizer, source = DualTokenizer.from_pretrained(args.tokenizer), args.data or read_config(args.tokenizer).get("data")
+        if not source:
+            raise ValueError(f"{args.tokenizer}/config.json does not say what the tokenizer was trained on; name the --data")
     tokenizer.to(ranks.device).requires_grad_(False)
     tables, sha256 = code_tables(tokenizer)
     config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size, ranks.say)
     if config.continuous:
+        ranks.say("continuous features are read alone: nothing is painted, and stage 3 is left out")
         rows = [row for row in rows if row.name != "3"]
         rows = [replace(row, mixture={k: v for k, v in row.mixture.items() if k not in ("paint", "edit")}) for row in rows]
     if llm:
