@@ -179,8 +179,8 @@ class Batch:
     at: Tensor              # (M,) place of each one's first position
     painted: Tensor         # (M,) bool
     learned: Tensor         # (P,) indices into the M pictures: those painted, with a loss
-    deep: Tensor            # (Q,) indices into their P * N positions: where all depths are learned
-    shallow: Tensor         # (P * N - Q,) where the first depth alone is
+    all_depths: Tensor      # (Q,) indices into their P * N positions: where all depths are learned
+    first_depth: Tensor     # (P * N - Q,) where the first depth alone is
 
     def to(self, device) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
@@ -211,7 +211,7 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
     if limit is not None and longest > limit:
         raise ValueError(f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
     ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.bool)
-    places, targets, data, at, painted, learned, deep = [], [], [], [], [], [], []
+    places, targets, data, at, painted, learned, all_depths = [], [], [], [], [], [], []
     for b, (row, loss, pictures) in enumerate(rows):
         start = longest - len(row) if left else 0
         ids[b, start:start + len(row)], mask[b, start:start + len(row)] = torch.tensor(row), True
@@ -220,14 +220,14 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
         targets += [row[p] for p in wanted]
         for p, s in pictures:
             if s.paint and s.loss:
-                deep += [len(learned) * positions + n for n in (range(positions) if later == 1 else rngs[b].sample(range(positions), round(later * positions)))]
+                all_depths += [len(learned) * positions + n for n in (range(positions) if later == 1 else rngs[b].sample(range(positions), round(later * positions)))]
                 learned.append(len(at))
             data.append(s.data), at.append(b * longest + start + p), painted.append(s.paint)
     long = lambda values: torch.tensor(values, dtype=torch.int64)
     pictures = torch.stack(data) if data else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
     pictures = pictures if pictures.is_floating_point() else pictures.long()
-    shallow = torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, long(deep), False).nonzero()[:, 0]
-    return Batch(ids, mask, long(places), long(targets), pictures, long(at), torch.tensor(painted, dtype=torch.bool), long(learned), long(deep), shallow)
+    first_depth = torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, long(all_depths), False).nonzero()[:, 0]
+    return Batch(ids, mask, long(places), long(targets), pictures, long(at), torch.tensor(painted, dtype=torch.bool), long(learned), long(all_depths), first_depth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,7 +612,7 @@ class DualMLLM(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums of cross entropies by name (Eq. 6-7): `text` over the text tokens that have a loss, `STREAM_d` over painted positions, for each depth d (later
-        depths: the positions `deep`). An empty part gives zero, and zero gradients: so every parameter takes part in every step, as DDP wants."""
+        depths: the positions `all_depths`). An empty part gives zero, and zero gradients: so every parameter takes part in every step, as DDP wants."""
         h = self.llm.hidden(self.embed(batch)).flatten(0, 1)                                            # (B * T, C)
         terms = {"text": F.cross_entropy(self.llm.head(h[batch.text_from]).float(), batch.text_target, reduction="sum")}
         N, D = self.config.positions, self.config.depth
@@ -621,7 +621,7 @@ class DualMLLM(nn.Module):
         codes = batch.pictures[batch.learned].flatten(0, 1) if len(batch.learned) else batch.ids.new_zeros(0, len(self.config.streams), D)
         for stream, head in self.heads.items():
             s = self.config.streams.index(stream)
-            for rows, depths in ((batch.deep, D), (batch.shallow, 1)):
+            for rows, depths in ((batch.all_depths, D), (batch.first_depth, 1)):
                 if len(batch.learned) and not len(rows):
                     continue
                 target = codes[rows, s, :depths]                                                        # (M, depths)

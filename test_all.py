@@ -3,6 +3,7 @@ train, text, mllm, sample, project. Seconds each. Tests against reference number
 skip, with the reason, where it is not set; parity tests skip where transformers is not installed."""
 
 import ast
+import contextlib
 import copy
 import functools
 import glob
@@ -1291,18 +1292,26 @@ def test_train_takes_a_siglip_folder(run_folder, tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")[text], load_file(run_folder / "siglip/model.safetensors")[text.split(".", 1)[1]])
 
 
-@pytest.mark.parametrize("stage, dies_at", [("siglip", 5), ("tokenizer", 6)])
-def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, monkeypatch, stage, dies_at):
-    """Bit for bit, the log included; the discriminator was on."""
-    more, write = ("--gan", "--gan-start", "0.25", "--eval-every", "4"), train_tokenizer.write_log
+@contextlib.contextmanager
+def dying(monkeypatch, stage, step):
+    """Ctrl-C as soon as this stage has logged this step."""
+    write = train_tokenizer.write_log
 
     def dies(the_stage, line, broken):
         write(the_stage, line, broken)
-        if the_stage.name == stage and line["step"] == dies_at:
+        if the_stage.name == stage and line["step"] == step:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_tokenizer, "write_log", dies)
+        yield
+
+
+@pytest.mark.parametrize("stage, dies_at", [("siglip", 5), ("tokenizer", 6)])
+def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, monkeypatch, stage, dies_at):
+    """Bit for bit, the log included; the discriminator was on."""
+    more = "--gan", "--gan-start", "0.25", "--eval-every", "4"
+    with dying(monkeypatch, stage, dies_at):
         train(tmp_path, *more)
     train(tmp_path, *more, "--resume")
     for path in ("siglip/model.safetensors", "model.safetensors"):
@@ -2202,16 +2211,16 @@ def test_mllm_later_depths_can_be_learned_at_a_share_of_positions():
     model, rows = small_mllm(tables=3), mixed_rows()
     draws = lambda seed: [random.Random(f"{seed} {b}") for b in range(len(rows))]
     batch = pack(rows, BYTES, 4, later=0.5, rngs=draws(0))
-    assert [sum(n // 4 == picture for n in batch.deep.tolist()) for picture in range(3)] == [2, 2, 2]
-    assert sorted(batch.deep.tolist() + batch.shallow.tolist()) == list(range(12))
-    expected, losses = slow_losses(model, rows, set(batch.deep.tolist())), model(batch)
+    assert [sum(n // 4 == picture for n in batch.all_depths.tolist()) for picture in range(3)] == [2, 2, 2]
+    assert sorted(batch.all_depths.tolist() + batch.first_depth.tolist()) == list(range(12))
+    expected, losses = slow_losses(model, rows, set(batch.all_depths.tolist())), model(batch)
     assert losses.keys() == expected.keys()
     for name in losses:
         torch.testing.assert_close(losses[name], expected[name], atol=1e-3, rtol=1e-5)
-    drawn = [pack(rows, BYTES, 4, later=0.5, rngs=draws(seed)).deep for seed in range(200)]
+    drawn = [pack(rows, BYTES, 4, later=0.5, rngs=draws(seed)).all_depths for seed in range(200)]
     assert (torch.bincount(torch.cat(drawn), minlength=12) / 200 - 0.5).abs().max() < 0.15
-    alone = [n + 4 * picture for picture, b in enumerate((1, 2, 3)) for n in pack([rows[b]], BYTES, 4, later=0.5, rngs=[draws(0)[b]]).deep.tolist()]
-    assert alone == batch.deep.tolist()         # so that micro-batches and ranks change nothing
+    alone = [n + 4 * picture for picture, b in enumerate((1, 2, 3)) for n in pack([rows[b]], BYTES, 4, later=0.5, rngs=[draws(0)[b]]).all_depths.tolist()]
+    assert alone == batch.all_depths.tolist()         # so that micro-batches and ranks change nothing
 
 
 @torch.no_grad()
@@ -2597,7 +2606,7 @@ def test_train_mllm_logs_means_over_the_batch_and_weighs_them(mllm_stages):
     _, seen = mllm_stages
     for record in seen:
         line, kinds, (part,) = losses_logged(record["stage"].folder)[0], set(record["kinds"]), record["parts"]
-        counts = [len(part.text_target), len(part.learned) * 64, len(part.deep)]
+        counts = [len(part.text_target), len(part.learned) * 64, len(part.all_depths)]
         means = {name: value.item() / max(1, counts[0 if name == "text" else 1 if name.endswith("_1") else 2]) for name, value in record["at_first"].items()}
         weights = {name: train_mllm.LOSS[name.split("_")[0]] * (1.0 if name == "text" else train_mllm.DEPTHS["nano"][int(name[-1]) - 1]) for name in means}
         written = {name for name in means if kinds & ({"text", "caption", "question"} if name == "text" else {"paint", "edit"})}
@@ -2725,15 +2734,7 @@ def two_stages(tokenizer_folder, tmp_path_factory):
 def test_train_mllm_interrupted_and_resumed_is_uninterrupted(two_stages, tokenizer_folder, tmp_path, monkeypatch, capsys, stage, dies_at):
     """Bit for bit, optimiser and log included; a finished stage is kept."""
     shrink(monkeypatch, *TWO_ROWS)
-    write = train_tokenizer.write_log
-
-    def dies(the_stage, line, broken):
-        write(the_stage, line, broken)
-        if the_stage.name == stage and line["step"] == dies_at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_tokenizer, "write_log", dies)
+    with dying(monkeypatch, stage, dies_at):
         train_tiny(tmp_path, tokenizer_folder)
     capsys.readouterr()
     train_tiny(tmp_path, tokenizer_folder, "--resume")

@@ -51,6 +51,7 @@ class Row:
     batch: int          # sequences a step, over all ranks
     steps: int
     mixture: dict
+    warmup: int = 30    # steps of linear rise
 
 
 _ALL = ("llm", "projector", "heads")
@@ -58,11 +59,11 @@ _UNDERSTAND = dict(caption=0.2, question=0.6, text=0.2)
 _EVERYTHING = dict(caption=0.03, question=0.17, paint=0.72, edit=0.05, text=0.03)
 # What trains, learning rates and batches are the paper's; steps and shares are not in it.
 PAPER = (
-    Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0)),
-    Row("2", ("projector", "llm"), 2e-5, 256, 10_000, _UNDERSTAND),
-    Row("3", ("heads",), 1e-4, 128, 20_000, dict(paint=1.0)),
-    Row("4-1", _ALL, 1e-5, 512, 20_000, _EVERYTHING),
-    Row("4-2", _ALL, 1e-5, 256, 10_000, _EVERYTHING),
+    Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0), 500),
+    Row("2", ("projector", "llm"), 2e-5, 256, 10_000, _UNDERSTAND, 500),
+    Row("3", ("heads",), 1e-4, 128, 20_000, dict(paint=1.0), 500),
+    Row("4-1", _ALL, 1e-5, 512, 20_000, _EVERYTHING, 500),
+    Row("4-2", _ALL, 1e-5, 256, 10_000, _EVERYTHING, 500),
 )
 NANO = (
     Row("0", ("llm",), 2.5e-3, 64, 300, dict(text=1.0)),
@@ -452,7 +453,7 @@ class MLLMStage(Stage):
         super().__init__(args, ranks)
         self.name, self.row, self.model, self.tokenizer, self.data, self.encode = f"stage-{row.name}", row, model, tokenizer, data, encode
         self.folder = args.out if last else os.path.join(args.out, self.name)
-        self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, 30 if args.preset in ("nano", "small") else 500
+        self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, row.warmup
         pieces = "" if data.pieces is None else hashlib.sha256(data.pieces.tobytes()).hexdigest()
         self.settings = json.loads(json.dumps({
             "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length], "row": asdict(row),
@@ -467,7 +468,7 @@ class MLLMStage(Stage):
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
-        counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.deep)] for part, in parts], dtype=torch.float32).sum(0)
+        counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.all_depths)] for part, in parts], dtype=torch.float32).sum(0)
         self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device, non_blocking=True)).clamp(min=1)
 
     def loss(self, batch, *, step):
