@@ -12,6 +12,7 @@ for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import hashlib
@@ -178,11 +179,53 @@ class Ranks:
         return {name: torch.cat([p[name] for p in parts]) if isinstance(value, Tensor) else sum((p[name] for p in parts), []) for name, value in rows.items()}
 
 
-def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what is trainable; no decay on biases, norms and other vectors. Fused: it can skip a step by a flag on the device."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float, besides: list = ()) -> torch.optim.AdamW:
+    """AdamW over what is trainable, `besides` those that have another optimiser; no decay on biases, norms and other vectors. Fused: it can skip a step by a
+    flag on the device."""
+    besides = {id(p) for p in besides}
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in besides]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}, {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of a matrix's momentum, made orthogonal (Jordan et al. 2024), in the size of AdamW's steps, so that its learning rates and decay fit (Liu et al.
+    2025). For weight matrices (..., m, n). Unlike torch's: equal shapes go together, and a step can be skipped by a flag on the device."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        for p in parameters:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @staticmethod
+    def orthogonal(x: Tensor) -> Tensor:
+        """Newton-Schulz: (..., m, n) with its singular values brought near 1 (to .7 to 1.2, for those that were not tiny)."""
+        if x.shape[-2] > x.shape[-1]:
+            return Muon.orthogonal(x.mT).mT
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            square = x @ x.mT
+            x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        return x
+
+    @torch.no_grad()
+    def step(self):
+        """Nothing changes where `found_inf`, which `step_or_skip` sets, is 1."""
+        good = 1 - self.found_inf
+        for group in self.param_groups:
+            alike = collections.defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for shape, parameters in alike.items():
+                gradient = torch.stack([p.grad for p in parameters]).nan_to_num(0, 0, 0)
+                old = torch.stack([self.state[p]["momentum"] for p in parameters])
+                momentum = old.lerp(gradient, good * (1 - group["momentum"]))
+                size = good * group["lr"] * 0.2 * max(shape[-2:]) ** 0.5        # 0.2: how large AdamW's steps are
+                steps = size * self.orthogonal(gradient.lerp(momentum, group["momentum"]))
+                for p, kept, change in zip(parameters, momentum, steps):
+                    self.state[p]["momentum"].copy_(kept)
+                    p.mul_(1 - good * group["lr"] * group["weight_decay"]).sub_(change)
 
 
 def step_or_skip(optimizer, lr: float, bad: Tensor):
