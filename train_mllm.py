@@ -71,7 +71,7 @@ NANO = (
     Row("1", ("projector",), 2.5e-3, 64, 40, dict(caption=1.0)),
     Row("2", ("projector", "llm"), 2.5e-3, 64, 350, _UNDERSTAND),
     Row("3", ("heads",), 2.5e-3, 32, 100, dict(paint=1.0)),
-    Row("4-1", _ALL, 2.5e-3, 32, 2800, _EVERYTHING),
+    Row("4-1", _ALL, 2.5e-3, 32, 3000, _EVERYTHING),
     Row("4-2", _ALL, 1.5e-3, 32, 700, _EVERYTHING),
 )
 SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
@@ -89,7 +89,7 @@ POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares wi
 # The same for the sequences of a kind. Two shapes are the hard part of painting, and enough for a text that answers its own questions.
 COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.25, 0.65, 0.05, 0.05), "text": (0.3, 0.7, 0.0, 0.0)}
 RELATIONS = 0.6         # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
-SAMPLING = dict(guidance=3.0, temperature=0.8, top_k=0, top_p=0.85)      # in evaluation; the paper: 3, 1, 900, .96
+SAMPLING = dict(guidance=3.0, temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; the paper's
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -470,6 +470,7 @@ class MLLMStage(Stage):
         self.optimizer = adamw([model], self.lr, (0.9, 0.95), 0.01, besides=matrices)
         self.muon = Muon(matrices, self.lr, 0.01) if matrices else None
         self.metrics, self.earlier = {}, {}     # earlier: seconds of the stages before
+        self.evaluated = True                   # whether it is worth the time
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
@@ -498,7 +499,7 @@ class MLLMStage(Stage):
 
     def evaluate(self):
         self.metrics = {"streams_in": list(self.model.config.streams_in), "streams_out": list(self.model.config.streams_out)}
-        kinds = self.data.mixture.keys() if "llm" in self.row.trains or "heads" in self.row.trains else ()      # the projector alone is not worth the time
+        kinds = self.data.mixture.keys() if self.evaluated else ()
         self.metrics |= evaluate(self.model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks,
                                  os.path.join(self.folder, "samples", "painted.png"), kinds)
         return self.metrics
@@ -660,7 +661,7 @@ def main(argv=None):
         if args.bench:
             bench(stage, batches)
             continue
-        stage.earlier = dict(earlier)
+        stage.earlier, stage.evaluated = dict(earlier), row is rows_to_run[-1] or args.eval_every > 0
         if args.resume and kept(stage):
             ranks.say(f"stage {row.name}: {stage.folder} is kept from an earlier run with these settings")
             model.load_state_dict(DualMLLM.from_pretrained(stage.folder).state_dict())
