@@ -231,7 +231,7 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the LLM: Qwen2's function and Hugging Face's names
+# the LLM: Qwen2's function, or Llama's, which is the same without biases, and Hugging Face's names
 
 @dataclass
 class LLMConfig:
@@ -246,6 +246,7 @@ class LLMConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     tie_word_embeddings: bool = False   # the table of inputs is the head too
+    attention_bias: bool = True         # on queries, keys and values; Llama has none
 
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -253,13 +254,14 @@ class LLMConfig:
             raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key-value heads: expected heads of even width, and key-value heads that divide heads")
 
 
-def _sizes(width, mlp, layers, heads, groups, tied=True, vocab=151936, theta=1e6, length=32768):
-    return dict(max_position_embeddings=length, vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+def _sizes(width, mlp, layers, heads, groups, tied=True, vocab=151936, theta=1e6, length=32768, **more):
+    return dict(**more, max_position_embeddings=length, vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
                 rope_theta=theta, tie_word_embeddings=tied)
 
 
-LLMS = {    # the first two are ours, from scratch, over bytes; the others are Qwen2.5's published shapes
+LLMS = {    # the first two are ours, from scratch, over bytes; the others are the published shapes of SmolLM2 and Qwen2.5
     "nano": _sizes(128, 352, 4, 4, 4, vocab=264, theta=1e4, length=1024), "small": _sizes(384, 1024, 8, 6, 2, vocab=264, theta=1e4, length=1024),
+    "smollm2-135m": _sizes(576, 1536, 30, 9, 3, vocab=49152, theta=1e5, length=8192, attention_bias=False),
     "qwen2.5-0.5b": _sizes(896, 4864, 24, 14, 2), "qwen2.5-1.5b": _sizes(1536, 8960, 28, 12, 2), "qwen2.5-3b": _sizes(2048, 11008, 36, 16, 2),
     "qwen2.5-7b": _sizes(3584, 18944, 28, 28, 4, tied=False, vocab=152064),
 }
@@ -300,14 +302,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 class LLMAttention(nn.Module):
-    """Causal grouped-query attention; biases on q, k, v only."""
+    """Causal grouped-query attention; biases on q, k, v only, or nowhere."""
 
     def __init__(self, c: LLMConfig):
         super().__init__()
         self.width = c.hidden_size // c.num_attention_heads
         small = self.width * c.num_key_value_heads
-        self.q_proj, self.o_proj = nn.Linear(c.hidden_size, c.hidden_size), nn.Linear(c.hidden_size, c.hidden_size, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(c.hidden_size, small), nn.Linear(c.hidden_size, small)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.hidden_size, width, bias=c.attention_bias) for width in (c.hidden_size, small, small))
+        self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
     def forward(self, x, rope, mask, slots, cache_k, cache_v):
         q, k, v = (p(x).unflatten(2, (-1, self.width)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))     # (B, heads, T, d)
@@ -348,7 +350,7 @@ def _init(module: nn.Module):
 
 
 class LLM(nn.Module):
-    """Decoder-only transformer; parameters, function and files as Hugging Face's Qwen2ForCausalLM. A tied head has no tensor of its own."""
+    """Decoder-only transformer; parameters, function and files as Hugging Face's Qwen2ForCausalLM and LlamaForCausalLM. A tied head has no tensor of its own."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -404,16 +406,21 @@ class LLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str) -> "LLM":
         """A folder in Hugging Face's layout: config.json, and model.safetensors or shards with their index; fp32 in memory. Raises ValueError if anything is
-        missing, left over or misshapen, and for variants of Qwen2 that this is not."""
+        missing, left over or misshapen, and for variants of Qwen2 and Llama that this is not."""
         config = read_config(folder)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        for what, got, expected in (("model_type", config.get("model_type"), "qwen2"), ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-                                    ("use_sliding_window", config.get("use_sliding_window", False), False),
-                                    ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
+        rope, qwen = config.get("rope_parameters") or config.get("rope_scaling") or {}, config.get("model_type") == "qwen2"
+        for what, got, expected in (("model_type", config.get("model_type"), "qwen2" if qwen else "llama"), ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+                                    ("use_sliding_window", config.get("use_sliding_window", False), False), ("attention_bias", config.get("attention_bias", qwen), qwen),
+                                    ("mlp_bias", config.get("mlp_bias", False), False), ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
             if got != expected:
-                raise ValueError(f"{folder}/config.json has {what} {got!r}, expected {expected!r}: this LLM is Qwen2's")
+                raise ValueError(f"{folder}/config.json has {what} {got!r}, expected {expected!r}: this LLM is Qwen2's, or Llama's")
+        # Llama's defaults, where they differ from Qwen2's
+        defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "attention_bias": qwen} | ({} if qwen else dict(
+            vocab_size=32000, intermediate_size=11008, num_key_value_heads=config.get("num_attention_heads", 32), max_position_embeddings=2048))
         with torch.device("meta"):      # no time for random weights that are not used
-            model = cls(make_config(LLMConfig, {"rope_theta": rope.get("rope_theta", 10_000.0), **config}, folder))
+            model = cls(make_config(LLMConfig, defaults | {name: value for name, value in config.items() if value is not None}, folder))
+        if (width := config.get("head_dim")) not in (None, model.config.hidden_size // model.config.num_attention_heads):
+            raise ValueError(f"{folder}/config.json has head_dim {width}, expected hidden_size / num_attention_heads: this LLM's heads share its width")
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
         load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder, assign=True)
         return model
@@ -558,6 +565,7 @@ class MLLMConfig:
 
 
 HEADS = {"nano": dict(head_width=64, head_heads=2, head_mlp=128, head_shared=True), "small": dict(head_width=256, head_heads=4, head_mlp=704, head_shared=True)}
+HEADS["smollm2-135m"] = HEADS["small"]
 
 
 class DualMLLM(nn.Module):

@@ -7,10 +7,12 @@ import contextlib
 import copy
 import functools
 import glob
+import http.server
 import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -20,6 +22,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import unicodedata
 import warnings
 from collections import Counter
@@ -38,7 +41,7 @@ import mllm
 import sample
 import train_mllm
 import train_tokenizer
-from data import images, shapes
+from data import hub, images, shapes
 from data.shapes import World
 from losses import (Discriminator, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
@@ -1006,6 +1009,49 @@ def test_tokenizer_matches_transformers():
         torch.testing.assert_close(image @ words.T * scale.exp() + bias, out.logits_per_image, atol=1e-4, rtol=0)
 
 
+def test_tokenizer_resizes_positions_as_transformers_does(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
+    vision = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16)
+    theirs = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision, text_config=dict(vision, vocab_size=60, max_position_embeddings=12)))
+    randomised(theirs).eval().save_pretrained(tmp_path)
+    for side in (96, 40, 64):
+        x, ours = torch.rand(2, 3, side, side) * 2 - 1, SigLIP.from_pretrained(tmp_path, side)
+        with torch.no_grad():
+            expected = theirs.vision_model(pixel_values=x, interpolate_pos_encoding=True).pooler_output
+            torch.testing.assert_close(ours.vision_model(x)[1], expected, atol=1e-4, rtol=0)
+        assert ours.vision_config.image_size == side
+    with pytest.raises(ValueError, match="8 pixels are smaller than the patches"):
+        SigLIP.from_pretrained(tmp_path, 8)
+
+
+def test_tokenizer_reads_the_release_from_a_pt_file_and_sizes_from_its_siglip(tmp_path):
+    folder = os.path.join(SHARED, "fixtures/released-layout")
+    if not os.path.isdir(folder):
+        pytest.skip("no released-layout fixture: set NANODUALTOKEN_SHARED")
+    weights, config = load_file(os.path.join(folder, "weights.safetensors")), json.load(open(os.path.join(folder, "config.json")))
+    (tmp_path / "siglip").mkdir()
+    (tmp_path / "siglip/config.json").write_text(json.dumps(config.pop("siglip")))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def words(*more):
+        with pytest.raises(ValueError) as caught:
+            DualTokenizer.from_released(tmp_path, *more)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    sizes = str(tmp_path / "siglip")
+    assert "give its SigLIP's folder with --siglip" in words() and "has no weights, expected" in words(sizes)
+    for kept in (weights, {"state_dict": {"module." + name: value for name, value in weights.items()}}):
+        torch.save(kept, tmp_path / "dualtoken.pt")
+        assert equal(DualTokenizer.from_released(tmp_path, sizes).state_dict(), DualTokenizer.from_released(folder).state_dict())
+    torch.save({"state_dict": {"a": 3}}, tmp_path / "dualtoken.pt")
+    assert "no tensors" in words(sizes)
+    (tmp_path / "dualtoken.pt").write_bytes(pickle.dumps(print, 2))        # what is no tensor is never run
+    assert "cannot be read" in words(sizes)
+    (tmp_path / "other.pt").write_bytes(b"")
+    assert "has dualtoken.pt and other.pt" in words(sizes)
+
+
 def test_tokenizer_matches_the_release():
     folder = os.path.join(SHARED, "fixtures/released-layout")
     if not os.path.isdir(folder):
@@ -1384,6 +1430,60 @@ def test_train_skips_steps_that_are_not_finite(run_folder, tmp_path, monkeypatch
     assert not equal(weights[3], weights[4]) and equal(weights[5], weights[6])
     assert "1 steps skipped, not finite: loss, deep" in capsys.readouterr().out
     assert all(value.isfinite().all() for value in load_file(tmp_path / "model.safetensors").values())
+
+
+def test_train_goes_on_from_another_tokenizer(run_folder, tmp_path, capsys):
+    """At the start it is that tokenizer; and the released layout is taken as ours is."""
+    state = lambda folder: {name: value for name, value in load_file(folder / "model.safetensors").items() if "quantizer" not in name}
+    train(tmp_path / "on", "--init", str(run_folder), "--lr", "1e-12")
+    near = lambda a, b: all((a[name] - b[name]).abs().max() < 1e-6 for name in a)
+    assert near(state(run_folder), state(tmp_path / "on")) and not near(state(run_folder), state(train(tmp_path / "other", "--siglip", str(run_folder / "siglip"), "--lr", "1e-12")))
+    assert "leave these flags out" in stopped(*TINY, "--init", str(run_folder), "--shallow-layer", "1", "--out", str(tmp_path / "x"))
+    assert "the released layout" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path / "x"))
+    assert "give it with --siglip" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--out", str(tmp_path / "x"))
+
+
+def test_train_on_larger_images_than_the_siglip_saw(run_folder, tmp_path, capsys):
+    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--image-size", "48")
+    assert capsys.readouterr().out.count("is for 32 pixels: its position embeddings are interpolated for 48") == 1
+    assert DualTokenizer.from_pretrained(tmp_path).config.positions == 144
+
+
+def matrices():
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(*shape)) for shape in ((24, 40), (40, 24), (24, 40), (2, 16, 48))]
+
+
+def test_muon_takes_the_steps_of_torchs():
+    """torch's own goes matrix by matrix, and computes in bf16."""
+    ours, theirs = matrices()[:3], matrices()[:3]
+    optimizers = (train_tokenizer.Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    start = [p.detach().clone() for p in ours]
+    for step in range(4):
+        for parameters, optimizer in zip((ours, theirs), optimizers):
+            for n, p in enumerate(parameters):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + n))
+            train_tokenizer.step_or_skip(optimizer, 0.02, torch.tensor(False))
+    for a, b, p in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (a - p).norm()
+
+
+def test_muon_makes_every_matrix_orthogonal():
+    for p in matrices():
+        values = torch.linalg.svdvals(train_tokenizer.Muon.orthogonal(p.detach()))
+        assert values.shape[:-1] == p.shape[:-2] and values.min() > 0.5 and values.max() < 1.3
+
+
+def test_muon_skipped_step_changes_nothing():
+    parameters = matrices()
+    optimizer, before = train_tokenizer.Muon(parameters, 0.02, 0.1), []
+    for step, bad in enumerate((False, True, False)):
+        for p in parameters:
+            p.grad = torch.full_like(p, float("nan")) if bad else torch.randn_like(p)
+        before.append([t.detach().clone() for p in parameters for t in (p, optimizer.state[p]["momentum"])])
+        train_tokenizer.step_or_skip(optimizer, 0.02, torch.tensor(bad))
+    after = [t for p in parameters for t in (p, optimizer.state[p]["momentum"])]
+    assert all(map(torch.equal, before[1], before[2])) and not any(map(torch.equal, before[0], before[1])) and not any(map(torch.equal, before[2], after))
 
 
 def test_train_counts_skipped_steps_of_the_discriminator(run_folder, tmp_path, monkeypatch):
@@ -1864,15 +1964,19 @@ def small_llm(**more):
     return LLMConfig(**{**sizes, **more})
 
 
-def their_qwen(c, seed=0):
+def their_llm(c, seed=0):
+    """Qwen2, or Llama where there are no biases."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
-    return randomised(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**vars(c), bos_token_id=None, eos_token_id=None)), seed).eval()
+    name = "Qwen2" if c.attention_bias else "Llama"
+    config = getattr(transformers, name + "Config")(**vars(c), bos_token_id=None, eos_token_id=None)
+    return randomised(getattr(transformers, name + "ForCausalLM")(config), seed).eval()
 
 
-@pytest.mark.parametrize("tied, groups, theta, eps", [(True, 2, 1e6, 1e-6), (False, 4, 1e4, 1e-5), (False, 1, 30.0, 0.3)])
-def test_mllm_llm_matches_transformers(tied, groups, theta, eps, tmp_path):
-    c = small_llm(tie_word_embeddings=tied, num_key_value_heads=groups, rope_theta=theta, rms_norm_eps=eps)
-    theirs, ids = their_qwen(c), torch.randint(264, (2, 50), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("tied, groups, theta, eps, bias", [(True, 2, 1e6, 1e-6, True), (False, 4, 1e4, 1e-5, True), (False, 1, 30.0, 0.3, True),
+                                                            (True, 2, 1e5, 1e-5, False), (False, 4, 1e4, 1e-6, False)])
+def test_mllm_llm_matches_transformers(tied, groups, theta, eps, bias, tmp_path):
+    c = small_llm(tie_word_embeddings=tied, num_key_value_heads=groups, rope_theta=theta, rms_norm_eps=eps, attention_bias=bias)
+    theirs, ids = their_llm(c), torch.randint(264, (2, 50), generator=torch.Generator().manual_seed(1))
     theirs.save_pretrained(tmp_path)
     ours = LLM.from_pretrained(tmp_path)
     assert ours.config == c and (ours.lm_head is None) == tied
@@ -1884,7 +1988,7 @@ def test_mllm_llm_matches_transformers(tied, groups, theta, eps, tmp_path):
 
 def test_mllm_llm_loads_the_layouts_of_hugging_face(tmp_path):
     """Shards with an index, bf16, a tied checkpoint that holds its table twice, and config.json as Qwen2.5's were published, defaults left out."""
-    theirs, ids = their_qwen(small_llm(rms_norm_eps=1e-6)), torch.randint(264, (1, 9))
+    theirs, ids = their_llm(small_llm(rms_norm_eps=1e-6)), torch.randint(264, (1, 9))
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="15KB")
     assert len(glob.glob(str(tmp_path / "shards/*.safetensors"))) > 2
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
@@ -1898,7 +2002,7 @@ def test_mllm_llm_loads_the_layouts_of_hugging_face(tmp_path):
         ours = LLM.from_pretrained(tmp_path / name)
         assert ours.config == small_llm(rms_norm_eps=1e-6) and equal(ours.state_dict(), rounded)
         assert {value.dtype for value in ours.state_dict().values()} == {torch.float32}
-    theirs = their_qwen(small_llm(rms_norm_eps=1e-6))
+    theirs = their_llm(small_llm(rms_norm_eps=1e-6))
     with torch.no_grad():
         torch.testing.assert_close(LLM.from_pretrained(tmp_path / "shards")(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
@@ -1937,17 +2041,33 @@ def test_mllm_llm_bad_files_end_in_a_sentence(tmp_path):
     assert "no index of shards" in words(lambda folder: (folder / index).write_text('{"weights": 3}'))
     assert "../part-0" in words(lambda folder: (folder / index).write_text('{"weight_map": {"a": "../part-0.safetensors"}}'))
     assert "config.json cannot be read" in words(lambda folder: os.remove(folder / "config.json"))
-    assert "model_type 'llama'" in configured(model_type="llama") and "hidden_act 'gelu'" in configured(hidden_act="gelu")
+    assert "model_type 'mistral'" in configured(model_type="mistral") and "hidden_act 'gelu'" in configured(hidden_act="gelu")
+    assert "attention_bias True, expected False" in configured(model_type="llama") and "attention_bias False, expected True" in configured(attention_bias=False)
+    assert "mlp_bias True" in configured(mlp_bias=True) and "head_dim 16" in configured(head_dim=16)
     assert "use_sliding_window True" in configured(use_sliding_window=True)
     for rope in ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, {"rope_scaling": {"rope_type": "yarn"}}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}):
         assert "rope_type 'yarn'" in configured(**rope)
     assert "5 heads" in configured(num_attention_heads=5)
 
 
+def test_mllm_llm_reads_llamas_defaults(tmp_path):
+    """What config.json leaves out, or says is null, is what transformers takes it for."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
+    for written in ({}, {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": None, "head_dim": 64, "rope_theta": 1e5, "pretraining_tp": 1, "rope_scaling": None}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **written}))
+        config, read = transformers.LlamaConfig(**written), []
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no weights"):
+            patch.setattr(mllm, "LLMConfig", lambda **sizes: read.append(LLMConfig(**sizes)) or read[-1])
+            patch.setattr(mllm, "make_config", lambda kind, values, folder: kind(**{k: v for k, v in values.items() if k in vars(LLMConfig())}))
+            LLM.from_pretrained(tmp_path)
+        theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
+        assert vars(read[0]) == {name: theta if name == "rope_theta" else getattr(config, name) for name in vars(read[0])}
+
+
 def test_mllm_cache_decodes_what_transformers_generates():
     """Greedy, from prompts of unequal lengths, padded on the left."""
     c = small_llm(tie_word_embeddings=False)
-    theirs, ours, steps = their_qwen(c), LLM(c).eval(), 12
+    theirs, ours, steps = their_llm(c), LLM(c).eval(), 12
     ours.load_state_dict(theirs.state_dict())
     ids = torch.randint(264, (3, 9), generator=torch.Generator().manual_seed(2))
     mask = torch.arange(9) >= torch.tensor([0, 4, 7])[:, None]
@@ -2502,6 +2622,128 @@ def test_mllm_code_tables_tell_tokenizers_apart(tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# data/hub
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A hub on this machine -> its files {path: bytes}, to fill, and what was asked of it; b"cut" stands for a connection that breaks off."""
+    files, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            asked.append((self.command, self.path))
+            data = files.get(self.path)
+            status = data if isinstance(data, int) else 404 if data is None else 200
+            self.send_response(status)
+            self.send_header("Content-Length", str(0 if status != 200 else 1000 if data == b"cut" else len(data)))
+            self.end_headers()
+            if self.command == "GET" and status == 200:
+                self.wfile.write(data)
+        do_GET = do_HEAD = answer
+        log_message = lambda *_: None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield files, asked
+    server.shutdown()
+    server.server_close()
+
+
+def serve(files, name, folder):
+    for file in os.listdir(folder):
+        if os.path.isfile(os.path.join(folder, file)):
+            files[f"/{name}/resolve/main/{file}"] = Path(folder, file).read_bytes()
+
+
+def test_hub_fetches_a_model_once(served, tokenizer, tmp_path):
+    files, asked = served
+    tokenizer.siglip_model.save_pretrained(tmp_path / "siglip")
+    serve(files, "owner/siglip-1.0", tmp_path / "siglip")
+    folder = hub.folder("owner/siglip-1.0")
+    assert equal(SigLIP.from_pretrained(folder).state_dict(), tokenizer.siglip_model.state_dict())
+    assert sorted(os.listdir(folder)) == [".lock", "config.json", "model.safetensors"]
+    gets = [path for command, path in asked if command == "GET"]
+    assert hub.folder("owner/siglip-1.0") == folder and [path for command, path in asked if command == "GET"] == gets
+
+
+def test_hub_fetches_shards_and_vocabulary(served, tmp_path):
+    files, _ = served
+    llm, folder = LLM(small_llm()), tmp_path / "llm"
+    folder.mkdir()
+    names = list(llm.state_dict())
+    for n in range(2):
+        save_file({name: llm.state_dict()[name] for name in names[n::2]}, folder / f"model-{n}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **vars(llm.config)}))
+    (folder / "vocab.json").write_text("{}")
+    serve(files, "owner/llm", folder)
+    found = hub.folder("owner/llm")
+    assert equal(LLM.from_pretrained(found).state_dict(), llm.state_dict()) and Path(found, "vocab.json").read_text() == "{}"
+    files["/owner/other/resolve/main/config.json"], files["/owner/other/resolve/main/model.safetensors.index.json"] = b"{}", b'{"weight_map": {"a": "../../x.safetensors"}}'
+    with pytest.raises(ValueError, match="is no index of safetensors files"):
+        hub.folder("owner/other")
+
+
+def test_hub_breaks_off_with_a_sentence_and_leaves_no_half_file(served, monkeypatch):
+    files, _ = served
+    base = "/owner/model/resolve/main/"
+
+    def words():
+        with pytest.raises(ValueError) as caught:
+            hub.folder("owner/model")
+        left = os.path.join(torch.hub.get_dir(), "nanodualtoken/owner/model")
+        assert "\n" not in str(caught.value) and sorted(os.listdir(left)) == sorted({".lock", *kept})
+        return str(caught.value)
+
+    kept = []
+    assert "has no config.json; check the spelling" in words()
+    files[base + "config.json"] = 401
+    assert "answers 401" in words()
+    files[base + "config.json"], kept = b"{}", ["config.json"]
+    assert "has no weights as safetensors" in words()
+    files[base + "model.safetensors"] = b"cut"
+    assert "broke off after 3 of 1,000 bytes" in words()
+    files[base + "model.safetensors"] = None
+    files[base + "model.safetensors.index.json"] = b'{"weight_map": {"a": "a.safetensors"}}'
+    kept += ["model.safetensors.index.json"]
+    assert "lacks a.safetensors" in words()
+    files[base + "a.safetensors"] = b"x"
+    assert os.path.exists(os.path.join(hub.folder("owner/model"), "a.safetensors"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="cannot be fetched .*; without a connection, give a folder"):
+        hub.folder("owner/else")
+
+
+def test_hub_prefers_a_folder_and_hugging_faces_cache(served, tmp_path, monkeypatch):
+    _, asked = served
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "hf/hub/models--owner--model"
+    (model / "refs").mkdir(parents=True), (model / "snapshots/abc").mkdir(parents=True)
+    (model / "refs/main").write_text("abc")
+    for file in ("config.json", "model.safetensors"):
+        with pytest.raises(ValueError, match="has no config.json"):      # not whole: the hub is asked
+            hub.folder("owner/model")
+        (model / "snapshots/abc" / file).write_text("{}")
+    before = list(asked)
+    assert hub.folder("owner/model") == str(model / "snapshots/abc") and hub.folder("some-model") == "some-model" and hub.folder("/a/b") == "/a/b"
+    os.makedirs("owner/model")
+    assert hub.folder("owner/model") == "owner/model" and asked == before
+
+
+def test_hub_names_are_taken_by_the_scripts(served, run_folder, tmp_path):
+    files, _ = served
+    serve(files, "owner/siglip", run_folder / "siglip")
+    train(tmp_path / "run", "--siglip", "owner/siglip")
+    assert "broke off" in (files.update({"/owner/cut/resolve/main/config.json": b"cut"}) or stopped(*TINY, "--siglip", "owner/cut", "--out", str(tmp_path / "x")))
+    assert "has no config.json" in mllm_words("--llm", "owner/none", "--tokenizer", str(run_folder), "--out", str(tmp_path / "y"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # train_mllm
 
 TINY_MLLM = ["--device", "cpu", "--precision", "fp32", "--log-every", "1", "--save-every", "2", "--eval-images", "32", "--workers", "0"]
@@ -2557,7 +2799,7 @@ def mllm_stages(tokenizer_folder, tmp_path_factory):
         seen.append(dict(row=stage.row, stage=stage, kinds=stage.data.kinds_of(0), before=copies(), grads=set(), parts=parts, at_first=at_first))
         train(stage, batches)
         names = {id(p): name for name, p in stage.model.named_parameters()}
-        seen[-1] |= dict(after=copies(), states={names[id(p)] for p in stage.optimizer.state}, left=[n for n, p in stage.model.named_parameters() if p.grad is not None])
+        seen[-1] |= dict(after=copies(), states={names[id(p)] for optimizer in (stage.optimizer, stage.muon) for p in optimizer.state}, left=[n for n, p in stage.model.named_parameters() if p.grad is not None])
 
     def step(stage, lr):
         seen[-1]["grads"] |= {name for name, p in stage.model.named_parameters() if p.grad is not None}
@@ -2569,6 +2811,26 @@ def mllm_stages(tokenizer_folder, tmp_path_factory):
         patch.setattr(train_tokenizer, "take_step", step)
         train_tiny(out, tokenizer_folder)
     return out, seen
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "all"])
+def test_mllm_attention_in_bf16_is_that_in_fp32(kind):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool) if kind == "mask" else None
+    exact = mllm.attend(q, k, v, mask, causal=kind == "causal")
+    low = mllm.attend(q.bfloat16(), k, v, mask, causal=kind == "causal")
+    assert low.dtype == torch.bfloat16 and 0 < (low - exact).abs().max() < 0.05
+    assert (mllm.attend(q, k, v) - exact).abs().max() > 0.5 or kind == "all"
+
+
+def test_train_mllm_trains_matrices_by_muon_and_the_rest_by_adamw(mllm_stages):
+    stage = mllm_stages[1][-1]["stage"]
+    names = {id(p): name for name, p in stage.model.named_parameters()}
+    muon, adamw = ({names[id(p)] for group in optimizer.param_groups for p in group["params"]} for optimizer in (stage.muon, stage.optimizer))
+    assert not muon & adamw and muon | adamw == {*names.values()}
+    assert {"llm.model.layers.0.mlp.up_proj.weight", "projector.0.weight", "heads.pixel.layers.0.gate_up"} <= muon
+    assert {"llm.model.embed_tokens.weight", "llm.model.norm.weight", "marks", "heads.pixel.classifiers", "heads.pixel.projector.0.bias"} <= adamw
 
 
 def test_train_mllm_stages_change_their_parts_alone(mllm_stages):

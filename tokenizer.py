@@ -328,14 +328,23 @@ class SigLIP(nn.Module):
         save_model(folder, self, config)
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> "SigLIP":
-        """A folder with config.json and model.safetensors in Hugging Face's layout. Raises ValueError if anything is missing, left over or misshapen."""
+    def from_pretrained(cls, folder: str, image_size: int = 0) -> "SigLIP":
+        """A folder with config.json and model.safetensors in Hugging Face's layout; for other images than it was trained on, if image_size (pixels) is given:
+        then its position embeddings are interpolated. Raises ValueError if anything is missing, left over or misshapen."""
         config = read_config(folder)
         if "vision_config" not in config or "text_config" not in config:
             raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got {', '.join(config)[:120]}")
-        model = cls(make_config(VisionConfig, config["vision_config"], folder), make_config(TextConfig, config["text_config"], folder))
+        vision, text = make_config(VisionConfig, config["vision_config"], folder), make_config(TextConfig, config["text_config"], folder)
         # Checkpoints of old transformers releases also hold the positions 0, 1, 2, ... themselves.
-        load_weights(model, read_weights(folder, ignore=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")), folder)
+        weights = read_weights(folder, ignore=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"))
+        resized, name = replace(vision, image_size=image_size or vision.image_size), "vision_model.embeddings.position_embedding.weight"
+        if not resized.grid:
+            raise ValueError(f"images of {image_size} pixels are smaller than the patches of the SigLIP in {folder}, {vision.patch_size} pixels a side")
+        if resized.grid != vision.grid and name in weights and len(weights[name]) == vision.grid ** 2:
+            grid = weights[name].float().T.unflatten(1, (vision.grid, vision.grid))[None]
+            weights[name] = F.interpolate(grid, (resized.grid, resized.grid), mode="bicubic", align_corners=False)[0].flatten(1).T.contiguous()
+        model = cls(resized, text)
+        load_weights(model, weights, folder)
         return model
 
 
@@ -612,13 +621,15 @@ class DualTokenizer(nn.Module):
         return model.eval()
 
     @classmethod
-    def from_released(cls, folder: str) -> "DualTokenizer":
-        """The authors' released layout: config.json (theirs, with the backbone's sizes under `siglip`) and weights.safetensors. In eval mode.
-        Raises ValueError as `from_pretrained` does."""
+    def from_released(cls, folder: str, siglip_folder: str = "") -> "DualTokenizer":
+        """The authors' released layout: their config.json and their weights, as safetensors or a .pt file (never unpickled). The backbone's sizes are under
+        `siglip` in that config.json, or in siglip_folder's. In eval mode. Raises ValueError as `from_pretrained` does."""
         config = read_config(folder)
-        c, siglip = config.get("rqvaesiglip"), config.get("siglip")
-        if not c or not siglip:
-            raise ValueError(f"{folder}/config.json is not the released layout: expected rqvaesiglip and siglip, got {', '.join(config)[:120]}")
+        c, siglip = config.get("rqvaesiglip"), config.get("siglip") or (read_config(siglip_folder) if siglip_folder else None)
+        if not c:
+            raise ValueError(f"{folder}/config.json is not the released layout: expected rqvaesiglip, got {', '.join(config)[:120]}")
+        if not siglip or not {"vision_config", "text_config"} <= siglip.keys():
+            raise ValueError(f"the sizes of the backbone of {folder} are not known; give its SigLIP's folder with --siglip")
         dd, vq = c["ddconfig"], c["vq_pix"]
         if dd["attn_resolutions"] != [dd["resolution"] // 2 ** (len(dd["ch_mult"]) - 1)]:
             raise ValueError(f"{folder}/config.json has decoder attention at {dd['attn_resolutions']}, expected it at the coarsest level alone")
@@ -629,12 +640,32 @@ class DualTokenizer(nn.Module):
             codebook_size=vq["n_embed"], depth=vq["code_shape"][-1], code_dim=vq["embed_dim"], shared_codebook=vq["shared_codebook"],
             decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"], decoder_in=dd["decoder_in_channels"],
             latent_grid=(c.get("decoder_latent_shape") or [0])[0]))
-        load_weights(model, _from_released(read_weights(folder, "weights.safetensors"), model.config), folder)
+        load_weights(model, _from_released(_read_released(folder), model.config), folder)
         return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
+
+def _read_released(folder: str) -> dict[str, Tensor]:
+    """The weights in a folder of the release: weights.safetensors, model.safetensors or the one .pt, .pth or .bin file. Raises ValueError for anything else."""
+    for name in ("weights.safetensors", "model.safetensors"):
+        if os.path.isfile(os.path.join(folder, name)):
+            return read_weights(folder, name)
+    found = sorted(name for name in os.listdir(folder) if name.endswith((".pt", ".pth", ".bin")))
+    if len(found) != 1:
+        raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, expected weights.safetensors, model.safetensors, or one .pt file")
+    path = os.path.join(folder, found[0])
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = next((weights[key] for key in ("state_dict", "model") if isinstance(weights.get(key), dict)), weights)
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    except Exception as error:      # torch.load raises nearly anything on damaged bytes
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:100]}); expected a whole file of tensors by name") from None
+    if odd := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{path} holds {', '.join(map(str, odd))[:100]} which are no tensors; expected tensors by name")
+    return weights
+
 
 def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, Tensor]:
     """Names and shapes of the release to ours: tables lose their padding row, D copies of a shared table become one, the key bias (which cannot

@@ -2,7 +2,7 @@
 
     python train_mllm.py                                                    # a CPU, minutes: after `python train_tokenizer.py`, no download -> out/mllm
     python train_mllm.py --preset small --tokenizer out/small --out out/mllm-small          # one GPU
-    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm FOLDER --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --compile --checkpointing
+    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --compile --checkpointing
     python train_mllm.py --stage 3                                          # one stage, from the one before it in --out
     python train_mllm.py --resume                                           # go on: finished stages are kept, the one under way continues
     python train_mllm.py --bench                                            # seconds per step of every stage; writes nothing
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import shapes
+from data import hub, shapes
 from data.images import ImageData, start_worker
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
@@ -76,7 +76,7 @@ NANO = (
 )
 SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
     NANO, (500, 200, 1500, 500, 4000, 1000), (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 3e-4)))
-STAGES = {"nano": NANO, "small": SMALL, **{name: PAPER for name in LLMS if name.startswith("qwen")}}
+STAGES = {"nano": NANO, "small": SMALL, **{name: PAPER for name in LLMS if name not in ("nano", "small")}}
 # Of the loss (Eq. 6-7): text is a mean over text tokens, a stream a mean over painted positions of the sum over depths, weighed by DEPTHS.
 LOSS = {"text": 1.0, "pixel": 1.0, "semantic": 1.0}
 DEPTHS = {"nano": (1.0, 0.2, 0.1, 0.05), "small": (1.0, 0.2, 0.1, 0.05)}        # first depth, second, ...; default 1 for all, as in Eq. 7
@@ -99,7 +99,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--stage", default="all", help="all, or one of the preset's: 0 (text alone, for an LLM from scratch), 1, 2, 3, 4-1, 4-2")
     g.add_argument("--out", default="out/mllm", help="run folder")
     g.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
-    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 checkpoint in Hugging Face's layout; default: --preset's shape, from scratch")
+    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 checkpoint in Hugging Face's layout, or its name on the hub; default: --preset's shape, from scratch")
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; default: what the tokenizer was trained on")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
     g.add_argument("--text-data", default="", help="a plain-text file for the text share; default: the built-in world's sentences, or the captions")
@@ -554,7 +554,7 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
     """-> function from images (B, 3, H, W) to what the model reads: codes, or the deep features of the teacher, by default the SigLIP beside the tokenizer.
     Its `key` tells kept codes of different encoders apart."""
-    model = SigLIP.from_pretrained(teacher or os.path.join(folder, "siglip")).vision_model.eval().to(tokenizer.quantizer_pix.codebook.device) if config.continuous else tokenizer
+    model = SigLIP.from_pretrained(hub.folder(teacher) if teacher else os.path.join(folder, "siglip"), tokenizer.config.vision.image_size).vision_model.eval().to(tokenizer.quantizer_pix.codebook.device) if config.continuous else tokenizer
 
     @torch.no_grad()
     def encode(images):
@@ -574,7 +574,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
             sizes = replace(sizes, vocab_size=math.ceil(text.size / 64) * 64)
         if STAGES[args.preset] is PAPER and not (args.bench or args.parameters):
             raise ValueError(f"the stages of --preset {args.preset} start from a pretrained LLM; give its folder with --llm, or train --preset small from scratch")
-    elif os.path.isdir(name):
+    elif os.path.isdir(name := hub.folder(name)):
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
         sizes = llm.config
         if max(text.end, text.turn_end or 0) >= sizes.vocab_size:

@@ -2,7 +2,7 @@
 
     python train_tokenizer.py                                                     # a CPU, minutes, the built-in world -> out/tokenizer
     python train_tokenizer.py --preset small                                      # one GPU, textured world
-    torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip FOLDER --data "cc12m/{00000..01242}.tar" --workers 8 --compile --checkpointing
+    torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip google/siglip-so400m-patch14-384 --data "cc12m/{00000..01242}.tar" --workers 8 --compile --checkpointing
     python train_tokenizer.py --data photos --preset nano-64                      # a folder of pictures with captions
     python train_tokenizer.py --resume                                            # go on where a run stopped
     python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
@@ -33,12 +33,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data import shapes
+from data import hub, shapes
 from data.images import ImageData
 from losses import (Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import all_reduce, histogram, usage_and_perplexity
-from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, load_weights, preset_config, text_ids, write_json
+from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, preset_config, read_config, text_ids, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,8 +85,9 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--out", default="out/tokenizer", help="run folder")
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
-    g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, Hugging Face's layout; default: train one first")
-    g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's")
+    g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP in Hugging Face's layout, or its name on the hub; default: train one first")
+    g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; its sizes, not the preset's, count")
+    g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip, whose position embeddings are interpolated for another size")
     g = p.add_argument_group("model")
     g.add_argument("--shallow-layer", type=int, default=0, help="layer the pixel stream leaves after; 0: the preset's, a quarter of all")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
@@ -772,13 +773,18 @@ class TokenizerStage(Stage):
     name = "tokenizer"
     perceptual = None       # (reconstruction, original) -> scalar, such as LPIPS
 
-    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP):
+    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP, init: DualTokenizer | None = None):
+        """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`."""
         super().__init__(args, ranks)
+        if siglip.vision_config != config.vision:
+            raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, expected {config.vision}; train or name another SigLIP")
         self.folder, self.data, self.weights = args.out, data, settings.weights
         self.steps, self.batch, self.lr, self.warmup = settings.steps, settings.batch, settings.lr, settings.warmup
         self.teacher = copy.deepcopy(siglip.vision_model).eval().requires_grad_(False).to(ranks.device)
         torch.manual_seed(args.seed)
-        self.model = DualTokenizer(config, siglip).to(ranks.device)
+        started = {"init": digest(init)} if init else {}
+        self.model = (init or DualTokenizer(config, siglip)).to(ranks.device).train()
+        siglip = self.model.siglip_model
         for part in (siglip.text_model, siglip.logit_scale, siglip.logit_bias):
             part.requires_grad_(False)
         self.model.checkpointing(args.checkpointing)
@@ -793,7 +799,7 @@ class TokenizerStage(Stage):
         self.gan_steps, self.gan_skipped, self.codes, self.pictures = 0, torch.zeros((), device=ranks.device), None, None
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
                          "lr": self.lr, "gan": settings.gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
-                         "teacher": digest(self.teacher), **common(args)}
+                         "teacher": digest(self.teacher), **started, **common(args)}
 
     def loss(self, images, captions, *, step):
         features = self.wrapped(images)
@@ -886,12 +892,12 @@ def main(argv=None):
                 lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
                 gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
     changes = {name: getattr(args, name) for name in ("shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
-    siglip = SigLIP.from_pretrained(args.siglip) if args.siglip else None
+    args.siglip = args.siglip and hub.folder(args.siglip)
+    init = load_init(args, changes) if args.init else None
+    siglip = SigLIP.from_pretrained(args.siglip, init.config.vision.image_size if init else args.image_size) if args.siglip else None
     if siglip:
-        if args.image_size not in (0, siglip.vision_config.image_size):
-            raise ValueError(f"--image-size is {args.image_size}, but the SigLIP in {args.siglip} is for {siglip.vision_config.image_size} pixels; leave the flag out")
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
-    config = preset_config(args.preset, args.image_size, **changes)
+    config = init.config if init else preset_config(args.preset, args.image_size, **changes)
 
     # ---- device, ranks, data
     ranks = Ranks(args.device)
@@ -901,6 +907,10 @@ def main(argv=None):
     for batch in (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
     ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
+
+    trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if siglip else config.vision.image_size
+    if trained_for != config.vision.image_size:
+        ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {config.vision.image_size}")
 
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
@@ -916,12 +926,24 @@ def main(argv=None):
         siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
 
     # ---- stage 2: the tokenizer
-    stage = TokenizerStage(args, ranks, s, config, data, siglip)
+    stage = TokenizerStage(args, ranks, s, config, data, siglip, init)
     if args.bench:
         bench(stage, data.batches(stage.batch))
     else:
         train(stage, data.batches(stage.batch))
         ranks.say(f"pictures: {os.path.join(stage.folder, 'samples', 'reconstructions.png')}, {os.path.join(stage.folder, 'curves.png')}")
+
+
+def load_init(args, changes: dict) -> DualTokenizer:
+    """The tokenizer of --init. Its teacher is --siglip, by default the SigLIP that lies beside a tokenizer of ours."""
+    if changes or args.image_size:
+        raise ValueError(f"--image-size and the layers are those of the tokenizer in --init {args.init}; leave these flags out")
+    ours = read_config(args.init).get("model_type") == "dualtoken"
+    if ours and not args.siglip:
+        args.siglip = os.path.join(args.init, "siglip")
+    if not args.siglip:
+        raise ValueError(f"--init {args.init} is in the released layout, without the SigLIP that its training compares with; give it with --siglip")
+    return DualTokenizer.from_pretrained(args.init) if ours else DualTokenizer.from_released(args.init, args.siglip)
 
 
 def kept(stage: Stage) -> bool:
