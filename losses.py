@@ -49,6 +49,37 @@ def weighted(terms: dict[str, Tensor], weights: Weights) -> Tensor:
     return sum(getattr(weights, name) * value for name, value in terms.items())
 
 
+class LPIPS(nn.Module):
+    """Perceptual distance (Zhang et al. 2018): at five depths of a VGG16, the squared difference of features of unit length, weighted by channel.
+    Layers have torchvision's names. Frozen; the weights come from files that the user has (`train_tokenizer.load_lpips`)."""
+    WIDTHS = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)     # of the convolutions between two poolings
+
+    def __init__(self):
+        super().__init__()
+        layers, width, self.ends = [], 3, []        # ends: the layers looked at, the last of each group
+        for group in self.WIDTHS:
+            layers += [nn.MaxPool2d(2)] if layers else []
+            for w in group:
+                layers += [nn.Conv2d(width, w, 3, padding=1), nn.ReLU()]
+                width = w
+            self.ends.append(len(layers) - 1)
+        self.features = nn.Sequential(*layers)
+        self.heads = nn.ParameterList(torch.ones(1, group[-1], 1, 1) for group in self.WIDTHS)
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)     # ImageNet's, for images in [-1, 1]
+        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], at least 16 pixels a side -> their mean distance, a scalar."""
+        z, total = (torch.cat([x, y]) - self.mean) / self.std, 0.0
+        for n, layer in enumerate(self.features):
+            z = layer(z)
+            if n in self.ends:
+                a, b = F.normalize(z.float(), dim=1, eps=1e-10).chunk(2)
+                total = total + ((a - b) ** 2 * self.heads[self.ends.index(n)]).sum(1).mean()
+        return total
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' rows, in rank order; the gradient of each row goes back to the rank that owns it."""
 
@@ -147,14 +178,43 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean((1, 2, 3))
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
+class Moments:
+    """Mean and covariance of features that come batch by batch, in memory that does not grow with their number. float64."""
+
+    def __init__(self, width: int, device="cpu"):
+        self.count, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), (width,), (width, width)))
+
+    def add(self, x: Tensor) -> "Moments":
+        """Features (M, C)."""
+        x = x.to(self.sum)
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.outer += x.T @ x
+        return self
+
+    def reduce(self) -> "Moments":
+        """Of all ranks together."""
+        for part in (self.count, self.sum, self.outer) if dist.is_available() and dist.is_initialized() else ():
+            dist.all_reduce(part)
+        return self
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        return (self.outer - self.count * self.mean.outer(self.mean)) / (self.count - 1)
+
+
+def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
     """Frechet distance of two sets of features (M, C), each taken as a Gaussian: |difference of means|^2 + trace(A + B - 2 (AB)^(1/2)) (Heusel et al. 2017).
     The name of the feature function and M belong beside the number. Raises ValueError for fewer than two samples."""
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 samples on each side, got {len(x)} and {len(y)}")
-    x, y = x.double(), y.double()
-    a, b = x.T.cov(), y.T.cov()
+    x, y = (z if isinstance(z, Moments) else Moments(z.shape[1]).add(z.cpu()) for z in (x, y))
+    if min(x.count, y.count) < 2:
+        raise ValueError(f"a Frechet distance needs at least 2 samples on each side, got {int(x.count)} and {int(y.count)}")
+    a, b = x.covariance, y.covariance
     values, vectors = torch.linalg.eigh(a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()     # trace of (AB)^(1/2), through a symmetric matrix of the same eigenvalues
-    return ((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross).item()
+    return ((x.mean - y.mean).square().sum() + a.trace() + b.trace() - 2 * cross).item()

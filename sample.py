@@ -6,25 +6,30 @@
     python sample.py --eval                                                     # the table of metrics, and painted samples of every skill
     python sample.py --reconstruct cat.jpg dog.png                              # original | reconstruction from pixel codes, PSNR and SSIM
     python sample.py --reconstruct                                              # without a path: eight validation scenes of the built-in world
+    python sample.py --paint-file prompts.txt --out out/painted                 # one prompt a line -> 00000.png, ...; again: what is missing
+    python sample.py --answer-file questions.jsonl                              # lines {"image": path, "question": words} -> the same with "answer"
+    python sample.py --fd out/painted photos                                    # Frechet distance between two folders of pictures
 
-Everything comes from the run folders (--tokenizer, --mllm); pictures go to --out, and their paths are printed. The same --seed gives the same picture.
+The last three also run under torchrun, each rank doing its share. Everything comes from the run folders (--tokenizer, --mllm); pictures go to --out, and their paths are printed. The same --seed gives the same picture.
 """
 
 import argparse
+import json
 import os
 import re
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 from data import shapes
-from data.images import centre_crop, decode
-from losses import psnr, ssim
+from data.images import ImageData, centre_crop, decode
+from losses import Moments, frechet_distance, psnr, ssim
 from mllm import DualMLLM, code_tables
 from tokenizer import DualTokenizer, read_config, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate
 from train_mllm import flags as train_flags
-from train_tokenizer import VALIDATION_SEED, Ranks, report, run, save_grid
+from train_tokenizer import VALIDATION_SEED, Ranks, report, run, save_grid, to_picture
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -35,6 +40,11 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--image", nargs="+", default=[], help="images to ask about or to edit")
     p.add_argument("--eval", action="store_true", help="understanding and painting on held-out data, as at the end of training")
     p.add_argument("--reconstruct", nargs="*", metavar="IMAGE", help="images to encode and decode; none: scenes of the built-in world")
+    p.add_argument("--paint-file", metavar="FILE", help="texts to paint, one a line, each picture in a file of its own")
+    p.add_argument("--answer-file", metavar="FILE", help='questions, as JSON lines {"image": path, "question": words}; answers go to --out/answers.jsonl')
+    p.add_argument("--fd", nargs=2, metavar="FOLDER", help="two folders of pictures to compare: Frechet distance in the tokenizer's ViT, or in --inception")
+    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID (a program, so from a source you trust)")
+    p.add_argument("--batch-size", type=int, default=16, help="pictures at a time, for --paint-file, --answer-file and --fd")
     p.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
     p.add_argument("--mllm", default="out/mllm", help="run folder of train_mllm.py, or of one of its stages")
     p.add_argument("--out", default="out/samples", help="folder for pictures")
@@ -47,13 +57,17 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next have the next seeds")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = p.parse_args(argv)
-    wishes = [name for name in ("paint", "ask", "edit", "reconstruct") if getattr(args, name) is not None] + ["eval"] * args.eval
+    wishes = [name.replace("_", "-") for name in ("paint", "ask", "edit", "reconstruct", "paint_file", "answer_file", "fd") if getattr(args, name) is not None] + ["eval"] * args.eval
     if len(wishes) != 1:
-        p.error(f"expected one of --paint, --ask, --edit, --eval, --reconstruct, got {', '.join('--' + w for w in wishes) or 'none'}")
+        p.error(f"expected one of --paint, --ask, --edit, --eval, --reconstruct, --paint-file, --answer-file, --fd, got {', '.join('--' + w for w in wishes) or 'none'}")
     if wishes[0] in ("ask", "edit") and not args.image:
         p.error(f"--{wishes[0]} is about an image, and there is none; add --image IMAGE")
     if args.image and wishes[0] not in ("ask", "edit"):
         p.error(f"--image goes with --ask or --edit, not with --{wishes[0]}")
+    if args.inception and wishes[0] != "fd":
+        p.error(f"--inception goes with --fd, not with --{wishes[0]}")
+    if args.batch_size < 1:
+        p.error(f"--batch-size is {args.batch_size}, expected at least 1")
     if args.n < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.eval_images < 2:
         p.error(f"--n {args.n}, --temperature {args.temperature}, --top-k {args.top_k}: expected 0 or more; --top-p {args.top_p}: above 0, at most 1; --eval-images at least 2")
     return args
@@ -127,12 +141,100 @@ def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device,
         print(path)
 
 
+def read_lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); expected a text file in UTF-8") from None
+
+
+def batches(items: list, args, ranks: Ranks, what: str):
+    """This rank's share, --batch-size at a time, with a bar."""
+    mine = items[ranks.rank::ranks.count]
+    return tqdm([mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)], what, disable=not ranks.first)
+
+
+@torch.no_grad()
+def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, how: dict):
+    """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those that are there are kept, so that a run that stopped goes on."""
+    os.makedirs(args.out, exist_ok=True)
+    prompts, n = read_lines(args.paint_file), args.n or 1
+    wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts) if prompt.strip() for k in range(n)]
+    missing = [item for item in wanted if not os.path.exists(item[2])]
+    ranks.say(f"{len(wanted)} pictures, {len(wanted) - len(missing)} of them already in {args.out}")
+    for part in batches(missing, args, ranks, "painting"):
+        codes = model.paint([prompts[i].strip() for i, _, _ in part], seeds=[args.seed + i * n + k for i, k, _ in part], **how)
+        for picture, (_, _, path) in zip(to_picture(tokenizer.decode(codes)), part):
+            picture.save(path + ".tmp", format="PNG")
+            os.replace(path + ".tmp", path)
+
+
+@torch.no_grad()
+def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: Ranks):
+    """Every record with its answer, in order. A record without a readable image is left out, counted and named. Paths are relative to the file."""
+    records, broken, done = [], [], {}
+    for number, line in enumerate(read_lines(args.answer_file), 1):
+        try:
+            record = json.loads(line)
+            records.append((number, record, os.path.join(os.path.dirname(args.answer_file), record["image"]), str(record.get("question", ""))))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            broken.append(f"line {number} is no record with an image: {line[:60]!r}") if line.strip() and ranks.first else None
+    for part in batches(records, args, ranks, "answering"):
+        images, whose = [], []
+        for item in part:
+            try:
+                images.append(read_images([item[2]], tokenizer.config.vision.image_size))
+                whose.append(item)
+            except ValueError as error:
+                broken.append(f"line {item[0]}: {error}")
+        if whose:
+            answers = model.answer(encode(torch.cat(images).to(ranks.device)), [question for *_, question in whose])
+            done |= {number: {**record, "answer": answer} for (number, record, *_), answer in zip(whose, answers)}
+    rows = ranks.gather_rows({"done": list(done.items()), "broken": broken})
+    if ranks.first:
+        os.makedirs(args.out, exist_ok=True)
+        path = os.path.join(args.out, "answers.jsonl")
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for _, record in sorted(rows["done"], key=lambda row: row[0]))
+        os.replace(path + ".tmp", path)
+        print(f"{path}: {len(rows['done'])} answers, {len(rows['broken'])} records left out", *rows["broken"][:10], sep="\n  ")
+
+
+@torch.no_grad()
+def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
+    """Frechet distance between two folders, each picture cropped to the middle square at the tokenizer's size."""
+    if args.inception:
+        try:
+            inception = torch.jit.load(args.inception, map_location=ranks.device).eval()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{args.inception} is no TorchScript file ({str(error).splitlines()[0][:100]}); expected the Inception of the usual FID") from None
+        look = lambda images: inception(images, return_features=True)
+    else:
+        look = lambda images: tokenizer.siglip_model.vision_model(images.float() / 127.5 - 1)[1]
+    sides, broken = [], []
+    for folder in args.fd:
+        data, moments = ImageData(folder, tokenizer.config.vision.image_size, train=False), None
+        broken += data.broken
+        for images, _, reports in tqdm(data.load(args.batch_size * ranks.count, rank=ranks.rank, ranks=ranks.count), folder, disable=not ranks.first):
+            broken += reports
+            features = look(images.to(ranks.device))
+            moments = moments or Moments(features.shape[1], ranks.device)
+            moments.add(features)
+        if moments is None:
+            raise ValueError(f"{folder!r} has fewer pictures than there are ranks; start fewer")
+        sides.append(moments.reduce())
+    ranks.say(f"Frechet distance {frechet_distance(*sides):.4f} in {args.inception or 'the ViT of ' + args.tokenizer}, {int(sides[0].count)} and {int(sides[1].count)} pictures, {len(broken)} broken")
+
+
 def main(argv=None):
     args = flags(argv)
     ranks = Ranks(args.device)
     tokenizer = DualTokenizer.from_pretrained(args.tokenizer).to(ranks.device)
     if args.reconstruct is not None:
         return reconstruct(args, tokenizer, ranks.device)
+    if args.fd:
+        return fd(args, tokenizer, ranks)
     model = DualMLLM.from_pretrained(args.mllm).to(ranks.device)
     if model.config.tables_sha256 != code_tables(tokenizer)[1]:
         raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its --tokenizer")
@@ -154,6 +256,10 @@ def main(argv=None):
         return print(os.path.join(args.out, "metrics.json"), grid if model.heads else "")
     if args.paint:
         return paint(args, tokenizer, model, how)
+    if args.paint_file:
+        return paint_file(args, tokenizer, model, ranks, how)
+    if args.answer_file:
+        return answer_file(args, tokenizer, model, encode, ranks)
     ask_or_edit(args, tokenizer, model, encode, ranks.device, how)
 
 

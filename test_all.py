@@ -43,7 +43,7 @@ import train_mllm
 import train_tokenizer
 from data import hub, images, shapes
 from data.shapes import World
-from losses import (Discriminator, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr, sigmoid_contrastive, ssim,
+from losses import (Discriminator, Moments, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import ResidualVQ, histogram, usage_and_perplexity
@@ -1221,6 +1221,59 @@ def test_losses_every_weight_counts():
     assert weighted(terms, weights).item() == 2 * 1 + 3 * 3 + 5 * 9 + 7 * 27 + 11 * 81
 
 
+@pytest.fixture
+def lpips_files(tmp_path):
+    """Random weights in the layouts of torchvision and lpips -> the two files."""
+    torch.manual_seed(0)
+    vgg, width, places = {"classifier.0.weight": torch.randn(3, 3)}, 3, (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    for place, w in zip(places, (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)):
+        vgg |= {f"features.{place}.weight": torch.randn(w, width, 3, 3) * (2 / 9 / width) ** 0.5, f"features.{place}.bias": torch.randn(w) * 0.1}
+        width = w
+    torch.save(vgg, tmp_path / "vgg16.pth")
+    torch.save({f"lin{n}.model.1.weight": torch.rand(1, w, 1, 1) for n, w in enumerate((64, 128, 256, 512, 512))}, tmp_path / "lpips.pth")
+    return tmp_path / "vgg16.pth", tmp_path / "lpips.pth"
+
+
+def test_losses_lpips_is_what_its_paper_says(lpips_files):
+    """Against the formula, written out in float64: features after the last ReLU before each pooling, and after the last one."""
+    vgg, heads = (torch.load(file, weights_only=True) for file in lpips_files)
+    x, y = torch.rand(2, 2, 3, 40, 32) * 2 - 1
+    expected, states = torch.zeros(2, dtype=torch.float64), []
+    for image in (x, y):
+        z, seen = ((image / 2 + 0.5).double() - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None], []
+        for place in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
+            z = F.max_pool2d(z, 2) if place in (5, 10, 17, 24) else z
+            z = F.conv2d(z, vgg[f"features.{place}.weight"].double(), vgg[f"features.{place}.bias"].double(), padding=1).relu()
+            seen += [z / (z ** 2).sum(1, keepdim=True).sqrt()] if place in (2, 7, 14, 21, 28) else []
+        states.append(seen)
+    for n, (a, b) in enumerate(zip(*states)):
+        expected += ((a - b) ** 2 * heads[f"lin{n}.model.1.weight"]).sum(1).mean((1, 2))
+    lpips = train_tokenizer.load_lpips(*map(str, lpips_files))
+    assert expected.min() > 0.1
+    torch.testing.assert_close(lpips(x, y), expected.mean().float(), atol=2e-3 * expected.mean().item(), rtol=0)      # the constants have three digits
+    x.requires_grad_(True)
+    lpips(x, x.detach()).backward()
+    assert x.grad.isfinite().all() and not any(p.requires_grad for p in lpips.parameters())
+
+
+def test_losses_lpips_matches_its_package(lpips_files):
+    theirs = pytest.importorskip("lpips", reason="lpips is not installed: no parity with it").LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
+    vgg, heads = (torch.load(file, weights_only=True) for file in lpips_files)
+    names = {int(name.split(".")[1]): name.rsplit(".", 1)[0] for name in theirs.net.state_dict()}
+    theirs.net.load_state_dict({f"{names[int(key.split('.')[1])]}.{key.split('.')[2]}": value for key, value in vgg.items() if key.startswith("features.")})
+    theirs.load_state_dict(heads, strict=False)
+    x, y = torch.rand(2, 2, 3, 40, 32) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(train_tokenizer.load_lpips(*map(str, lpips_files))(x, y), theirs(x, y).mean(), atol=1e-4, rtol=0)
+
+
+def test_losses_lpips_bad_files_end_in_a_sentence(lpips_files, tmp_path):
+    vgg, heads = map(str, lpips_files)
+    for files, words in (((heads, heads), "missing"), ((vgg, vgg), "missing"), ((vgg, str(tmp_path / "none.pth")), "cannot be read"), ((str(tmp_path / "none.safetensors"), heads), "no weights at")):
+        with pytest.raises(ValueError, match=words):
+            train_tokenizer.load_lpips(*files)
+
+
 def test_losses_perceptual_slot_is_used(tokenizer, pictures):
     with torch.no_grad():
         out, teacher = tokenizer(pictures), tokenizer.siglip_model.vision_model(pictures)
@@ -1280,6 +1333,23 @@ def test_losses_frechet_distance_has_the_closed_form():
     assert abs(frechet_distance(x, y) - (5 + 0 + 1 + 4)) < 1e-6 and abs(frechet_distance(x, x)) < 1e-6
     with pytest.raises(ValueError, match="at least 2 samples"):
         frechet_distance(x[:1], y)
+
+
+def test_losses_moments_come_batch_by_batch():
+    """Against numpy, and scipy's matrix square root where there is one; far from zero, where float32 would fail."""
+    torch.manual_seed(0)
+    x, y = torch.randn(500, 6).double() @ torch.randn(6, 6).double() + 1e3, torch.randn(300, 6).double() + 1e3
+    one, two = Moments(6), Moments(6)
+    for part in x.split(64):
+        one.add(part)
+    two.add(y)
+    np.testing.assert_allclose(one.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(one.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-6, atol=1e-6)
+    assert abs(frechet_distance(one, two) - frechet_distance(x, y)) < 1e-6
+    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed: no comparison with its matrix square root")
+    a, b = np.cov(x.numpy(), rowvar=False), np.cov(y.numpy(), rowvar=False)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum().item() + np.trace(a + b - 2 * linalg.sqrtm(a @ b).real)
+    assert abs(frechet_distance(one, two) - expected) < 1e-5 * expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1441,6 +1511,13 @@ def test_train_goes_on_from_another_tokenizer(run_folder, tmp_path, capsys):
     assert "leave these flags out" in stopped(*TINY, "--init", str(run_folder), "--shallow-layer", "1", "--out", str(tmp_path / "x"))
     assert "the released layout" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path / "x"))
     assert "give it with --siglip" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--out", str(tmp_path / "x"))
+
+
+def test_train_with_lpips(run_folder, lpips_files, tmp_path):
+    files = ["--vgg", str(lpips_files[0]), "--lpips", str(lpips_files[1])]
+    train(tmp_path / "run", "--siglip", str(run_folder / "siglip"), *files)
+    assert all(line["perceptual"] > 0 for line in log(tmp_path / "run") if "loss" in line)
+    assert "needs both files" in stopped(*TINY, *files[:2], "--out", str(tmp_path / "x"))
 
 
 def test_train_on_larger_images_than_the_siglip_saw(run_folder, tmp_path, capsys):
@@ -3296,6 +3373,57 @@ def test_sample_answers(there, photo, capsys):
     one = capsys.readouterr().out
     sample.main(["--ask", "--image", photo, photo, *there])
     assert one.endswith("\n") and capsys.readouterr().out.count("photo.png: ") == 2
+
+
+def test_sample_paints_a_file_and_goes_on(there, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    argv, out = ["--paint-file", str(tmp_path / "prompts.txt"), *there, "--out", str(tmp_path / "out"), "--guidance", "1", "--n", "2"], tmp_path / "out"
+    sample.main([*argv, "--batch-size", "3"])
+    names = ["00000-0.png", "00000-1.png", "00002-0.png", "00002-1.png"]
+    assert sorted(os.listdir(out)) == names
+    before = {name: (out / name).read_bytes() for name in names}
+    assert len(set(before.values())) == 4 and Image.open(out / names[0]).size == (32, 32)
+    os.remove(out / names[2])
+    sample.main([*argv, "--batch-size", "1"])       # what is missing, the same in another batch
+    assert {name: (out / name).read_bytes() for name in names} == before and "4 pictures, 3 of them already" in capsys.readouterr().out
+    assert "cannot be read" in sample_words("--paint-file", str(tmp_path / "none.txt"), *there)
+
+
+def test_sample_answers_a_file(there, photo, tmp_path, capsys):
+    shutil.copy(photo, tmp_path / "photo.png")
+    (tmp_path / "broken.png").write_bytes(b"x")
+    records = [{"image": "photo.png", "question": "what is it?", "id": 7}, {"image": "broken.png", "question": "?"}, {"question": "no image"}, {"image": "photo.png", "question": "is it é?"}]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n{\n")
+    sample.main(["--answer-file", str(tmp_path / "questions.jsonl"), *there, "--out", str(tmp_path / "out"), "--batch-size", "1"])
+    answers, said = [json.loads(line) for line in open(tmp_path / "out/answers.jsonl", encoding="utf-8")], capsys.readouterr().out
+    assert [{k: v for k, v in answer.items() if k != "answer"} for answer in answers] == [records[0], records[3]]
+    capsys.readouterr(), sample.main(["--ask", "what is it?", "--image", photo, *there])
+    assert answers[0]["answer"] == capsys.readouterr().out.removesuffix("\n")
+    assert "2 answers, 3 records left out" in said and "line 2: " in said and "line 3 is no record" in said and "line 5 is no record" in said
+
+
+def test_sample_compares_folders(run_folder, tmp_path, capsys):
+    pictures = World("plain", 32).batch(range(40))[0]
+    for name, part in (("a", pictures[:24]), ("b", pictures[24:])):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(train_tokenizer.to_picture(part)):
+            picture.save(tmp_path / name / f"{i}.png")
+    vit = DualTokenizer.from_pretrained(run_folder).siglip_model.vision_model
+    see = lambda look: [look((torch.stack([torch.from_numpy(np.asarray(p).copy()) for p in train_tokenizer.to_picture(part)]).permute(0, 3, 1, 2)).contiguous()) for part in (pictures[:24], pictures[24:])]
+    with torch.no_grad():
+        expected = frechet_distance(*see(lambda x: vit(x.float() / 127.5 - 1)[1]))
+
+    class Inception(torch.nn.Module):
+        def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+            return x.float().mean((2, 3)) + 9 * float(not return_features)
+
+    torch.jit.script(Inception()).save(str(tmp_path / "inception.pt"))
+    argv = ["--fd", str(tmp_path / "a"), str(tmp_path / "b"), "--tokenizer", str(run_folder), "--batch-size", "7"]
+    for more, value in (([], expected), (["--inception", str(tmp_path / "inception.pt")], frechet_distance(*see(lambda x: x.float().mean((2, 3)))))):
+        sample.main([*argv, *more])
+        found = re.search(r"Frechet distance ([\d.]+) in .*, 24 and 16 pictures, 0 broken", capsys.readouterr().out)
+        assert value > 0.1 and abs(float(found[1]) - value) < 1e-3 * value
+    assert "is no TorchScript file" in sample_words(*argv, "--inception", str(tmp_path / "a/0.png"))
 
 
 def test_sample_edits(there, photo, tmp_path, capsys):

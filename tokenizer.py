@@ -655,7 +655,14 @@ def _read_released(folder: str) -> dict[str, Tensor]:
     found = sorted(name for name in os.listdir(folder) if name.endswith((".pt", ".pth", ".bin")))
     if len(found) != 1:
         raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, expected weights.safetensors, model.safetensors, or one .pt file")
-    path = os.path.join(folder, found[0])
+    return read_tensors(os.path.join(folder, found[0]))
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """A file of tensors by name: safetensors, or torch's own, of which nothing is unpickled that is no tensor; a training checkpoint's `state_dict` or `model`
+    is taken out. Raises ValueError for anything else."""
+    if path.endswith(".safetensors"):
+        return read_weights(os.path.dirname(path), os.path.basename(path))
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         weights = next((weights[key] for key in ("state_dict", "model") if isinstance(weights.get(key), dict)), weights)

@@ -35,10 +35,10 @@ from torch import Tensor
 
 from data import hub, shapes
 from data.images import ImageData
-from losses import (Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
+from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import all_reduce, histogram, usage_and_perplexity
-from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, preset_config, read_config, text_ids, write_json
+from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, preset_config, read_config, read_tensors, text_ids, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,6 +75,7 @@ SETTINGS = {
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
 }
+TOYS = ("nano", "nano-64", "small")     # made to do without files from elsewhere
 VALIDATION_SEED = 12_345            # whatever --seed is, so that numbers of different runs compare
 
 
@@ -93,11 +94,15 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
     g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
     g = shared_flags(p)
+    g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
+    g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
     g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
     args = p.parse_args(argv)
     check_shared(args, siglip_steps=0, image_size=0, shallow_layer=0, deep_layer=0, shortcut_layer=0)
+    if bool(args.vgg) != bool(args.lpips):
+        raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
     if not (args.gan_start == -1 or 0 <= args.gan_start <= 1):
         raise ValueError(f"--gan-start is {args.gan_start}, expected a share from 0 to 1, or -1")
     return args
@@ -737,6 +742,15 @@ def digest(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
+def load_lpips(vgg: str, heads: str) -> LPIPS:
+    """vgg: a file of torchvision's VGG16, heads: of lpips' linear layers on it. Raises ValueError if either is not what it should be."""
+    model, names = LPIPS(), {f"lin{n}.model.1.weight": str(n) for n in range(len(LPIPS.WIDTHS))}
+    features = {name.removeprefix("features."): value.float() for name, value in read_tensors(vgg).items() if not name.startswith("classifier.")}
+    load_weights(model.features, features, vgg)
+    load_weights(model.heads, {names.get(name, name): value.float() for name, value in read_tensors(heads).items()}, heads)
+    return model
+
+
 class SigLIPStage(Stage):
     """Sigmoid contrastive training on pairs of image and caption, from scratch."""
     name = "siglip"
@@ -771,7 +785,6 @@ class SigLIPStage(Stage):
 class TokenizerStage(Stage):
     """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2). The text tower stays as it is."""
     name = "tokenizer"
-    perceptual = None       # (reconstruction, original) -> scalar, such as LPIPS
 
     def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP, init: DualTokenizer | None = None):
         """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`."""
@@ -788,6 +801,7 @@ class TokenizerStage(Stage):
         for part in (siglip.text_model, siglip.logit_scale, siglip.logit_bias):
             part.requires_grad_(False)
         self.model.checkpointing(args.checkpointing)
+        self.perceptual = load_lpips(args.vgg, args.lpips).to(ranks.device) if args.vgg else None
         if args.compile:
             compile_parts(self.model, self.teacher)
         self.optimizer = adamw([self.model], self.lr, settings.betas, settings.weight_decay)
@@ -799,7 +813,7 @@ class TokenizerStage(Stage):
         self.gan_steps, self.gan_skipped, self.codes, self.pictures = 0, torch.zeros((), device=ranks.device), None, None
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
                          "lr": self.lr, "gan": settings.gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
-                         "teacher": digest(self.teacher), **started, **common(args)}
+                         "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if args.vgg else {}), **common(args)}
 
     def loss(self, images, captions, *, step):
         features = self.wrapped(images)
@@ -926,6 +940,8 @@ def main(argv=None):
         siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
 
     # ---- stage 2: the tokenizer
+    if not args.vgg and args.preset not in TOYS:
+        ranks.say("the perceptual term is off: it needs --vgg and --lpips")
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init)
     if args.bench:
         bench(stage, data.batches(stage.batch))
