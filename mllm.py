@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import load_weights, make_config, read_config, read_weights, recomputed, save_model
+from tokenizer import load_weights, lower, make_config, read_config, read_weights, recomputed, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text as ids: UTF-8 bytes without any file, or a GPT-2 or Qwen2.5 vocabulary from local files; in each, four marks for images
@@ -281,11 +281,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoPE): x (B, heads, T, d), angles (B or 1, 1, T, d). Channel i turns with channel i + d/2, as in Llama and Qwen."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
-
-
-def lower(x: Tensor) -> Tensor:
-    """To autocast's precision, once; autocast itself would do it again for every product that reads x."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -366,6 +366,11 @@ def _waves(grid: int, width: int) -> Tensor:
     return torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, 0)], 1)[:, :width]
 
 
+def lower(x: Tensor) -> Tensor:
+    """To autocast's precision, once; autocast itself would do it again for every product that reads x."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
 def recomputed(on: bool, function, x: Tensor) -> Tensor:
     """function(x), and, if on and training, once more in the backward pass instead of keeping what it computed."""
     return checkpoint(function, x, use_reentrant=False) if on and torch.is_grad_enabled() else function(x)

@@ -38,7 +38,7 @@ from data.images import ImageData
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import all_reduce, histogram, usage_and_perplexity
-from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, preset_config, read_config, read_tensors, text_ids, write_json
+from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, lower, preset_config, read_config, read_tensors, text_ids, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class Muon(torch.optim.Optimizer):
         """Newton-Schulz: (..., m, n) with its singular values brought near 1 (to .7 to 1.2, for those that were not tiny)."""
         if x.shape[-2] > x.shape[-1]:
             return Muon.orthogonal(x.mT).mT
-        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        x = lower(x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
         for _ in range(5):
             square = x @ x.mT
             x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
