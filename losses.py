@@ -192,12 +192,6 @@ class Moments:
         self.outer += x.T @ x
         return self
 
-    def reduce(self) -> "Moments":
-        """Of all ranks together."""
-        for part in (self.count, self.sum, self.outer) if dist.is_available() and dist.is_initialized() else ():
-            dist.all_reduce(part)
-        return self
-
     @property
     def mean(self) -> Tensor:
         return self.sum / self.count

@@ -26,6 +26,7 @@ from data import shapes
 from data.images import ImageData, centre_crop, decode
 from losses import Moments, frechet_distance, psnr, ssim
 from mllm import DualMLLM, code_tables
+from rvq import all_reduce
 from tokenizer import DualTokenizer, read_config, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate
 from train_mllm import flags as train_flags
@@ -223,7 +224,9 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
             moments.add(features)
         if moments is None:
             raise ValueError(f"{folder!r} has fewer pictures than there are ranks; start fewer")
-        sides.append(moments.reduce())
+        for part in (moments.count, moments.sum, moments.outer):
+            all_reduce(part)
+        sides.append(moments)
     ranks.say(f"Frechet distance {frechet_distance(*sides):.4f} in {args.inception or 'the ViT of ' + args.tokenizer}, {int(sides[0].count)} and {int(sides[1].count)} pictures, {len(broken)} broken")
 
 

@@ -1513,10 +1513,12 @@ def test_train_goes_on_from_another_tokenizer(run_folder, tmp_path, capsys):
     assert "give it with --siglip" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--out", str(tmp_path / "x"))
 
 
-def test_train_with_lpips(run_folder, lpips_files, tmp_path):
+def test_train_with_lpips(run_folder, lpips_files, tmp_path, capsys):
     files = ["--vgg", str(lpips_files[0]), "--lpips", str(lpips_files[1])]
     train(tmp_path / "run", "--siglip", str(run_folder / "siglip"), *files)
-    assert all(line["perceptual"] > 0 for line in log(tmp_path / "run") if "loss" in line)
+    assert all(line["perceptual"] > 0 for line in log(tmp_path / "run") if "loss" in line) and "perceptual term is off" not in capsys.readouterr().out
+    train(tmp_path / "without", "--siglip", str(run_folder / "siglip"))
+    assert capsys.readouterr().out.count("perceptual term is off") == 1
     assert "needs both files" in stopped(*TINY, *files[:2], "--out", str(tmp_path / "x"))
 
 

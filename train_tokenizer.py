@@ -75,7 +75,6 @@ SETTINGS = {
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
 }
-TOYS = ("nano", "nano-64", "small")     # made to do without files from elsewhere
 VALIDATION_SEED = 12_345            # whatever --seed is, so that numbers of different runs compare
 
 
@@ -940,7 +939,7 @@ def main(argv=None):
         siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
 
     # ---- stage 2: the tokenizer
-    if not args.vgg and args.preset not in TOYS:
+    if not args.vgg:
         ranks.say("the perceptual term is off: it needs --vgg and --lpips")
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init)
     if args.bench:
