@@ -290,10 +290,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         if q.device.type != "cpu" or q.dtype != torch.bfloat16:
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
-        if causal:
-            mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
-        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+        if mask is None:
+            bias = q.new_full((q.shape[2], k.shape[2]), -math.inf if causal else 0.0).triu(1)
+        else:
+            bias = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf).expand(q.shape[0], q.shape[1], -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[3] ** -0.5)     # one pass over (T, T) where scaling and masking are two more
+        return scores.softmax(-1).unflatten(0, q.shape[:2]) @ v
 
 
 class LLMAttention(nn.Module):

@@ -71,7 +71,7 @@ NANO = (
     Row("1", ("projector",), 2.5e-3, 64, 40, dict(caption=1.0)),
     Row("2", ("projector", "llm"), 2.5e-3, 64, 350, _UNDERSTAND),
     Row("3", ("heads",), 2.5e-3, 32, 100, dict(paint=1.0)),
-    Row("4-1", _ALL, 2.5e-3, 32, 3600, _EVERYTHING),
+    Row("4-1", _ALL, 2.5e-3, 32, 3300, _EVERYTHING),
     Row("4-2", _ALL, 1.5e-3, 32, 800, _EVERYTHING),
 )
 SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
