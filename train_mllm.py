@@ -71,7 +71,7 @@ NANO = (
     Row("1", ("projector",), 2.5e-3, 64, 40, dict(caption=1.0)),
     Row("2", ("projector", "llm"), 2.5e-3, 64, 350, _UNDERSTAND),
     Row("3", ("heads",), 2.5e-3, 32, 100, dict(paint=1.0)),
-    Row("4-1", _ALL, 2.5e-3, 32, 3300, _EVERYTHING),
+    Row("4-1", _ALL, 2.5e-3, 32, 3600, _EVERYTHING),
     Row("4-2", _ALL, 1.5e-3, 32, 800, _EVERYTHING),
 )
 SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
@@ -87,8 +87,8 @@ MATRICES = re.compile(r"layers\.|projector|code_in")
 SCENES = {"nano": 16_384, "small": 65_536}      # of the built-in world, whose codes are extracted once; a quarter of them with an edit
 POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares with one, two, three and four shapes
 # The same for the sequences of a kind. Two shapes are the hard part of painting, and enough for a text that answers its own questions.
-COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.25, 0.65, 0.05, 0.05), "text": (0.3, 0.7, 0.0, 0.0)}
-RELATIONS = 0.6         # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
+COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.15, 0.75, 0.05, 0.05), "text": (0.3, 0.7, 0.0, 0.0)}
+RELATIONS = 0.7         # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
 SAMPLING = dict(guidance=3.0, temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; the paper's
 
 
