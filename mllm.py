@@ -720,9 +720,9 @@ class DualMLLM(nn.Module):
 
     # ---- files
 
-    def save_pretrained(self, folder: str, **more):
-        """config.json, model.safetensors and the vocabulary; `more` goes into config.json too."""
-        save_model(folder, self, {"model_type": "dualmllm", **asdict(self.config), **more})
+    def save_pretrained(self, folder: str, weights: dict[str, Tensor] | None = None, **more):
+        """config.json, model.safetensors and the vocabulary; `more` goes into config.json too. weights: its own, gathered from the ranks that share them."""
+        save_model(folder, self.state_dict() if weights is None else weights, {"model_type": "dualmllm", **asdict(self.config), **more})
         self.text.save(folder)
 
     @classmethod

@@ -1565,6 +1565,43 @@ def test_muon_skipped_step_changes_nothing():
     assert all(map(torch.equal, before[1], before[2])) and not any(map(torch.equal, before[0], before[1])) and not any(map(torch.equal, before[2], after))
 
 
+@contextlib.contextmanager
+def full_disk(room):
+    """No file of this process grows beyond so many bytes."""
+    resource = pytest.importorskip("resource", reason="no file limits on this system, to stand for a full disk")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_train_full_disk_keeps_the_old_checkpoint(run_folder, tmp_path, monkeypatch):
+    begun, save, before = ["--siglip", str(run_folder / "siglip"), "--save-every", "2"], train_tokenizer.save_state, {}
+    files = "state.pt", "model.safetensors", "config.json"
+
+    def saves(stage, step, seconds):
+        before.update({name: (tmp_path / name).read_bytes() for name in files if step == 4})
+        with full_disk(100_000) if step == 4 else contextlib.nullcontext():
+            save(stage, step, seconds)
+    monkeypatch.setattr(train_tokenizer, "save_state", saves)
+    words = stopped(*TINY, "--out", str(tmp_path), *begun)
+    assert "state.pt cannot be written at step 4" in words and "the checkpoint before it is kept" in words and "\n" not in words
+    assert before == {name: (tmp_path / name).read_bytes() for name in files} and not glob.glob(str(tmp_path / "*.tmp"))
+    monkeypatch.undo()
+    train(tmp_path, *begun, "--resume")
+    assert [line["step"] for line in log(tmp_path) if "loss" in line] == [*range(1, 9)]
+
+
+def test_tokenizer_full_disk_keeps_the_old_weights(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with full_disk(100_000), pytest.raises(OSError, match="model.safetensors cannot be written .*; what was there is kept: make room"):
+        tokenizer.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"] and before == (tmp_path / "model.safetensors").read_bytes()
+
+
 def test_train_counts_skipped_steps_of_the_discriminator(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_tokenizer, "discriminator_loss", lambda real, fake: (real.mean() + fake.mean()) * float("nan"))
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--gan", "--gan-start", "0.5")
@@ -3025,43 +3062,88 @@ def test_train_mllm_accumulation_is_the_whole_batch(tokenizer_folder, tmp_path, 
     assert max((one[1][name] - other[1][name]).abs().mean().item() for name in one[1]) < 1e-5
 
 
-def test_train_mllm_two_ranks_are_one_process(tokenizer_folder, tmp_path, monkeypatch):
-    """The same codes, losses, weights and metrics; both ranks end with equal weights."""
-    code = ("import os, sys, torch, train_mllm as t\n"
-            "train, t.SCENES['nano'] = t.train, 24\n"
-            f"t.STAGES['nano'] = (t.{MIXED_ROW!r},)\n"
-            "def kept(stage, batches):\n"
-            "    train(stage, batches)\n"
-            "    torch.save(stage.model.state_dict(), os.path.join(sys.argv[1], 'rank' + os.environ.get('RANK', '0') + '.pt'))\n"
-            "t.train = kept\n"
-            "t.run(lambda: t.main(sys.argv[2:]))\n")
-    (tmp_path / "script.py").write_text(code)
-    more, port = ["--tokenizer", str(tokenizer_folder), "--eval-images", "16", "--out"], str(free_port())
-    os.mkdir(tmp_path / "two")
-    argv = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "two"), *TINY_MLLM, *more, str(tmp_path / "two/run")]
-    running = [subprocess.Popen(argv, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
-        **os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for r in range(2)]
-    shrink(monkeypatch, MIXED_ROW, evaluates=lambda stage: True)
-    train_mllm.main([*TINY_MLLM, *more, str(tmp_path / "one/run")])         # meanwhile
-    try:
-        for process in running:
-            errors = process.communicate(timeout=120)[1]
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()      # of two that wait for each other, one may have died
-    metrics = {name: json.load(open(tmp_path / name / "run/metrics.json")) for name in ("one", "two")}
-    first, second = (torch.load(tmp_path / f"two/rank{r}.pt", weights_only=True) for r in range(2))
-    one = load_file(tmp_path / "one/run/model.safetensors")
-    assert equal(first, second) and one.keys() == first.keys() and max((one[name] - first[name]).abs().mean().item() for name in one) < 1e-5
-    lines = [[line for line in losses_logged(tmp_path / name / "run") if "loss" in line] for name in ("one", "two")]
-    assert all(abs(a[name] - b[name]) < (1e-3 if name == "norm" else 1e-5) * abs(a[name]) for a, b in zip(*lines) for name in a) and len(lines[0]) == len(lines[1]) == 3
-    codes = [np.load(glob.glob(str(tmp_path / name / "run/codes/*/pictures.npy"))[0]) for name in ("one", "two")]
-    assert np.array_equal(*codes) and metrics["two"]["ranks"] == 2
-    assert os.listdir(tmp_path / "one/run/codes") == os.listdir(tmp_path / "two/run/codes")
-    asked = [{kind: [row[k] for k in ("n", "chance", "majority")] for kind, row in metrics[name]["understanding"].items()} for name in ("one", "two")]
+EVERY_ROW = tuple(replace(row, steps=3, batch=8) for row in train_mllm.NANO)
+SCRIPT = """import os, signal, train_mllm as t, train_tokenizer
+Row, t.SCENES['nano'] = t.Row, 24
+t.STAGES['nano'] = %r
+write, train = train_tokenizer.write_log, t.train
+def dies(stage, line, broken):
+    write(stage, line, broken)
+    if os.environ.get('DIES') == f"{stage.name} {line['step']}" and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        os.kill(os.getpid(), signal.SIGKILL)
+def told(stage, batches):
+    train(stage, batches)
+    with open(f"{os.path.dirname(__file__)}/digest-{os.environ['RANK']}", 'a') as file:
+        file.write(stage.name + ' ' + t.digest(stage.model) + '\\n')
+train_tokenizer.write_log, t.train = dies, told
+t.run(t.main)
+""" % (EVERY_ROW,)
+
+
+def run_ranks(folder, tokenizer_folder, ranks, *flags, restarts=0, dies=""):
+    """torchrun over so many gloo processes, all stages -> the finished process."""
+    os.makedirs(folder, exist_ok=True)
+    (Path(folder) / "script.py").write_text(SCRIPT)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", f"{folder}/script.py",
+                           *TINY_MLLM, "--eval-images", "16", "--tokenizer", str(tokenizer_folder), "--out", f"{folder}/run", *flags],
+                          cwd=HERE, env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "DIES": dies}, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def one_process(tokenizer_folder, tmp_path_factory):
+    """Every stage, three steps each, in one process, evaluated at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch, *EVERY_ROW, evaluates=lambda stage: stage.row.name == "4-2")
+        return train_tiny(tmp_path_factory.mktemp("one") / "run", tokenizer_folder, "--eval-images", "16")
+
+
+def assert_same_training(one, other):
+    """Weights, losses and what was counted, in every stage, to the rounding of sums in another order."""
+    for row in EVERY_ROW:
+        a, b = (run / (f"stage-{row.name}" if row.name != "4-2" else ".") for run in (one, other))
+        weights = [load_file(folder / "model.safetensors") for folder in (a, b)]
+        assert weights[0].keys() == weights[1].keys() and max((weights[0][name] - weights[1][name]).abs().mean().item() for name in weights[0]) < 1e-5
+        lines = [[line for line in losses_logged(folder) if "loss" in line] for folder in (a, b)]
+        assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [1, 2, 3]
+        assert all(abs(x[name] - y[name]) < (1e-3 if name == "norm" else 1e-5) * abs(x[name]) for x, y in zip(*lines) for name in x)
+    metrics = [json.load(open(run / "metrics.json")) for run in (one, other)]
+    asked = [{kind: [row[k] for k in ("n", "chance", "majority")] for kind, row in m["understanding"].items()} for m in metrics]
     assert asked[0].keys() == asked[1].keys() and all(asked[0][kind] == pytest.approx(asked[1][kind]) for kind in asked[0]) and asked[0]["all"][0] == 16
-    assert metrics["one"]["reader_accuracy_by_skill"] == metrics["two"]["reader_accuracy_by_skill"]
+    assert metrics[0]["reader_accuracy_by_skill"] == metrics[1]["reader_accuracy_by_skill"]
+    assert os.listdir(one / "codes") == os.listdir(other / "codes")
+    assert np.array_equal(*(np.load(glob.glob(str(run / "codes/*/pictures.npy"))[0]) for run in (one, other)))
+
+
+@pytest.mark.parametrize("ranks, flags", [(2, []), (2, ["--fsdp"]), (4, ["--fsdp", "--checkpointing"])])
+def test_train_mllm_several_ranks_are_one_process(one_process, tokenizer_folder, tmp_path, ranks, flags):
+    """Every stage, the weights copied (DDP) or shared (FSDP)."""
+    done = run_ranks(tmp_path, tokenizer_folder, ranks, *flags)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(one_process, tmp_path / "run")
+    digests = {(tmp_path / f"digest-{rank}").read_text() for rank in range(ranks)}
+    assert len(digests) == 1 and digests.pop().count("\n") == len(EVERY_ROW)        # equal on all ranks
+    assert json.load(open(tmp_path / "run/metrics.json"))["ranks"] == ranks
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    alone = torch.load(one_process / "state.pt", weights_only=True)
+    assert state.keys() == alone.keys() and state["optimizer"]["state"].keys() == alone["optimizer"]["state"].keys()
+
+
+def test_train_mllm_a_killed_rank_comes_back(one_process, tokenizer_folder, tmp_path):
+    """torchrun starts all ranks again, and they go on from the last checkpoint."""
+    done = run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", "--resume", restarts=1, dies="stage-4-1 3")
+    assert done.returncode == 0 and "stage-4-1: resumed at step 2 of 3" in done.stdout, done.stderr
+    assert_same_training(one_process, tmp_path / "run")
+
+
+def test_train_mllm_goes_on_with_another_number_of_ranks(one_process, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """Begun by two that share the weights, finished by one."""
+    assert run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", dies="stage-4-1 3").returncode != 0
+    shrink(monkeypatch, *EVERY_ROW, evaluates=lambda stage: stage.row.name == "4-2")
+    capsys.readouterr()
+    train_tiny(tmp_path / "run", tokenizer_folder, "--eval-images", "16", "--resume")
+    said = capsys.readouterr().out
+    assert "stage-4-1: resumed at step 2 of 3" in said and said.count("is kept") == 4
+    assert_same_training(one_process, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -3189,7 +3271,7 @@ def test_train_mllm_on_a_folder_of_images(captioned, tokenizer_folder, tmp_path,
     assert os.path.getsize(tmp_path / "run/samples/painted.png") > 0
     assert {"text", "pixel_1"} <= losses_logged(tmp_path / "run")[0].keys()
     tokenizer, folders = DualTokenizer.from_pretrained(tokenizer_folder), glob.glob(str(tmp_path / "run/codes/*/"))
-    said = {len(captions): (captions, folder) for folder in folders for captions in [json.load(open(os.path.join(folder, "said.json")))]}
+    said = {len(captions): (captions, folder) for folder in folders for captions in [[*train_mllm.Texts(folder)]]}
     captions, folder = said[12]
     numbers = [int(caption.split(", ")[1]) for caption in captions]
     assert set(numbers) == set(range(12)) - {7} and len(folders) == 2
@@ -3201,6 +3283,41 @@ def test_train_mllm_on_a_folder_of_images(captioned, tokenizer_folder, tmp_path,
             picture, = (s.data for s in made if isinstance(s, Picture))
             said = BYTES.decode(sum((s.ids for s in made if isinstance(s, Words)), [])).strip()
             assert said == "" if kind == "paint" and not said else any(said == caption and np.array_equal(codes, picture.numpy()) for codes, caption in zip(seen[0].pictures, captions))
+
+
+@pytest.mark.parametrize("stops_at", [0, 1, 2, 3, 5])
+def test_train_mllm_stopped_extraction_goes_on(captioned, tokenizer_folder, tmp_path, monkeypatch, stops_at):
+    """Pictures and captions as if it had not stopped, and nothing encoded twice."""
+    shrink(monkeypatch, replace(TWO_ROWS[0], steps=1, batch=2))
+    monkeypatch.setattr(train_mllm, "CHUNK", 4)         # six to evaluate on: 4, 2; then twelve: 4, 4, 4
+    flags, encode, calls = ["--data", str(captioned / "train"), "--val-data", str(captioned / "val")], DualTokenizer.encode, []
+
+    def stops(self, images):
+        calls.append(len(images))
+        if len(calls) == stops_at + 1:
+            raise KeyboardInterrupt
+        return encode(self, images)
+    with monkeypatch.context() as patch:
+        patch.setattr(DualTokenizer, "encode", stops)
+        with contextlib.suppress(KeyboardInterrupt):
+            train_tiny(tmp_path / "stopped", tokenizer_folder, *flags)
+    assert len(calls) == stops_at + 1 if stops_at < 5 else calls == [4, 2, 4, 4, 4]
+    if stops_at == 3:       # killed while it wrote a caption: what follows the last whole chunk does not count
+        part, = glob.glob(str(tmp_path / "stopped/codes/*.tmp/said-0.jsonl"))
+        with open(part, "a") as file:
+            file.write('"half a cap')
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(DualTokenizer, "encode", lambda self, images: calls.append(len(images)) or encode(self, images))
+        train_tiny(tmp_path / "stopped", tokenizer_folder, *flags)
+    assert calls == [4, 2, 4, 4, 4][stops_at:]
+    train_tiny(tmp_path / "whole", tokenizer_folder, *flags)
+    for folder in map(Path, glob.glob(str(tmp_path / "whole/codes/*"))):
+        twin = tmp_path / "stopped/codes" / folder.name
+        assert sorted(os.listdir(folder)) == sorted(os.listdir(twin)) == ["key.json", "pictures.npy", "said.jsonl", "said.npy"]
+        assert np.array_equal(*(np.load(f / "pictures.npy") for f in (folder, twin))) and [*train_mllm.Texts(folder)] == [*train_mllm.Texts(twin)]
+        texts = train_mllm.Texts(folder)
+        assert [texts[i] for i in range(len(texts))] == [*texts]
 
 
 def test_train_mllm_caption_retrieval_counts_pictures(monkeypatch):
@@ -3498,7 +3615,7 @@ def test_sample_with_an_mllm_bad_input_ends_in_a_sentence(there, mllm_stages, ph
 def test_project_readme_commands_and_files_exist():
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
     parsers = {"train_tokenizer.py": train_tokenizer.flags, "train_mllm.py": train_mllm.flags, "sample.py": sample.flags}
-    commands = re.findall(r"^ *(?:python|torchrun --nproc_per_node=\d+) (\w+\.py)(.*?)(?:#.*)?$", text, re.M)
+    commands = re.findall(r"^ *(?:python|torchrun(?: --\S+)+) (\w+\.py)(.*?)(?:#.*)?$", text.replace("\\\n", " "), re.M)
     assert {script for script, _ in commands} == set(parsers)
     for script, arguments in commands:
         parsers[script](shlex.split(arguments))         # exits where a flag is unknown

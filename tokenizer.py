@@ -325,7 +325,7 @@ class SigLIP(nn.Module):
 
     def save_pretrained(self, folder: str):
         config = {"model_type": "siglip", "vision_config": asdict(self.vision_config), "text_config": asdict(self.text_config)}
-        save_model(folder, self, config)
+        save_model(folder, self.state_dict(), config)
 
     @classmethod
     def from_pretrained(cls, folder: str, image_size: int = 0) -> "SigLIP":
@@ -611,7 +611,7 @@ class DualTokenizer(nn.Module):
 
     def save_pretrained(self, folder: str, **more):
         """config.json and model.safetensors; `more` goes into config.json too."""
-        save_model(folder, self, {"model_type": "dualtoken", **asdict(self.config), **more})
+        save_model(folder, self.state_dict(), {"model_type": "dualtoken", **asdict(self.config), **more})
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "DualTokenizer":
@@ -696,11 +696,16 @@ def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, 
     return out
 
 
-def save_model(folder: str, model: nn.Module, config: dict):
-    """model.safetensors, then config.json, each under a temporary name first."""
+def save_model(folder: str, weights: dict[str, Tensor], config: dict):
+    """model.safetensors, then config.json, each under a temporary name first: where that fails, the files before them stay. Raises OSError."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "model.safetensors")
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, path + ".tmp", metadata={"format": "pt"})
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path + ".tmp", metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise OSError(f"{path} cannot be written ({error}); what was there is kept: make room, or choose another folder") from None
     os.replace(path + ".tmp", path)
     write_json(os.path.join(folder, "config.json"), config)
 

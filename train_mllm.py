@@ -14,7 +14,8 @@ log.jsonl, metrics.json, curves.png, samples/*.png. Read downward: settings, fla
 """
 
 import argparse
-import collections
+import collections.abc
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ import os
 import random
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -37,8 +39,8 @@ from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, write_json
-from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, kept, precision, run, save_grid,
-                             shared_flags, step_or_skip, train)
+from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, kept, load_part, precision, run, save_grid,
+                             shared_flags, step_or_skip, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -110,6 +112,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
     g.add_argument("--vocabulary", default="", help="folder of a GPT-2 or Qwen2.5 vocabulary for an LLM from scratch; default: bytes")
     g = shared_flags(p)
+    g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over the ranks of torchrun, where they do not fit one device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
     args = p.parse_args(argv)
     check_shared(args, text_length=2, code_dim=0)
@@ -129,10 +132,13 @@ def flags(argv=None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 # data: codes, extracted once, and the sequences made of them
 
-def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, list]:
-    """Codes or features of `count` pictures, kept in --out/codes/KEY, so that another tokenizer or other data never finds them. chunks(mine) yields
-    (images, what is said of them) for a range of pictures, this rank's share; encode(images) -> (b, ...). -> memory map (count, ...), what was said.
-    For --bench the first few stand for all, and nothing is written."""
+CHUNK = 128             # pictures encoded at a time
+
+
+def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, "Texts"]:
+    """Codes or features of `count` pictures, and what is said of them, kept in --out/codes/KEY, so that another tokenizer or other data never finds them.
+    chunks(mine) yields (images, texts), CHUNK at a time, for a range of pictures: this rank's share, or what a stopped extraction by as many ranks left of it.
+    encode(images) -> (b, ...). -> memory map (count, ...), texts. For --bench the first few stand for all, and nothing is written."""
     if args.bench:
         images, texts = next(iter(chunks(range(min(count, 64)))))
         values = encode(images.to(ranks.device)).cpu().numpy()
@@ -141,32 +147,80 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
     if not os.path.exists(folder):
         if count < ranks.count:
             raise ValueError(f"{count} pictures for {ranks.count} ranks, expected at least one each; add images or start fewer ranks")
-        temporary, mine, done, said = folder + ".tmp", range(ranks.rank, count, ranks.count), 0, []
+        temporary, mine = f"{folder}.{ranks.count}.tmp", range(ranks.rank, count, ranks.count)
+        path, said = os.path.join(temporary, "pictures.npy"), os.path.join(temporary, "said-{}.jsonl")
         os.makedirs(temporary, exist_ok=True)
-        for images, texts in tqdm(chunks(mine), "extracting codes", math.ceil(len(mine) / 128), leave=False, disable=not ranks.first):
-            values = encode(images.to(ranks.device)).cpu()
-            values = values.numpy().astype(np.uint16 if values.dtype == torch.int64 else np.float16)
-            if not done:
-                path = os.path.join(temporary, "pictures.npy")
-                if ranks.first:
-                    np.lib.format.open_memmap(path, "w+", values.dtype, (count, *values.shape[1:])).flush()
-                if ranks.count > 1:
-                    dist.barrier()
+        done = keep_whole_chunks(said.format(ranks.rank))
+        with open(said.format(ranks.rank), "a", encoding="utf-8") as file, tqdm(total=len(mine), initial=done, desc="extracting codes", leave=False, disable=not ranks.first) as bar:
+            for images, texts in chunks(mine[done:]) if done < len(mine) else ():
+                values = encode(images.to(ranks.device)).cpu()
+                values = values.numpy().astype(np.uint16 if values.dtype == torch.int64 else np.float16)
+                if not os.path.exists(path) and ranks.first:
+                    np.lib.format.open_memmap(path + ".tmp", "w+", values.dtype, (count, *values.shape[1:])).flush()
+                    os.rename(path + ".tmp", path)
+                while not os.path.exists(path):     # the first rank's first chunk is under way
+                    time.sleep(0.1)
                 rows = np.load(path, mmap_mode="r+")
-            rows[mine[done:done + len(values)]] = values
-            done, said = done + len(values), said + texts
-        rows.flush()
-        write_json(os.path.join(temporary, f"said-{ranks.rank}.json"), said)
+                rows[mine[done:done + len(values)]] = values
+                rows.flush()
+                file.writelines(json.dumps(text) + "\n" for text in texts)
+                file.flush()
+                done += len(values)
+                bar.update(len(values))
         if ranks.count > 1:
             dist.barrier()
         if ranks.first:
-            by_rank = [read_json(os.path.join(temporary, f"said-{rank}.json")) for rank in range(ranks.count)]
-            write_json(os.path.join(temporary, "said.json"), [by_rank[i % ranks.count][i // ranks.count] for i in range(count)])
+            Texts.merge([said.format(rank) for rank in range(ranks.count)], count, temporary)
             write_json(os.path.join(temporary, "key.json"), key)
             os.rename(temporary, folder)
         if ranks.count > 1:
             dist.barrier()
-    return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), read_json(os.path.join(folder, "said.json"))
+    return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), Texts(folder)
+
+
+def keep_whole_chunks(path: str) -> int:
+    """How many texts a stopped extraction wrote, in whole chunks; what follows them is cut off."""
+    if not os.path.exists(path):
+        return 0
+    with open(path, "r+b") as file:
+        ends = list(itertools.accumulate(len(line) for line in file if line.endswith(b"\n")))
+        done = len(ends) // CHUNK * CHUNK
+        file.truncate(ends[done - 1] if done else 0)
+    return done
+
+
+class Texts(collections.abc.Sequence):
+    """Texts of pictures, read from disk one by one: millions of captions are in no process's memory."""
+
+    def __init__(self, folder: str):
+        self.path, self.ends = os.path.join(folder, "said.jsonl"), np.load(os.path.join(folder, "said.npy"), mmap_mode="r")
+
+    @staticmethod
+    def merge(parts: list[str], count: int, folder: str):
+        """The files of all ranks, whose texts take turns -> said.jsonl, and where its lines end."""
+        ends = np.zeros(count + 1, np.int64)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(part, "rb")) for part in parts]
+            whole = stack.enter_context(open(os.path.join(folder, "said.jsonl"), "wb"))
+            for i in range(count):
+                line = next(files[i % len(files)])
+                whole.write(line)
+                ends[i + 1] = ends[i] + len(line)
+        np.save(os.path.join(folder, "said.npy"), ends)
+        for part in parts:
+            os.remove(part)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __iter__(self):
+        with open(self.path, "rb") as file:
+            yield from map(json.loads, file)
+
+    def __getitem__(self, i):
+        with open(self.path, "rb") as file:
+            file.seek(self.ends[i])
+            return json.loads(file.read(self.ends[i + 1] - self.ends[i]))
 
 
 def read_json(path: str):
@@ -199,6 +253,10 @@ class Sequences(torch.utils.data.Dataset):
 
     def picture(self, index: int, paint: bool = False) -> Picture:
         return Picture(to_tensor(self.pictures[index]), paint)
+
+    def cut(self, words: str) -> str:
+        """At most --text-length tokens of them."""
+        return self.text.decode(self.text.encode(words)[:self.args.text_length])
 
     def make(self, kind: str, rng: random.Random) -> list:
         """The segments of one sequence of this kind."""
@@ -267,8 +325,8 @@ class WorldSequences(Sequences):
         drawn = self.scenes + [after for *_, after in self.edits]
 
         def chunks(mine):
-            for i in range(0, len(mine), 128):
-                part = mine[i:i + 128]
+            for i in range(0, len(mine), CHUNK):
+                part = mine[i:i + CHUNK]
                 yield shapes.render(shapes.pack([drawn[j] for j in part]), size, ranks.device), [None] * len(part)
         self.key = {**encode.key, "data": source, "size": size, "seed": args.seed, "scenes": [n, POOL]}
         self.pictures, _ = extract(args, ranks, self.key, len(drawn), chunks, encode)
@@ -322,20 +380,20 @@ class ImageSequences(Sequences):
         parts = (data, ImageData(args.val_data, size, train=False)) if args.val_data else data.split()
         reports, self.key = [report for part in parts for report in part.broken], dict(encode.key)
 
-        def codes(part: ImageData, name: str) -> tuple[np.ndarray, list[str]]:
-            def chunks(_):
-                for images, captions, broken in part.load(128 * ranks.count, rank=ranks.rank, ranks=ranks.count, workers=args.workers):
+        def codes(part: ImageData, name: str) -> tuple[np.ndarray, Texts]:
+            def chunks(mine):
+                for images, captions, broken in part.load(CHUNK * ranks.count, mine[0] // (CHUNK * ranks.count), rank=ranks.rank, ranks=ranks.count, workers=args.workers):
                     reports.extend(broken)
                     yield images.to(ranks.device).float() / 127.5 - 1, captions
             part.train = False
             self.key[name] = {"size": size, "content": fingerprint(part)}
-            pictures, captions = extract(args, ranks, {**encode.key, **self.key[name]}, len(part), chunks, encode)
-            return pictures, [text.decode(text.encode(caption)[:args.text_length]) for caption in captions]
-        self.val, self.val_captions = codes(parts[1], "val")
+            return extract(args, ranks, {**encode.key, **self.key[name]}, len(part), chunks, encode)
+        self.val, captions = codes(parts[1], "val")
+        self.val_captions = [self.cut(caption) for caption in captions]
         if train:
             self.pictures, self.captions = codes(parts[0], "train")
-            self.told = [i for i, caption in enumerate(self.captions) if caption]
-            if not self.told:
+            self.told = np.array([i for i, caption in enumerate(self.captions) if caption], np.uint32)
+            if not len(self.told):
                 raise ValueError(f"the images in {source!r} have no captions; add .txt files or a metadata.jsonl")
             reports = list(dict.fromkeys(ranks.gather_rows({"reports": reports})["reports"]))
             for report in reports[:10]:
@@ -344,7 +402,7 @@ class ImageSequences(Sequences):
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
-        words = self.captions[i]
+        words = self.cut(self.captions[i])
         if kind == "text":
             return document(self.text, [words])
         return self.painted(i, words, rng) if kind == "paint" else turn(self.text, [self.picture(i)], [words])
@@ -498,9 +556,14 @@ class MLLMStage(Stage):
         return total, terms
 
     def evaluate(self):
+        model = self.model
+        if self.args.fsdp:      # a whole one: ranks generate texts of different lengths, so they cannot gather weights together
+            with torch.device("meta"):
+                model = DualMLLM(self.model.config, self.model.text)
+            model.load_state_dict({name: whole(value) for name, value in self.model.state_dict().items()}, assign=True)
         self.metrics = {"streams_in": list(self.model.config.streams_in), "streams_out": list(self.model.config.streams_out)}
         kinds = self.data.mixture.keys() if self.evaluated else ()
-        self.metrics |= evaluate(self.model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks,
+        self.metrics |= evaluate(model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks,
                                  os.path.join(self.folder, "samples", "painted.png"), kinds)
         return self.metrics
 
@@ -509,8 +572,8 @@ class MLLMStage(Stage):
         pictures = sum(part * {"text": 0, "edit": 2}.get(kind, 1) for kind, part in self.data.mixture.items()) / share
         return {"images_per_second": round(self.per_second * pictures, 1), "stage_seconds": {**self.earlier, self.row.name: self.seconds}}
 
-    def save(self):
-        self.model.save_pretrained(self.folder, stage=self.row.name, data=self.data.source, val_data=self.args.val_data, teacher=self.args.teacher)
+    def save(self, weights):
+        self.model.save_pretrained(self.folder, weights, stage=self.row.name, data=self.data.source, val_data=self.args.val_data, teacher=self.args.teacher)
 
 
 @torch.no_grad()
@@ -610,6 +673,8 @@ def main(argv=None):
 
     # ---- device, tokenizer, LLM
     ranks = Ranks(args.device)
+    if args.fsdp and ranks.count == 1:
+        raise ValueError("--fsdp shares the model over ranks, and there is one process; start several with torchrun --nproc_per_node=N, or leave it out")
     torch.manual_seed(args.seed)
     if args.bench and args.tokenizer in PRESETS:
         tokenizer, source = DualTokenizer(preset_config(args.tokenizer)).eval(), args.data or "plain"       # random weights, for its shapes
@@ -650,7 +715,10 @@ def main(argv=None):
         raise ValueError(f"--eval-images is {args.eval_images}, expected at least {4 * ranks.count} for {ranks.count} ranks")
     if args.compile:
         compile_parts(model)
-    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks, True)}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, data {source}, out {args.out}")
+    parameters = sum(p.numel() for p in model.parameters())
+    if args.fsdp:
+        ranks.shard(model, [*model.llm.model.layers, *model.heads.values()])
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks, True)}, {parameters / 1e6:.1f} M parameters, data {source}, out {args.out}")
 
     # ---- the stages, in order
     earlier = {}
@@ -664,7 +732,7 @@ def main(argv=None):
         stage.earlier, stage.evaluated = dict(earlier), row is rows_to_run[-1] or args.eval_every > 0
         if args.resume and kept(stage):
             ranks.say(f"stage {row.name}: {stage.folder} is kept from an earlier run with these settings")
-            model.load_state_dict(DualMLLM.from_pretrained(stage.folder).state_dict())
+            load_part(model, DualMLLM.from_pretrained(stage.folder).state_dict(), stage.folder)
             earlier[row.name] = read_json(os.path.join(stage.folder, "metrics.json"))["seconds"]
         else:
             train(stage, batches)

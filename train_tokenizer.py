@@ -25,6 +25,7 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from data import hub, shapes
 from data.images import ImageData
@@ -160,7 +163,11 @@ class Ranks:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, or a device that this torch sees") from None
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # Two hours: at the end of a long extraction or evaluation ranks wait for each other. A rank that died is noticed by torchrun, at once; when it then starts
+            # all of them again, they must not find the addresses of those before in the store.
+            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2), rank=self.rank, world_size=self.count,
+                                    store=dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))
         self.first = self.rank == 0
 
     def say(self, *words):
@@ -169,10 +176,25 @@ class Ranks:
             print(*words, flush=True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """DDP where there are several ranks. Buffers are not broadcast: codebooks are equal because every rank computes the same update."""
-        if self.count == 1:
+        """DDP where there are several ranks, unless they share the weights. Buffers are not broadcast: codebooks are equal because every rank computes the same update."""
+        if self.count == 1 or isinstance(model, FSDPModule):
             return model
         return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False)
+
+    def shard(self, model: nn.Module, parts: list[nn.Module]):
+        """FSDP: every rank keeps a share of the weights, gradients and optimiser state; a part's weights are gathered when it computes, what belongs to no part
+        stays gathered from the forward to the backward pass. In fp32, as DDP would hold them, so that the results are the same."""
+        def along(p):       # whichever dimension divides evenly: the first of a head's is its few depths
+            return Shard(next((d for d, size in enumerate(p.shape) if size % self.count == 0), 0))
+        mesh = dist.init_device_mesh(self.device.type, (self.count,))
+        for part in [*parts, model]:
+            fully_shard(part, mesh=mesh, shard_placement_fn=along)
+
+    def synchronised(self, wrapped: nn.Module, last: bool):
+        """Around a micro-batch: gradients are averaged over ranks at the last one of a step."""
+        if isinstance(wrapped, FSDPModule):
+            wrapped.set_requires_gradient_sync(last)
+        return contextlib.nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync()
 
     def gather_rows(self, rows: dict) -> dict:
         """Per-rank {name: tensor or list} -> the same of all ranks, concatenated in rank order, tensors on the CPU."""
@@ -182,6 +204,36 @@ class Ranks:
             parts = [None] * self.count
             dist.all_gather_object(parts, rows)
         return {name: torch.cat([p[name] for p in parts]) if isinstance(value, Tensor) else sum((p[name] for p in parts), []) for name, value in rows.items()}
+
+
+def whole(x):
+    """A tensor that ranks share, gathered on each of them; anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def share_of(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a whole tensor that every rank has, in the manner of `like`; without one, the tensor itself."""
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else x
+
+
+def whole_state(state, first: bool):
+    """A state dict, or a part of one, as if there were one rank: on the CPU, and on the first rank alone. Tensor by tensor, so that the device holds one of them."""
+    if isinstance(state, (dict, list)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        gathered = {key: whole_state(value, first) for key, value in items}
+        return gathered if isinstance(state, dict) else [*gathered.values()]
+    state = whole(state)
+    return (state.cpu() if first else None) if isinstance(state, Tensor) else state
+
+
+def load_part(part, state: dict, source: str):
+    """What `whole_state` made of a model, a module or an optimiser, back into it, shared or not. Raises ValueError where it does not fit."""
+    if isinstance(part, nn.Module):
+        own = part.state_dict()
+        return load_weights(part, {name: share_of(value, own.get(name)) for name, value in state.items()}, source)
+    parameters = [p for group in part.param_groups for p in group["params"]]
+    fit = lambda p, value: share_of(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
+    part.load_state_dict({**state, "state": {i: {name: fit(parameters[i], value) for name, value in row.items()} for i, row in state["state"].items()}})
 
 
 def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float, besides: list = ()) -> torch.optim.AdamW:
@@ -223,14 +275,14 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike[p.shape].append(p)
             for shape, parameters in alike.items():
-                gradient = torch.stack([p.grad for p in parameters]).nan_to_num(0, 0, 0)
-                old = torch.stack([self.state[p]["momentum"] for p in parameters])
+                gradient = torch.stack([whole(p.grad) for p in parameters]).nan_to_num(0, 0, 0)
+                old = torch.stack([whole(self.state[p]["momentum"]) for p in parameters])
                 momentum = old.lerp(gradient, good * (1 - group["momentum"]))
                 size = good * group["lr"] * 0.2 * max(shape[-2:]) ** 0.5        # 0.2: how large AdamW's steps are
                 steps = size * self.orthogonal(gradient.lerp(momentum, group["momentum"]))
                 for p, kept, change in zip(parameters, momentum, steps):
-                    self.state[p]["momentum"].copy_(kept)
-                    p.mul_(1 - good * group["lr"] * group["weight_decay"]).sub_(change)
+                    self.state[p]["momentum"].copy_(share_of(kept, p))
+                    p.mul_(1 - good * group["lr"] * group["weight_decay"]).sub_(share_of(change, p))
 
 
 def step_or_skip(optimizer, lr: float, bad: Tensor):
@@ -263,7 +315,8 @@ class Stage:
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
         self.precision = precision(args, ranks, self.cpu_bf16)
-        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights until the step ends: of shared weights, that would be the whole model
+        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16, cache_enabled=keeps) if self.precision == "bf16" else contextlib.nullcontext()
 
     def before_step(self, parts: list[tuple]):
         """Before the first micro-batch of a step; parts are all of this rank's."""
@@ -291,15 +344,15 @@ class Stage:
         """More for metrics.json, once trained."""
         return {}
 
-    def save(self):
-        """What others load, on the first rank."""
+    def save(self, weights: dict[str, Tensor]):
+        """What others load, on the first rank; weights: the model's, whole."""
 
 
 def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tensor]):
     """Forward and backward of one step's micro-batches. Adds to `sums` a row (sum, finite values, others) for the loss and each of its terms."""
     stage.before_step(parts)
     for n, part in enumerate(parts):
-        with contextlib.nullcontext() if n == len(parts) - 1 or stage.ranks.count == 1 else stage.wrapped.no_sync():
+        with stage.ranks.synchronised(stage.wrapped, n == len(parts) - 1):
             with stage.autocast():
                 total, terms = stage.loss(*part, step=step)
             (total / len(parts)).backward()
@@ -312,7 +365,7 @@ def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tenso
 def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
     """Clip, step unless the gradient is not finite, and what comes after: -> the gradient's norm, and whether it was bad. Both are the same on all ranks,
     since gradients are averaged, and both stay on the device."""
-    norm = nn.utils.clip_grad_norm_([p for p in stage.model.parameters() if p.requires_grad], stage.args.clip)
+    norm = whole(nn.utils.clip_grad_norm_([p for p in stage.model.parameters() if p.requires_grad], stage.args.clip))
     bad = ~norm.isfinite()
     step_or_skip(stage.optimizer, lr, bad)
     stage.after_step(bad)
@@ -406,14 +459,19 @@ def read_log(folder: str) -> list[dict]:
 
 def save_state(stage: Stage, step: int, seconds: float):
     """state.pt, which holds the weights too: one file, one rename, so that a kill never pairs weights and optimiser of different steps.
-    Then what others load, curves and samples."""
+    Then what others load, curves and samples. The same files whatever the number of ranks, and whether they share the weights or not."""
+    parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}
+    state = whole_state({name: part.state_dict() for name, part in parts.items()}, stage.ranks.first)
     if stage.ranks.first:
-        parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}
-        state = {"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **{name: part.state_dict() for name, part in parts.items()}}
         path = os.path.join(stage.folder, "state.pt")
-        torch.save(state, path + ".tmp")
+        try:
+            torch.save({"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state}, path + ".tmp")
+        except (OSError, RuntimeError) as error:    # torch's own for a full disk
+            if os.path.exists(path + ".tmp"):
+                os.remove(path + ".tmp")
+            raise OSError(f"{path} cannot be written at step {step} ({str(error).splitlines()[0][:100]}); the checkpoint before it is kept: make room, then --resume") from None
         os.replace(path + ".tmp", path)
-        stage.save()
+        stage.save(state["model"])
         draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))
     if stage.ranks.count > 1:
         dist.barrier()
@@ -423,7 +481,7 @@ def load_state(stage: Stage) -> tuple[int, float]:
     """Back to where `save_state` was: -> step, seconds. The log loses what came after. Raises ValueError for a damaged file or other settings."""
     path = os.path.join(stage.folder, "state.pt")
     try:
-        state = torch.load(path, map_location=stage.ranks.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)      # read where it is needed: ranks may share what none could hold
         found = dict(state["settings"])
     except Exception as error:      # torch.load raises nearly anything on damaged bytes
         raise ValueError(f"{path} cannot be resumed from ({type(error).__name__}: {str(error).splitlines()[0][:100]}); expected what a run of this script wrote") from None
@@ -431,10 +489,9 @@ def load_state(stage: Stage) -> tuple[int, float]:
     if changed:
         raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed)}); resume with the same ones, or start anew in another --out")
     try:
-        load_weights(stage.model, state["model"], path)
-        for name, part in {"optimizer": stage.optimizer, **stage.extra_state()}.items():
-            part.load_state_dict(state[name])
-    except (KeyError, RuntimeError) as error:
+        for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
+            load_part(part, state[name], path)
+    except (KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint of this stage: {type(error).__name__} {str(error).splitlines()[0]}") from None
     if stage.ranks.first:
         kept = [line for line in read_log(stage.folder) if line["step"] <= state["step"]]
@@ -737,7 +794,7 @@ def digest(model: nn.Module) -> str:
     """SHA-256 of all weights."""
     sha = hashlib.sha256()
     for value in model.state_dict().values():
-        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+        sha.update(whole(value).detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -777,7 +834,7 @@ class SigLIPStage(Stage):
         self.metrics = evaluate_siglip(self.model, self.data)
         return self.metrics
 
-    def save(self):
+    def save(self, weights):
         self.model.save_pretrained(self.folder)
 
 
@@ -856,7 +913,7 @@ class TokenizerStage(Stage):
         self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
         return self.metrics
 
-    def save(self):
+    def save(self, weights):
         self.model.save_pretrained(self.folder, data=self.data.source)
         if self.pictures is None:
             self.pictures = torch.cat([images for images, _ in itertools.islice(self.data.validation(8), 2)])
