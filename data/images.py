@@ -356,9 +356,10 @@ class ImageData:
         if len(self) < 2:
             raise ValueError("got 1 image, expected at least 2 to hold one out: add images, or give a source for evaluation")
         held = min(max(round(HELD_OUT * len(self)), 1), MOST_HELD_OUT)
-        ranked = np.argsort(self.records["hash"], kind="stable")
-        chosen = np.zeros(len(self), bool)
-        chosen[ranked[:held]] = True
+        hashes = self.records["hash"]
+        limit = np.partition(hashes, held - 1)[held - 1]        # as by sorting, in a tenth of the time
+        chosen = hashes < limit
+        chosen[np.flatnonzero(hashes == limit)[:held - chosen.sum()]] = True
         return copy.copy(self)._hold(self.records[~chosen], True), copy.copy(self)._hold(self.records[chosen], False)
 
     def order(self, position):
@@ -396,7 +397,7 @@ class ImageData:
 
     def sample(self, position):
         """-> (image (3, size, size) uint8, caption, reports), a function of seed and position alone. For a broken image comes the next healthy
-        one in index order, where its shard is gone or every tenth of them is broken too one from anywhere; a missing caption is "".
+        one in index order, or one from anywhere, where its shard is gone or ten in a row are broken; a missing caption is "".
         Raises ValueError if none of TRIES samples can be read."""
         index, broken = self.order(position), []
         for attempt in range(TRIES):
@@ -408,7 +409,7 @@ class ImageData:
             except (OSError, ValueError) as error:
                 broken.append(str(error))
                 index = (index + 1) % len(self)
-                if isinstance(error, OSError) and record["image"] >= 0 or attempt % 10 == 9:        # its neighbours are gone with it
+                if isinstance(error, OSError) and record["image"] >= 0 or attempt % 10 == 9:        # its neighbours are lost too
                     index = int(np.random.default_rng([self.seed, 3, position, attempt]).integers(len(self)))
                 continue
             try:
