@@ -1800,7 +1800,7 @@ def test_train_num_samples(run_folder, tmp_path, capsys):
     train(tmp_path / "run", *data, "--num-samples", "10", "--siglip", str(run_folder / "siglip"))
     out = capsys.readouterr().out
     steps, batch = (json.load(open(tmp_path / "run/metrics.json"))["settings"][key] for key in ("steps", "batch"))
-    assert f"38 images to train on, 2 held out; 10 of 38 samples an epoch, epochs in this run: tokenizer {steps * batch / 10:.1f}" in out
+    assert f"38 images to train on, 2 held out; 10 of 38 samples an epoch, epochs in this run: tokenizer {steps * batch / 10:.2f}" in out
     go = [*TINY, "--out", str(tmp_path / "run"), "--siglip", str(run_folder / "siglip"), "--resume"]
     assert "(10 an epoch)'" in stopped(*go, *data)      # other images would follow
     assert "--num-samples is 39, expected at most the 38 images" in stopped(*go, *data, "--num-samples", "39")

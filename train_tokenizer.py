@@ -584,7 +584,7 @@ class Data:
             raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, or 0 for all of them")
         epoch = args.num_samples or len(self.train)
         ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; {epoch:,} of {len(self.train):,} samples an epoch, "
-                  f"epochs in this run: " + ", ".join(f"{stage} {images / epoch:.1f}" for stage, images in runs.items()))
+                  f"epochs in this run: " + ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items()))
         if len(self.val) < max(2, ranks.count):
             raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some with --val-data")
 
