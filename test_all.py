@@ -52,6 +52,7 @@ from tokenizer import DualTokenizer, Projection, SigLIP, TextConfig, VisionConfi
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("NANODUALTOKEN_SHARED", "/nowhere")
 EMOJI, PHOTOS = os.path.join(SHARED, "data/fluent-emoji"), os.path.join(SHARED, "data/photos")
+os.environ["NANODUALTOKEN_INDEX"] = ""      # nothing of the tests stays in the user's cache
 needs_shared = pytest.mark.skipif(not os.path.isdir(EMOJI), reason="no fluent-emoji and photos: set NANODUALTOKEN_SHARED")
 
 
@@ -594,13 +595,14 @@ def test_images_sources_and_ranges(tmp_path):
     assert content(str(odd)) == [5]
 
 
-def test_images_missing_sources_in_words(tmp_path):
+def test_images_missing_sources_in_words(tmp_path, monkeypatch):
     shard(tmp_path / "0.tar", [1])
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "none.tar", [("a.txt", b"no picture")])
     (tmp_path / "zip.zip").write_bytes(b"PK")
+    monkeypatch.setenv("NANODUALTOKEN_INDEX", str(tmp_path / "index"))
     t = str(tmp_path)
-    for source, error, words in [("/gone", FileNotFoundError, "/gone"), ("/{0..1}.tar", FileNotFoundError, "/1.tar"),
+    for source, error, words in [("/gone", FileNotFoundError, "/gone"), ("/{5..9}.tar", FileNotFoundError, r"\{5..9\}.tar"), ("/0.tar," + t + "/1.tar", FileNotFoundError, "/1.tar"),
                                  ("/{3..1}.tar", ValueError, "empty"),
                                  ("/*.gz", FileNotFoundError, r"\*.gz"), ("/empty", ValueError, "no images"), ("/none.tar", ValueError, "no images"),
                                  ("/zip.zip", ValueError, "folders and .tar files")]:
@@ -608,6 +610,33 @@ def test_images_missing_sources_in_words(tmp_path):
             images.ImageData(t + source, 8)
     with pytest.raises((ValueError, FileNotFoundError)):
         images.ImageData("", 8)
+    for url in ("https://host.org/{0..3}.tar", "s3://bucket/0.tar"):
+        with pytest.raises(ValueError, match="is a URL.*download the shards"):
+            images.ImageData(url, 8)
+
+
+def test_images_holes_in_a_range_are_counted_and_named(tmp_path):
+    for k in (0, 2, 3):
+        shard(tmp_path / f"{k:05d}.tar", [k])
+    data = images.ImageData(f"{tmp_path}/{{00000..00015}}.tar", 8, train=False)
+    assert reds(data.load(4)) == [0, 2, 3] and len(data.broken) == 1
+    assert re.search(r"13 of 16 are missing and left out: \S+/00001.tar, \S+/00004.tar, .*\.\.\.$", data.broken[0])
+    assert data.broken[0].count(".tar") == 11       # the range and ten names
+    assert images.ImageData(f"{tmp_path}/{{00002..00003}}.tar", 8).broken == []
+
+
+def test_images_odd_shards(tmp_path):
+    """Captions far from their images; not a tar at all; a compressed one."""
+    members = [(f"{i}.png", encoded(flat(i))) for i in range(5)] + [(f"{i}.{'json' if i % 2 else 'txt'}", b'{"caption": "c%d"}' % i) for i in reversed(range(5))]
+    whole = write_tar(tmp_path / "far.tar", members)
+    assert [images.ImageData(whole, 8, train=False).sample(i)[1] for i in range(5)] == ['{"caption": "c0"}', "c1", '{"caption": "c2"}', "c3", '{"caption": "c4"}']
+    (tmp_path / "page.tar").write_text("<html>404</html>" * 100)
+    with tarfile.open(tmp_path / "zipped.tar", "w:gz") as tar:
+        tar.add(whole, "far.png")
+    data = images.ImageData(str(tmp_path), 8, train=False)
+    assert len(data) == 5 and ["page.tar: cut, damaged or not a plain tar" in data.broken[0], "zipped.tar: cut" in data.broken[1]] == [True, True]
+    with pytest.raises(ValueError, match="no images in .*page.tar: cut, damaged or not a plain tar"):
+        images.ImageData(str(tmp_path / "page.tar"), 8)
 
 
 def test_images_cut_tars_are_named(tmp_path):
@@ -635,6 +664,74 @@ def test_images_parallel_scan_equals_serial(tmp_path, monkeypatch):
     serial = images.ImageData(str(tmp_path), 8, train=False)
     assert (parallel.records == serial.records).all() and parallel.names == serial.names
     assert reds(parallel.load(4)) == list(range(18))
+
+
+def same_scan(a, b):
+    return (a.records == b.records).all() and a.names == b.names and a.files == b.files
+
+
+def test_images_index_of_a_shard_is_kept_while_it_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANODUALTOKEN_INDEX", str(tmp_path / "kept/index"))
+    (tmp_path / "data").mkdir()
+    path, scanned, scan = shard(tmp_path / "data/0.tar", range(6)), [], images._scan_tar
+    shard(tmp_path / "data/1.tar", range(6, 9))
+    monkeypatch.setattr(images, "_scan_tar", lambda path: scanned.append(os.path.basename(path)) or scan(path))
+    read = lambda: (scanned.clear(), images.ImageData(str(tmp_path / "data"), 8, train=False))[1]
+    fresh = read()
+    assert sorted(scanned) == ["0.tar", "1.tar"] and same_scan(fresh, read()) and scanned == []
+    files = glob.glob(str(tmp_path / "kept/index/*.npz"))
+    assert len(files) == 2 and not glob.glob(str(tmp_path / "kept/index/*.tmp")) and reds(read().load(4)) == list(range(9))
+    for file in files:
+        with np.load(file, allow_pickle=False) as arrays:
+            assert {array.dtype.hasobject for array in arrays.values()} == {False}
+
+    before = os.stat(path)                                      # as large as before, but other images, and later
+    shard(path, range(26, 20, -1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert os.stat(path).st_size == before.st_size and reds(read().load(4)) == [*range(26, 20, -1), 6, 7, 8] and scanned == ["0.tar"]
+    for damage in (lambda d: b"", lambda d: b"junk", lambda d: d[:len(d) // 2], lambda d: d[:350] + bytes(100) + d[450:]):
+        expected = read()
+        for file in files:
+            data = open(file, "rb").read()
+            open(file, "wb").write(damage(data))
+        assert same_scan(expected, read()) and len(scanned) == 2 and same_scan(expected, read()) and scanned == []
+    with open(path, "r+b") as file:                             # what is cut is looked at, and reported, every time
+        file.truncate(before.st_size // 2)
+    assert all("0.tar: cut" in read().broken[0] and scanned == ["0.tar"] for _ in range(2))
+
+
+def test_images_index_that_cannot_be_kept_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    shard(tmp_path / "0.tar", range(3)), shard(tmp_path / "1.tar", range(3))
+    monkeypatch.setenv("NANODUALTOKEN_INDEX", str(tmp_path / "file/index"))
+    data = images.ImageData(str(tmp_path), 8, train=False)
+    assert reds(data.load(6)) == [0, 1, 2] * 2 and len(data.broken) == 1 and "cannot be kept in" in data.broken[0] and "file/index" in data.broken[0]
+    monkeypatch.setenv("NANODUALTOKEN_INDEX", str(tmp_path / "index"))
+    monkeypatch.setattr(np, "savez_compressed", lambda file, **arrays: (file.write(b"half"), (_ for _ in ()).throw(OSError(28, "No space left on device")))[0])
+    assert "No space left" in images.ImageData(str(tmp_path), 8).broken[0] and not glob.glob(str(tmp_path / "index/*.npz"))
+    monkeypatch.setenv("NANODUALTOKEN_INDEX", "")
+    assert images.ImageData(str(tmp_path), 8).broken == []
+
+
+def test_images_two_processes_scan_each_shard_once(tmp_path):
+    for k in range(24):
+        shard(tmp_path / f"{k:02d}.tar", range(k, k + 20))
+    script = """import os, sys, time
+from data import images
+scan, scanned = images._scan_tar, []
+images._scan_tar = lambda path: scanned.append(path) or time.sleep(0.02) or scan(path)
+open(sys.argv[2], "w").close()
+while not (os.path.exists(sys.argv[1] + "/ready0") and os.path.exists(sys.argv[1] + "/ready1")):
+    time.sleep(0.002)
+data = images.ImageData(sys.argv[1], 8)
+print(len(scanned), data.broken, images.hashlib.sha256(data.records.tobytes() + data.names).hexdigest())"""
+    import time
+    environment = {**os.environ, "NANODUALTOKEN_INDEX": str(tmp_path / "index"), "LOCAL_WORLD_SIZE": "64"}      # one process each
+    runs = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"{tmp_path}/ready{k}"], cwd=HERE, env=environment, stdout=subprocess.PIPE, text=True) for k in range(2)]
+    counts, *rest = zip(*(run.communicate()[0].split() for run in runs))
+    data = images.ImageData(str(tmp_path), 8)
+    assert sum(map(int, counts)) == 24 and min(map(int, counts)) > 0, counts
+    assert rest == [("[]",) * 2, (images.hashlib.sha256(data.records.tobytes() + data.names).hexdigest(),) * 2]
 
 
 def test_images_few_open_files(tmp_path, monkeypatch):
@@ -677,6 +774,109 @@ def test_images_order_is_a_permutation_per_epoch(twenty):
     assert epochs[0] == [data.order(p) for p in range(20)]       # back again
     assert epochs[0] != [images.ImageData(twenty, 8, seed=2).order(p) for p in range(20)]
     assert [images.ImageData(twenty, 8, train=False).order(p) for p in range(20)] == list(range(20))
+
+
+@pytest.fixture
+def many(tmp_path):
+    """40 shards of 24, and a folder of 50 files: 1,010 samples whose colour is their number."""
+    (tmp_path / "many").mkdir()
+    paint = lambda n: encoded(Image.new("RGB", (2, 2), (n % 256, n // 256, 7)))
+    for k in range(40):
+        write_tar(tmp_path / f"many/{k:02d}.tar", [(f"{n:05d}.png", paint(n)) for n in range(24 * k, 24 * k + 24)])
+    for n in range(960, 1010):
+        (tmp_path / f"many/{n:05d}.png").write_bytes(paint(n))
+    return str(tmp_path / "many")
+
+
+def numbers(batches):
+    return [int(image[0, 0, 0]) + 256 * int(image[1, 0, 0]) for batch, _, _ in batches for image in batch]
+
+
+def test_images_shuffle_goes_by_shards_and_windows(many, monkeypatch):
+    data = images.ImageData(many + "/{00..39}.tar", 2, seed=4, buffer=64)
+    order = np.array([[data.order(p) for p in range(960 * e, 960 * e + 960)] for e in range(2)])
+    assert (np.sort(order) == np.arange(960)).all() and (order[0] != order[1]).mean() > 0.9
+    assert (order == [[data.order(p) for p in range(960 * e, 960 * e + 960)] for e in (0, 1)]).all()       # back again
+    shards = order // 24
+    for epoch in shards:
+        groups = np.array_split(epoch, [14 * 24, 27 * 24])      # 40 shards are groups of 14, 13 and 13
+        assert [len(set(group)) for group in groups] == [14, 13, 13] and not set(groups[0]) & set(groups[1])
+        windows = [window for group in groups for window in np.array_split(group, math.ceil(len(group) / 64))]
+        assert all(6 <= len(set(window)) <= images.SHARDS for window in windows)
+    assert set(shards[0][:14 * 24]) != set(shards[1][:14 * 24])
+    windows = np.array_split(order[0][:14 * 24], 6)
+    pieces = [np.sum(np.diff(np.sort(window)) > 1) + 1 for window in windows]
+    assert max(pieces) <= images.SHARDS + 4, pieces         # neighbours in pieces of 4: a window cuts two, and 24 is 6 of them
+
+    opened = []
+    monkeypatch.setattr(images, "open", lambda path, mode: opened.append(path) or open(path, mode), raising=False)
+    monkeypatch.setattr(images, "OPEN_SHARDS", images.SHARDS)
+    assert sorted(numbers([data.sample(p)[0][None], 0, 0] for p in range(960))) == list(range(960)) and len(opened) == len(set(opened)) == 40
+
+
+def test_images_small_or_single_files_are_shuffled_as_a_whole(many):
+    """And as they always were, so that earlier runs can be repeated."""
+    for source, buffer in ((many + "/{00..39}.tar", 960), (many + "/{00..02}.tar", images.BUFFER), (many + "/../files", 16)):
+        if source.endswith("files"):
+            os.mkdir(source)
+            for path in glob.glob(many + "/*.png"):
+                shutil.copy(path, source)
+        data = images.ImageData(source, 2, seed=6, buffer=buffer)
+        for epoch in range(2):
+            expected = np.random.default_rng([6, 0, epoch]).permutation(np.arange(len(data), dtype=np.uint32))
+            assert [data.order(p) for p in range(epoch * len(data), (epoch + 1) * len(data))] == expected.tolist()
+    mixed = images.ImageData(many, 2, seed=6, buffer=64)
+    order = np.array([mixed.order(p) for p in range(1010)])
+    single = np.flatnonzero(order < 50)     # a folder's files come first in the records, and are dealt out over the whole epoch
+    assert sorted(order) == list(range(1010)) and [len(part) for part in np.split(single, np.searchsorted(single, [353, 682]))] == [17, 17, 16]
+    assert mixed.records["image"][:50].max() == -1 and not (np.diff(order[single]) > 0).all()
+
+
+def test_images_no_sample_comes_twice_in_an_epoch(many):
+    """4 ranks of 2 workers; batches of 12, so that epochs end inside one; and resumed in the middle of a shard, on other ranks."""
+    data = images.ImageData(many, 2, buffer=64)
+    parts = [list(data.load(12, stop=170, rank=r, ranks=4, workers=2)) for r in range(4)]
+    stream = [n for step in zip(*parts) for batch in step for n in numbers([batch])]
+    assert sorted(stream[:1010]) == sorted(stream[1010:2020]) == list(range(1010)) and stream[:1010] != stream[1010:2020]
+    assert numbers(images.ImageData(many, 2, buffer=64).load(12, start=31, stop=36)) == stream[31 * 12:36 * 12]
+    train, val = data.split()
+    order = [train.order(p) for p in range(len(train))]
+    assert sorted(order) == list(range(len(train))) and len(train.starts) == 40 and len(val) == 50
+
+
+def test_images_epochs_of_some_samples(many):
+    data = images.ImageData(many, 2, num_samples=100, buffer=64)
+    epochs = [numbers(data.load(10, start=10 * e, stop=10 * e + 10)) for e in range(3)]
+    assert [len(set(epoch)) for epoch in epochs] == [100] * 3 and len(set(sum(epochs, []))) > 150
+    whole = images.ImageData(many, 2, buffer=64)
+    assert epochs[1] == numbers([whole.sample(p)[0][None], 0, 0] for p in range(1010, 1110))        # an epoch's first
+    assert len({n // 24 for n in epochs[0] if n < 960}) <= images.SHARDS
+
+
+@pytest.mark.parametrize("how", ["vanished", "cut", "rewritten"])
+def test_images_shards_lost_while_training(many, how):
+    """Their samples are replaced by many others, and reported in one sentence a shard."""
+    data = images.ImageData(many, 2, buffer=64)
+    data.sample(0)
+    for k in range(0, 40, 2):
+        path = f"{many}/{k:02d}.tar"
+        if how == "vanished":
+            os.remove(path)
+        else:
+            with open(path, "r+b") as file:
+                file.truncate(5000) if how == "cut" else file.write(b"other " * (os.path.getsize(path) // 6))
+    lost = {n for k in range(0, 40, 2) for n in range(24 * k + 5 * (how == "cut"), 24 * k + 24)}
+    batches = list(data.load(10, stop=101, workers=2))
+    got, reports = numbers(batches), Counter(report for _, _, reports in batches for report in reports)
+    assert not lost & set(got) and set(got) >= set(range(1010)) - lost
+    assert max(Counter(got).values()) < 20, "all samples of a shard became the same"
+    if how != "rewritten":
+        assert len(reports) == 20 and all(f"{k:02d}.tar: gone or cut since the scan" in " ".join(reports) for k in range(0, 40, 2))
+        assert train_tokenizer.first_time([*reports.elements()], seen := set()) == list(reports) and len(seen) == 20
+    for path in glob.glob(many + "/*"):
+        os.remove(path)
+    with pytest.raises(ValueError, match="100 samples tried are broken, the first: .*(gone or cut|No such file)"):
+        copy.copy(data).sample(500)
 
 
 def test_images_each_epoch_crops_anew(tmp_path):
@@ -1626,6 +1826,22 @@ def test_train_on_a_folder_of_images(tmp_path, capsys):
     metrics = json.load(open(tmp_path / "run/metrics.json"))
     assert "28 images to train on, 2 held out" in out and "broken samples replaced" in out and "7.png" in out
     assert metrics["retrieval"]["i2t"] >= 0 and "zero_shot" not in metrics
+
+
+def test_train_num_samples(run_folder, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for n in range(40):
+        flat(6 * n, 40).save(tmp_path / f"images/{n}.png")
+        (tmp_path / f"images/{n}.txt").write_text(f"colour number {n}")
+    data = ["--data", str(tmp_path / "images"), "--workers", "0"]
+    train(tmp_path / "run", *data, "--num-samples", "10", "--siglip", str(run_folder / "siglip"))
+    out = capsys.readouterr().out
+    steps, batch = (json.load(open(tmp_path / "run/metrics.json"))["settings"][key] for key in ("steps", "batch"))
+    assert f"38 images to train on, 2 held out; 10 of 38 samples an epoch, epochs in this run: tokenizer {steps * batch / 10:.2f}" in out
+    go = [*TINY, "--out", str(tmp_path / "run"), "--siglip", str(run_folder / "siglip"), "--resume"]
+    assert "(10 an epoch)'" in stopped(*go, *data)      # other images would follow
+    assert "--num-samples is 39, expected at most the 38 images" in stopped(*go, *data, "--num-samples", "39")
+    assert "--num-samples goes with images" in stopped(*go, "--num-samples", "3") and "--num-samples is -1" in stopped(*go, "--num-samples", "-1")
 
 
 def test_train_bench_writes_nothing(tmp_path, capsys):

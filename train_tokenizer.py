@@ -88,6 +88,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--out", default="out/tokenizer", help="run folder")
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
+    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, each time others, drawn by shards where --data has many; 0: all")
     g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP in Hugging Face's layout, or its name on the hub; default: train one first")
     g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; its sizes, not the preset's, count")
     g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip, whose position embeddings are interpolated for another size")
@@ -102,7 +103,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
     args = p.parse_args(argv)
-    check_shared(args, siglip_steps=0, image_size=0, shallow_layer=0, deep_layer=0, shortcut_layer=0)
+    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, shallow_layer=0, deep_layer=0, shortcut_layer=0)
     if bool(args.vgg) != bool(args.lpips):
         raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
     if not (args.gan_start == -1 or 0 <= args.gan_start <= 1):
@@ -612,24 +613,35 @@ def check_batch(batch: int, ranks: Ranks, accumulate: int):
         raise ValueError(f"--batch-size {batch} is not a multiple of {ranks.count} ranks x {accumulate} micro-batches; choose one that is")
 
 
-class Data:
-    """Training and validation images with captions, of the built-in world or of real images. Captions become ids in the stages."""
+def first_time(reports: list[str], seen: set[str]) -> list[str]:
+    """Those not seen before, which they join: every sample of a lost shard, in every worker, reports the same."""
+    return [report for report in reports if not (report in seen or seen.add(report))]
 
-    def __init__(self, source: str, val_source: str, size: int, args, ranks: Ranks):
+
+class Data:
+    """Training and validation images with captions, of the built-in world or of real images, of which an epoch draws --num-samples, each time others.
+    Captions become ids in the stages. runs: images that each stage takes, by its name, to say how many epochs that is."""
+
+    def __init__(self, source: str, val_source: str, size: int, args, ranks: Ranks, runs: dict[str, int]):
         self.source, self.size, self.args, self.ranks, self.worlds = source, size, args, ranks, source in shapes.DIFFICULTIES
+        self.drawn = source + f" ({args.num_samples:,} an epoch)" * bool(args.num_samples)        # what a resumed run must share
         if args.eval_images < max(2, ranks.count):
             raise ValueError(f"--eval-images is {args.eval_images}, expected at least {max(2, ranks.count)}")
         if self.worlds:
-            if val_source:
-                raise ValueError(f"--val-data {val_source!r} goes with images, and --data is the built-in world {source!r}; leave it out")
+            if val_source or args.num_samples:
+                raise ValueError(f"{f'--val-data {val_source!r}' if val_source else '--num-samples'} goes with images, and --data is the built-in world {source!r}; leave it out")
             self.train, self.val, self.captioned = shapes.World(source, size, args.seed), shapes.World(source, size, VALIDATION_SEED, "val"), True
             return
-        data = ImageData(source, size, train=True, seed=args.seed)
+        data = ImageData(source, size, train=True, seed=args.seed, num_samples=args.num_samples)
         self.train, self.val = (data, ImageData(val_source, size, train=False)) if val_source else data.split()
         self.captioned = bool((data.records["text_size"] > 0).any())
         for report in dict.fromkeys(self.train.broken + self.val.broken):
             ranks.say(f"  {report}")
-        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out")
+        if args.num_samples > len(self.train):
+            raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, or 0 for all of them")
+        epoch = args.num_samples or len(self.train)
+        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; {epoch:,} of {len(self.train):,} samples an epoch, "
+                  f"epochs in this run: " + ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items()))
         if len(self.val) < max(2, ranks.count):
             raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some with --val-data")
 
@@ -649,9 +661,10 @@ class Data:
                 yield split(*self.train.batch(range(first, first + local), ranks.device)), []
 
         def from_images(start):
+            seen = set()
             for images, captions, reports in self.train.load(batch, start, rank=ranks.rank, ranks=ranks.count, workers=self.args.workers,
                                                              pin=ranks.device.type == "cuda"):
-                yield split(self._signed(images), captions), reports
+                yield split(self._signed(images), captions), first_time(reports, seen)
 
         return from_world if self.worlds else from_images
 
@@ -667,9 +680,9 @@ class Data:
                 yield self.val.batch(mine[i:i + batch], self.ranks.device)
             return
         local = max(1, min(batch, len(self.val) // self.ranks.count))
-        stop = math.ceil(math.ceil(n / self.ranks.count) / local)
+        stop, seen = math.ceil(math.ceil(n / self.ranks.count) / local), set()
         for images, captions, reports in self.val.load(local * self.ranks.count, stop=stop, rank=self.ranks.rank, ranks=self.ranks.count, workers=self.args.workers):
-            for report in reports:
+            for report in first_time(reports, seen):
                 print(f"  {report}", flush=True)
             yield self._signed(images), captions
 
@@ -822,7 +835,7 @@ class SigLIPStage(Stage):
         if args.compile:
             compile_parts(self.model)
         self.optimizer = adamw([self.model], self.lr, (0.9, 0.95), settings.weight_decay)
-        self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch, "lr": self.lr,
+        self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch, "lr": self.lr,
                          "vision": asdict(config.vision), "text": asdict(config.text), **common(args)}
 
     def loss(self, images, captions, *, step):
@@ -867,7 +880,7 @@ class TokenizerStage(Stage):
             self.gan_lr = settings.gan_lr
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.gan_steps, self.gan_skipped, self.codes, self.pictures = 0, torch.zeros((), device=ranks.device), None, None
-        self.settings = {"stage": self.name, "preset": args.preset, "data": data.source, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
+        self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
                          "lr": self.lr, "gan": settings.gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
                          "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if args.vgg else {}), **common(args)}
 
@@ -973,7 +986,8 @@ def main(argv=None):
     ranks = Ranks(args.device)
     if ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True       # one image size per run
-    data = Data(s.data, args.val_data, config.vision.image_size, args, ranks)
+    runs = {} if siglip else {"siglip": s.siglip_steps * s.siglip_batch}
+    data = Data(s.data, args.val_data, config.vision.image_size, args, ranks, {**runs, "tokenizer": s.steps * s.batch})
     for batch in (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
     ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")

@@ -4,16 +4,22 @@ Real images with captions, from a few pictures in a folder to collections like C
     photos                       a folder, read recursively; the caption of a.jpg is in a.txt, or in a metadata.jsonl with
                                  "file_name" and "text" (or "caption") in each line, as Hugging Face's ImageFolder has it
     cc12m or cc12m/*.tar         tar shards as img2dataset writes them: NAME.jpg, and NAME.txt or NAME.json with a "caption"
-    cc12m/{00000..01242}.tar     a range of shards; several sources are separated by commas
+    cc12m/{00000..01242}.tar     a range of shards, of which some may be missing; several sources are separated by commas
 
     train, held_out = ImageData("cc12m/{00000..01242}.tar", size=256).split()
     for images, captions, broken in train.load(batch_size=256, start=step, workers=8):      # (B, 3, 256, 256) uint8, lists of str
 
-The scan notes where everything is (about 50 bytes per sample, and its name); from then on any sample can be read by its number. Which image
-a training sample is, and which crop, follows from `seed` and its position in an endless stream, not from the number of ranks or workers: one
-integer in a checkpoint is enough to go on exactly. A broken sample is replaced by a neighbour and reported: never fatal, never silent.
+The scan notes where everything is (about 50 bytes per sample, and its name); from then on any sample can be read by its number. What it finds
+in a shard is kept in torch's cache, or in the folder NANODUALTOKEN_INDEX (empty: nowhere), for as long as the shard's size and time stay.
+
+Which image a training sample is, and which crop, follows from `seed` and its position in an endless stream, not from the number of ranks or
+workers: one integer in a checkpoint is enough to go on exactly. Each epoch shuffles anew: everything at once where that is single files or fits the
+buffer; else the shards, which are then read SHARDS at a time, by pieces in random order, through windows of a buffer's size. An epoch may end
+inside a batch: nothing is dropped or comes twice. A broken sample is replaced by another one and reported: never fatal, never silent.
 """
+import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import io
@@ -41,6 +47,9 @@ SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if 
 MAX_BYTES = 256 << 20                   # what is larger is no picture
 TRIES = 100                             # neighbours that may stand in for a broken sample
 OPEN_SHARDS = 64                        # at a time and per process: 1,024 open files are a usual limit
+# Of the shuffle. Random reads fall into 20,000 / 16 neighbouring samples of each of 16 shards, about 1 GB in all, which the page cache holds. Of fewer
+# shards, a window would lack variety where they are sorted; of more, pieces would be shorter, and more files open.
+SHARDS, BUFFER = 16, 20_000
 HELD_OUT, MOST_HELD_OUT = 0.05, 5000    # of `split`: share, and samples
 SCALE, RATIO = 0.9, 4 / 3               # of `random_crop`: smallest share of the area, most extreme width / height and height / width
 
@@ -141,17 +150,22 @@ def _braces(pattern):
 
 
 def _paths(source):
-    """Source -> paths that exist, each once. Raises FileNotFoundError."""
+    """Source -> paths that exist, each once, and a report for each range that has holes. Raises FileNotFoundError, ValueError for a URL."""
     if os.path.exists(source):      # asked first: a folder's name may hold commas, brackets or braces
-        return [source]
-    paths = []
-    for path in (path for part in re.split(r",(?![^{]*\})", source) for path in _braces(part.strip())):      # at commas outside braces
-        found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        if not found:
-            raise FileNotFoundError(f"no such image data: {path!r} of the source {source!r}; expected a folder of images, .tar shards, a pattern "
+        return [source], []
+    if "://" in source:
+        raise ValueError(f"the source {source!r} is a URL, expected files of this computer: download the shards first, and name their folder")
+    paths, reports = [], []
+    for part in map(str.strip, re.split(r",(?![^{]*\})", source)):      # at commas outside braces
+        found = {path: [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) for path in _braces(part)}
+        missing = [path for path in found if not found[path]]
+        if len(missing) == len(found):
+            raise FileNotFoundError(f"no such image data: {part!r} of the source {source!r}; expected a folder of images, .tar shards, a pattern "
                                     "that matches some, or a range of them such as cc12m/{00000..01242}.tar: check the path")
-        paths += found
-    return list(dict.fromkeys(paths))
+        if missing:
+            reports.append(f"{part}: {len(missing):,} of {len(found):,} are missing and left out: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}")
+        paths += sum(found.values(), [])
+    return list(dict.fromkeys(paths)), reports
 
 
 def _pack(rows, prefix=b""):
@@ -188,6 +202,45 @@ def _scan_tar(path):
         caption = next(((0, *members[stem + end], end == ".json") for end in (".txt", ".json") if stem + end in members), (0, 0, 0, False))
         rows.append((name, 0, *members[name], *caption))
     return *_pack(rows, os.fsencode(os.path.basename(path)) + b"/"), broken
+
+
+def _kept(path, stamp):
+    """File of the cache -> RECORD array, names, [], as `_scan_tar` found them; None where it is missing, damaged, or of another state of the shard."""
+    with contextlib.suppress(Exception):        # numpy and zipfile raise nearly anything on damaged bytes; then the shard itself is asked
+        with np.load(path, allow_pickle=False) as kept:     # a zip file, which checks its sums
+            records, names = kept["records"], kept["names"].tobytes()
+            return (records, names, []) if kept["stamp"].tolist() == stamp and records.dtype == RECORD else None
+
+
+def _scan_shard(path, folder):
+    """`_scan_tar`, its result kept in `folder` ("": nowhere). Of several processes at it, one scans and the others wait; who ends leaves no lock.
+    Of a shard with something to report nothing is kept: it may have been a bad moment of the disk, and is to be reported again."""
+    if not folder:
+        return _scan_tar(path)
+    scan = None
+    try:
+        status, asked = os.stat(path), repr([os.path.abspath(path), sorted(SUFFIXES), MAX_BYTES])
+        key, stamp = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest(), [status.st_size, status.st_mtime_ns]
+        file = os.path.join(folder, key + ".npz")
+        if kept := _kept(file, stamp):
+            return kept
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "lock"), "ab") as lock:
+            with contextlib.suppress(ImportError):          # Windows: each scans for itself
+                import fcntl
+                fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(key[:15], 16))      # one byte of it, so that other shards are not waited for
+            if kept := _kept(file, stamp):
+                return kept
+            scan = _scan_tar(path)
+            if not scan[2]:
+                with open(file + ".tmp", "wb") as out:
+                    np.savez_compressed(out, stamp=stamp, records=scan[0], names=np.frombuffer(scan[1], np.uint8))
+                os.replace(out.name, file)
+            return scan
+    except OSError as error:
+        records, names, broken = scan or _scan_tar(path)
+        return records, names, broken or [f"what is in shards cannot be kept in {folder} ({error.strerror}), and is looked up in them at every start: "
+                                          "set NANODUALTOKEN_INDEX to another folder, or to nothing"]
 
 
 def _scan_metadata(path):
@@ -232,8 +285,8 @@ def _scan_folder(root, files, broken):
 
 def _scan(source):
     """Source -> files (paths), RECORD array, names (bytes), reports (str). Many shards are scanned in parallel."""
-    files, packs, shards, broken = [], [], [], []
-    for path in _paths(source):
+    files, packs, shards, (paths, broken) = [], [], [], _paths(source)
+    for path in paths:
         if not os.path.isdir(path) and not path.lower().endswith(".tar"):
             raise ValueError(f"the source {source!r} names {path!r}, expected folders and .tar files: name the folder the images are in")
         more_packs, more_shards = _scan_folder(path, files, broken) if os.path.isdir(path) else ([], [path])
@@ -243,9 +296,13 @@ def _scan(source):
     processes = min(len(shards) // 4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     pool = ProcessPoolExecutor(processes, context) if processes > 1 else None
-    scans = pool.map(_scan_tar, shards) if pool else map(_scan_tar, shards)
+    folder = os.environ.get("NANODUALTOKEN_INDEX", os.path.join(torch.hub.get_dir(), "nanodualtoken", "index"))
+    shuffled = np.random.default_rng().permutation(len(shards))      # every rank in another order: so they seldom wait for each other
+    scans = (pool.map if pool else map)(functools.partial(_scan_shard, folder=folder), [shards[i] for i in shuffled])
     quiet = len(shards) < 8 or os.environ.get("RANK", "0") != "0"
-    for shard, (records, names, reports) in zip(shards, tqdm(scans, "scanning shards", len(shards), disable=quiet)):
+    scanned = dict(zip(shuffled.tolist(), tqdm(scans, "scanning shards", len(shards), disable=quiet)))
+    for i, shard in enumerate(shards):
+        records, names, reports = scanned.pop(i)
         records["file"] = records["text_file"] = len(files)
         files.append(shard)
         packs.append((records, names))
@@ -259,28 +316,39 @@ def _scan(source):
     if not offset:
         raise ValueError(f"no images in {source!r}, expected files such as .jpg, .png or .webp there: check the path"
                          + (f" ({len(broken)} problems, the first: {broken[0]})" if broken else ""))
-    return files, np.concatenate([records for records, _ in packs]), b"".join(names for _, names in packs), broken
+    return files, np.concatenate([records for records, _ in packs]), b"".join(names for _, names in packs), list(dict.fromkeys(broken))
 
 
 # ---- samples and batches --------------------------------------------------------------------------------------------
 
 class ImageData:
     """The images of a source, `size` pixels square: for training shuffled anew in each epoch and cropped at random, else in order and
-    cropped in the middle. `broken`: what the scan has to report. Raises FileNotFoundError or ValueError for a source without images."""
+    cropped in the middle. `broken`: what the scan has to report. `num_samples`: how many of them an epoch draws, each time others; 0: all.
+    `buffer`: samples that are shuffled with each other. Raises FileNotFoundError or ValueError for a source without images."""
 
-    def __init__(self, source, size, train=True, seed=0):
-        if size < 1 or seed < 0:
-            raise ValueError(f"got size {size} and seed {seed}, expected a size of at least 1 pixel and a seed of at least 0")
-        self.size, self.train, self.seed = size, train, seed
-        self.files, self.records, self.names, self.broken = _scan(source)
-        self.epoch, self.permutation = None, None
+    def __init__(self, source, size, train=True, seed=0, num_samples=0, buffer=BUFFER):
+        if size < 1 or seed < 0 or buffer < 1:
+            raise ValueError(f"got size {size}, seed {seed} and buffer {buffer}, expected a size of at least 1 pixel, a seed of at least 0, a buffer of at least 1")
+        self.size, self.seed, self.num_samples, self.buffer = size, seed, num_samples, buffer
+        self.files, records, self.names, self.broken = _scan(source)
+        self.epoch, self.group = None, None
         self.process, self.handles = None, {}
+        self._hold(records, train)
+
+    def _hold(self, records, train):
+        """Takes these records. `starts` and `sizes`: of the shards' runs among them; `loose`: indices of those that are shuffled as a whole."""
+        starts = np.flatnonzero(np.r_[True, records["file"][1:] != records["file"][:-1]])
+        sizes, tar = np.diff(starts, append=len(records)), records["image"][starts] >= 0
+        tar &= len(records) > self.buffer
+        self.records, self.train, self.starts, self.sizes = records, train, starts[tar], sizes[tar]
+        self.loose = np.flatnonzero(~np.repeat(tar, sizes)).astype(np.uint32)
+        return self
 
     def __len__(self):
         return len(self.records)
 
     def __getstate__(self):     # for copies and spawned workers: open files stay behind
-        return {**self.__dict__, "epoch": None, "permutation": None, "process": None, "handles": {}}
+        return {**self.__dict__, "epoch": None, "group": None, "groups": None, "rows": None, "process": None, "handles": {}}
 
     def split(self):
         """-> (train, held out): 5 % of the samples are held out, the same for every seed. Chosen by a hash of their names, so that a new or
@@ -288,34 +356,61 @@ class ImageData:
         if len(self) < 2:
             raise ValueError("got 1 image, expected at least 2 to hold one out: add images, or give a source for evaluation")
         held = min(max(round(HELD_OUT * len(self)), 1), MOST_HELD_OUT)
-        ranked = np.argsort(self.records["hash"], kind="stable")
-        train, val = copy.copy(self), copy.copy(self)
-        train.records, train.train = self.records[np.sort(ranked[held:])], True
-        val.records, val.train = self.records[np.sort(ranked[:held])], False
-        return train, val
+        hashes = self.records["hash"]
+        limit = np.partition(hashes, held - 1)[held - 1]        # as by sorting, in a tenth of the time
+        chosen = hashes < limit
+        chosen[np.flatnonzero(hashes == limit)[:held - chosen.sum()]] = True
+        return copy.copy(self)._hold(self.records[~chosen], True), copy.copy(self)._hold(self.records[chosen], False)
 
     def order(self, position):
         """Position in the endless stream -> index of its sample."""
-        epoch, place = divmod(position, len(self))
         if not self.train:
-            return place
-        if epoch != self.epoch:     # 4 bytes per sample in each worker
-            rng = np.random.default_rng([self.seed, 0, epoch])
-            self.epoch, self.permutation = epoch, rng.permutation(np.arange(len(self), dtype=np.uint32))
-        return int(self.permutation[place])
+            return position % len(self)
+        epoch, place = divmod(position, self.num_samples or len(self))
+        if epoch != self.epoch:
+            self.epoch, self.group, (self.groups, self.edges) = epoch, None, self._deal(epoch)
+        group = int(np.searchsorted(self.edges, place, "right")) - 1
+        if group != self.group:
+            self.group, self.rows = group, self._shuffled(epoch, group)
+        return int(self.rows[place - self.edges[group]])
+
+    def _deal(self, epoch):
+        """Epoch -> its groups: at most SHARDS shards (their numbers) and a share of the loose samples (their indices) each; the place where each begins."""
+        rng = np.random.default_rng([self.seed, 0, epoch])
+        loose, shards = rng.permutation(self.loose), rng.permutation(len(self.starts))      # 4 bytes a loose sample in each worker
+        count = max(1, math.ceil(len(shards) / SHARDS))
+        groups = list(zip(np.array_split(shards, count), np.array_split(loose, count)))
+        return groups, np.cumsum([0] + [self.sizes[shards].sum() + len(loose) for shards, loose in groups])[:-1]
+
+    def _shuffled(self, epoch, group):
+        """A group's indices in their order: its shards in pieces, SHARDS of which make a window, the pieces and then each window shuffled."""
+        shards, loose = self.groups[group]
+        if not len(shards):
+            return loose
+        rng = np.random.default_rng([self.seed, 2, epoch, group])
+        parts = [np.arange(self.starts[i], self.starts[i] + self.sizes[i], dtype=np.uint32) for i in shards] + [loose]
+        pieces = [piece for part in parts for piece in np.array_split(part, math.ceil(len(part) * SHARDS / self.buffer) or 1)]
+        rows = np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
+        for window in np.array_split(rows, math.ceil(len(rows) / self.buffer)):
+            rng.shuffle(window)
+        return rows
 
     def sample(self, position):
         """-> (image (3, size, size) uint8, caption, reports), a function of seed and position alone. For a broken image comes the next healthy
-        one in index order; a missing caption is "". Raises ValueError if none of the next samples can be read."""
-        first, broken = self.order(position), []
-        for index in range(first, first + min(TRIES, len(self))):
-            record = self.records[index % len(self)]
+        one in index order, or one from anywhere, where its shard is gone or ten in a row are broken; a missing caption is "".
+        Raises ValueError if none of TRIES samples can be read."""
+        index, broken = self.order(position), []
+        for attempt in range(TRIES):
+            record = self.records[index]
             path = os.path.join(os.fsencode(self.files[record["file"]]), self.names[record["name"]:record["name"] + record["name_size"]])
             name = path.decode("utf-8", "replace")
             try:
                 image = decode(self._read(path, record["file"], record["image"], record["image_size"]), name, near=self.size)
             except (OSError, ValueError) as error:
                 broken.append(str(error))
+                index = (index + 1) % len(self)
+                if isinstance(error, OSError) and record["image"] >= 0 or attempt % 10 == 9:        # its neighbours are lost too
+                    index = int(np.random.default_rng([self.seed, 3, position, attempt]).integers(len(self)))
                 continue
             try:
                 caption = self._caption(path, record)
@@ -323,8 +418,8 @@ class ImageData:
                 caption = ""
                 broken.append(f"{name}: its caption cannot be read ({type(error).__name__}: {error}) and is taken as empty")
             crop = random_crop(image, self.size, np.random.default_rng([self.seed, 1, position])) if self.train else centre_crop(image, self.size)
-            return crop, caption, broken
-        raise ValueError(f"nothing readable at position {position}: {len(broken)} samples in a row are broken, the first: {broken[0]}")
+            return crop, caption, list(dict.fromkeys(broken))
+        raise ValueError(f"nothing readable at position {position}: {len(broken)} samples tried are broken, the first: {broken[0]}")
 
     __getitem__ = sample    # what DataLoader calls
 
@@ -366,12 +461,17 @@ class ImageData:
                 return handle.read()
         if self.process != os.getpid():     # a forked worker reads through handles of its own: shared ones would share their position
             self.process, self.handles = os.getpid(), {}
-        if file not in self.handles:
-            if len(self.handles) >= OPEN_SHARDS:
-                self.handles.pop(next(iter(self.handles))).close()
-            self.handles[file] = open(self.files[file], "rb")
-        self.handles[file].seek(offset)
-        return self.handles[file].read(size)
+        try:
+            handle = self.handles.pop(file, None) or open(self.files[file], "rb")       # where it fails it is opened anew the next time
+            handle.seek(offset)
+            if len(data := handle.read(size)) < size:
+                raise OSError(None, "it was longer")
+        except OSError as error:        # in the same words for all its samples, to be said once
+            raise OSError(f"{self.files[file]}: gone or cut since the scan ({error.strerror})") from None
+        self.handles[file] = handle     # the one used last comes last
+        if len(self.handles) > OPEN_SHARDS:
+            self.handles.pop(next(iter(self.handles))).close()
+        return data
 
 
 class _Batches:
