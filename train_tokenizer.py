@@ -932,8 +932,8 @@ def main(argv=None):
     trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if args.siglip else config.vision.image_size
     if trained_for != config.vision.image_size:
         ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {config.vision.image_size}")
-    if args.backbone:
-        ranks.say(f"{args.backbone} has no text tower: zero-shot and retrieval are left out")
+    if siglip and siglip.text_model is None:
+        ranks.say(f"{args.backbone or args.siglip} has no text tower: zero-shot and retrieval are left out")
 
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
