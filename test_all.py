@@ -47,7 +47,7 @@ from losses import (Discriminator, Moments, Weights, adaptive_weight, discrimina
                     tokenizer_losses, weighted)
 from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import ResidualVQ, histogram, usage_and_perplexity
-from tokenizer import DualTokenizer, Projection, SigLIP, TextConfig, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers, text_ids
+from tokenizer import ACTIVATIONS, DualTokenizer, Projection, SigLIP, TextConfig, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers, text_ids
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("NANODUALTOKEN_SHARED", "/nowhere")
@@ -1233,6 +1233,13 @@ def test_tokenizer_clip_matches_transformers(tmp_path, act, end):
     changed[1, 10:] = 7         # after the end, which is the largest
     with torch.no_grad():
         assert torch.equal(ours.text_model(ids)[1], ours.text_model(changed)[1])
+
+
+def test_tokenizer_activations_are_transformers():
+    activations = pytest.importorskip("transformers.activations", reason="transformers is not installed: no parity with it")
+    x = torch.linspace(-6, 6, 500)
+    for name, function in ACTIVATIONS.items():      # the two GELUs differ by 5e-4 at most
+        torch.testing.assert_close(function(x), activations.ACT2FN[name](x), atol=1e-6, rtol=1e-6)
 
 
 def test_tokenizer_clip_defaults_are_transformers(tmp_path):
