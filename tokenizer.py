@@ -299,6 +299,10 @@ class VisionTower(nn.Module):
         x = self.post_layernorm(x)
         return self.head(x[:, 0] if self.prefix else x)
 
+    def patches(self, x: Tensor) -> Tensor:
+        """A state without what stands before the patches: (B, N, C)."""
+        return x[:, self.prefix:] if self.prefix else x     # even an empty slice would change the order in which gradients are added
+
     def reset(self, patches: Tensor) -> Tensor:
         """Patches (B, N, C) -> a state that knows nothing else: what stands before them becomes their mean."""
         return torch.cat([patches.mean(1, keepdim=True).expand(-1, self.prefix, -1), patches], 1) if self.prefix else patches
@@ -307,7 +311,7 @@ class VisionTower(nn.Module):
         """Images (B, 3, H, W) -> patches after the deep layer (B, N, C), by default the last but one, and pooled embedding (B, C)."""
         layers = self.config.num_hidden_layers
         state = self.run(self.embeddings(images), 1, deep_layer or layers - 1)
-        return state[:, self.prefix:], self.pool(self.run(state, (deep_layer or layers - 1) + 1, layers))
+        return self.patches(state), self.pool(self.run(state, (deep_layer or layers - 1) + 1, layers))
 
 
 class TextEmbeddings(nn.Module):
@@ -708,7 +712,7 @@ class DualTokenizer(nn.Module):
         x, taken, shortcut, pixel = vit.embeddings(images), 0, None, None
         for n in sorted({c.shallow_layer, c.deep_layer} | ({c.shortcut_layer} - {0})):
             x, taken = vit.run(x, taken + 1, n), n
-            patches = x[:, vit.prefix:]
+            patches = vit.patches(x)
             if n == c.shortcut_layer:
                 shortcut = self.prequant_shortcut(patches)
             if n == c.shallow_layer:
