@@ -47,7 +47,7 @@ from losses import (Discriminator, Moments, Weights, adaptive_weight, discrimina
                     tokenizer_losses, weighted)
 from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import ResidualVQ, histogram, usage_and_perplexity
-from tokenizer import DualTokenizer, Projection, SigLIP, TextConfig, VisionConfig, load_weights, preset_config, text_ids
+from tokenizer import ACTIVATIONS, DualTokenizer, Projection, SigLIP, TextConfig, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers, text_ids
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("NANODUALTOKEN_SHARED", "/nowhere")
@@ -1384,10 +1384,317 @@ def test_tokenizer_siglip_files_are_hugging_faces(tmp_path):
     assert equal(SigLIP.from_pretrained(str(tmp_path / "theirs")).state_dict(), ours.state_dict())
 
 
+CLIP_PIXELS = [torch.tensor(x)[:, None, None] for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))]
+
+
+def seen(images, mean=CLIP_PIXELS[0], std=CLIP_PIXELS[1]):
+    """Images in [-1, 1] as a processor would give them to the model."""
+    return (images / 2 + 0.5 - mean) / std
+
+
+def clip(folder, vision={}, text={}, scale=0.2):
+    """A small CLIP of transformers with random weights, saved as transformers saves it; token 49 is the end of a text."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
+    vision = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8) | vision
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=60, max_position_embeddings=12, eos_token_id=49) | text
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=40))
+    randomised(theirs, scale=scale).eval().save_pretrained(folder)
+    return theirs
+
+
+def same_towers(ours, theirs, x, pixels, ids):
+    """Every state of the ViT, both embeddings and the logits are transformers', to 1e-4 (of the largest, where that is more than 1)."""
+    def near(a, b):
+        torch.testing.assert_close(a, b, atol=1e-4 * max(1, b.abs().max().item()), rtol=0)
+
+    with torch.no_grad():
+        states = theirs.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
+        vit, out = ours.vision_model, theirs(pixel_values=pixels, input_ids=ids)
+        state = vit.embeddings(x)
+        for n, expected in enumerate(states[:-1]):
+            near(state, expected)
+            state = vit.run(state, n + 1, n + 1)
+        near(vit(x)[0], states[-2][:, vit.prefix:])
+        near(vit(x)[1], theirs.get_image_features(pixel_values=pixels).pooler_output)
+        near(ours.text_model(ids), theirs.get_text_features(input_ids=ids).pooler_output)
+        image, words, scale, bias = ours(x, ids)
+        near(image @ words.T * scale.exp() + bias, out.logits_per_image)
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("end", [2, 49])
+def test_tokenizer_clip_matches_transformers(tmp_path, act, end):
+    theirs = clip(tmp_path, dict(hidden_act=act), dict(hidden_act=act, eos_token_id=end))
+    ours, x = SigLIP.from_pretrained(tmp_path), torch.rand(2, 3, 32, 32) * 2 - 1
+    ids = torch.randint(3, 49, (3, 12))
+    ids[0, 3], ids[0, 7:], ids[1, 9], ids[2, 5], ids[2, 8], ids[2, 11] = 2, 49, 49, 49, 55, 2        # an end repeated as padding; a token above the end; a 2
+    same_towers(ours, theirs, x, seen(x), ids)
+    changed = ids.clone()
+    changed[1, 10:] = 7         # after the end, which is the largest
+    with torch.no_grad():
+        assert torch.equal(ours.text_model(ids)[1], ours.text_model(changed)[1])
+
+
+def test_tokenizer_activations_are_transformers():
+    activations = pytest.importorskip("transformers.activations", reason="transformers is not installed: no parity with it")
+    x = torch.linspace(-6, 6, 500)
+    for name, function in ACTIVATIONS.items():      # the two GELUs differ by 5e-4 at most
+        torch.testing.assert_close(function(x), activations.ACT2FN[name](x), atol=1e-6, rtol=1e-6)
+
+
+def test_tokenizer_clip_defaults_are_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": {}, "text_config": {}}')
+    theirs, (vision, text) = transformers.CLIPConfig(), read_towers(str(tmp_path))
+    shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps", "hidden_act")
+    for ours, other, names in ((vision, theirs.vision_config, (*shared, "image_size", "patch_size")), (text, theirs.text_config, (*shared, "vocab_size", "max_position_embeddings", "eos_token_id"))):
+        assert {name: getattr(ours, name) for name in names} == {name: getattr(other, name) for name in names}
+    assert vision.class_token and text.causal and vision.projection_dim == theirs.projection_dim
+    assert [torch.tensor(x)[:, None, None].equal(y) for x, y in zip((vision.pixel_mean, vision.pixel_std), CLIP_PIXELS)] == [True, True]
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 0.5]}')
+    assert read_towers(str(tmp_path))[0].pixel_mean == [0.5] * 3 and read_towers(str(tmp_path))[0].pixel_std == [0.25, 0.5, 0.5]
+
+
+def test_tokenizer_clip_resizes_positions_but_the_class_tokens(tmp_path):
+    theirs = clip(tmp_path)
+    for side in (48, 20, 32):
+        x, ours = torch.rand(2, 3, side, side) * 2 - 1, SigLIP.from_pretrained(tmp_path, side)
+        with torch.no_grad():
+            expected = theirs.get_image_features(pixel_values=seen(x), interpolate_pos_encoding=True).pooler_output
+            torch.testing.assert_close(ours.vision_model(x)[1], expected, atol=1e-4, rtol=0)
+
+
+def test_tokenizer_clip_files_are_hugging_faces(tmp_path):
+    transformers, theirs = pytest.importorskip("transformers"), clip(tmp_path / "theirs")
+    ours = SigLIP.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(str(tmp_path / "ours"))
+    assert equal(transformers.CLIPModel.from_pretrained(tmp_path / "ours").state_dict(), theirs.state_dict())
+    again = SigLIP.from_pretrained(tmp_path / "ours")
+    assert equal(again.state_dict(), ours.state_dict()) and (again.vision_config, again.text_config) == (ours.vision_config, ours.text_config)
+    weights = load_file(tmp_path / "theirs/model.safetensors")
+    positions = {f"{tower}_model.embeddings.position_ids": torch.arange(3)[None] for tower in ("vision", "text")}       # of old releases
+    save_file(weights | positions, tmp_path / "theirs/model.safetensors")
+    assert equal(SigLIP.from_pretrained(tmp_path / "theirs").state_dict(), ours.state_dict())
+    for name in ("visual_projection.weight", "vision_model.embeddings.class_embedding", "text_model.final_layer_norm.bias"):
+        save_file({k: v for k, v in weights.items() if k != name}, tmp_path / "theirs/model.safetensors")
+        with pytest.raises(ValueError, match="1 differences: missing"):
+            SigLIP.from_pretrained(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c.update(model_type="blip"), "has model_type 'blip', expected 'siglip'"), (lambda c: c.update(model_type="siglip2"), "SigLIP2 at fixed resolution"),
+    (lambda c: c["vision_config"].update(hidden_act="relu6"), "hidden_act is 'relu6', expected one of gelu_pytorch_tanh, gelu, quick_gelu"),
+    (lambda c: c["text_config"].update(num_attention_heads=5), "not a multiple of num_attention_heads 5")])
+def test_tokenizer_clip_bad_configurations_are_sentences(tmp_path, change, words):
+    config = {"model_type": "clip", "vision_config": {}, "text_config": {}}
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=words) as caught:
+        SigLIP.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def clip_tokenizer(vision, scale=0.1):
+    """A small DualTokenizer around a small CLIP, or another ViT of this configuration, with random weights and trained codebooks."""
+    more = dict(text=TextConfig(64, 96, 2, 4, vocab_size=60, causal=True, eos_token_id=49), codebook_size=64, depth=2, decoder_channels=16, decoder_multipliers=(1, 1, 2),
+                decoder_blocks=0, decoder_groups=8, decoder_in=32, latent_grid=8)
+    model = randomised(DualTokenizer(TokenizerConfig(vision=vision, **more)), scale=scale)
+    for _ in range(3):
+        model(torch.rand(8, 3, 32, 32) * 2 - 1)
+        for quantizer in model.quantizers.values():
+            quantizer.update()
+    return model.eval()
+
+
+def small_clip(**more):
+    return VisionConfig(**dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8, class_token=True, projection_dim=40,
+                               hidden_act="quick_gelu", pixel_mean=CLIP_PIXELS[0].flatten().tolist(), pixel_std=CLIP_PIXELS[1].flatten().tolist()) | more)
+
+
+def test_tokenizer_clip_class_token_becomes_the_mean_of_quantized_patches(pictures):
+    model = clip_tokenizer(small_clip())
+    vit, codes = model.siglip_model.vision_model, model.encode(pictures)
+    with torch.no_grad():
+        state = vit.embeddings(pictures)
+        for n in (1, 2, 3):
+            state = vit.encoder.layers[n - 1](state)
+            if n == 1:
+                torch.testing.assert_close(model.latents(pictures)[0], model.prequant_pix(state[:, 1:]))
+        torch.testing.assert_close(model.latents(pictures)[1], model.prequant_sem(state[:, 1:]))
+        deep = model.postquant_sem(model.quantizer_sem.embed(codes[:, :, 1]))
+        x = vit.encoder.layers[3](torch.cat([deep.sum(1, keepdim=True) / 16, deep], 1))
+        by_hand = vit.post_layernorm(x[:, 0]) @ vit.head.weight.T
+        torch.testing.assert_close(model.pool_codes(codes), by_hand, atol=1e-5, rtol=1e-4)
+        assert by_hand.shape == (6, 40) and model.pool(pictures).shape == (6, 40)
+        out = model(pictures)
+        assert out.deep.shape == (6, 16, 64) and out.images.shape == pictures.shape and vit(pictures)[0].shape == out.deep.shape
+        torch.testing.assert_close(out.pooled, by_hand, atol=1e-4, rtol=1e-4)
+        vit.embeddings.class_embedding.normal_()        # it is seen by the patches, so codes may change, but nothing passes by them
+        torch.testing.assert_close(model.pool_codes(codes), by_hand, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(vit(pictures)[0], state[:, 1:], atol=1e-3)
+
+
+def test_tokenizer_clip_round_trips_and_old_configurations_load(tokenizer, pictures, tmp_path):
+    model = clip_tokenizer(small_clip())
+    model.save_pretrained(str(tmp_path / "clip"))
+    again = DualTokenizer.from_pretrained(str(tmp_path / "clip"))
+    assert again.config == model.config and equal(again.state_dict(), model.state_dict()) and torch.equal(again.pool(pictures), model.pool(pictures))
+    tokenizer.save_pretrained(str(tmp_path / "old"))
+    config = json.load(open(tmp_path / "old/config.json"))
+    for name in ("hidden_act", "causal", "class_token", "projection_dim", "pixel_mean", "pixel_std", "timm", "eos_token_id"):
+        assert config["vision"].pop(name, None) is not None or config["text"].pop(name) is not None
+        config["text"].pop(name, None)
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    assert DualTokenizer.from_pretrained(str(tmp_path / "old")).config == tokenizer.config
+
+
+def test_tokenizer_clip_gradient_reaches_all_of_it(pictures):
+    """Also with recomputation; what DDP waits for must come."""
+    model = clip_tokenizer(small_clip()).train()
+    model.checkpointing(True)
+    out = model(pictures)
+    (out.images.square().mean() + out.pooled.square().mean() + sum(out.commitment.values())).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None and "text_model" not in name and "logit" not in name]
+
+
+@pytest.mark.parametrize("name", ["siglip-l-256", "so400m-384", "siglip2-so-256"])
+def test_tokenizer_paper_backbones_match_transformers(tmp_path, name):
+    """A layer of full size, then all positions at a sixteenth of the width. SigLIP2's files at fixed resolution say siglip too, and transformers reads them so."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
+    c = preset_config(name)
+    for full in (True, False):
+        scaled = lambda t: dict(num_hidden_layers=1, **{key: getattr(t, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")}) if full else \
+            dict(num_hidden_layers=3, hidden_size=t.hidden_size // 16, intermediate_size=t.intermediate_size // 16, num_attention_heads=4)
+        vision = scaled(c.vision) | dict(patch_size=c.vision.patch_size, image_size=2 * c.vision.patch_size if full else c.vision.image_size, model_type="siglip_vision_model")
+        text = scaled(c.text) | dict(vocab_size=60, max_position_embeddings=8, projection_size=vision["hidden_size"], model_type="siglip_text_model")
+        theirs = transformers.AutoModel.from_config(transformers.AutoConfig.for_model("siglip", vision_config=vision, text_config=text))
+        assert type(theirs).__name__ == "SiglipModel"
+        randomised(theirs, scale=0.02 if full else 0.1).eval().save_pretrained(tmp_path / str(full))
+        ours, x = SigLIP.from_pretrained(tmp_path / str(full)), torch.rand(1, 3, vision["image_size"], vision["image_size"]) * 2 - 1
+        assert ours.vision_model.embeddings.position_embedding.num_embeddings == (4 if full else c.positions)
+        same_towers(ours, theirs, x, x, torch.randint(60, (2, 8)))
+
+
+def test_tokenizer_clip_large_layer_matches_transformers(tmp_path):
+    theirs = clip(tmp_path, dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=16, image_size=28, patch_size=14),
+                  dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=1, num_attention_heads=12), scale=0.02)
+    x, ids = torch.rand(1, 3, 28, 28) * 2 - 1, torch.randint(49, (2, 12))
+    ids[:, 6] = 49
+    same_towers(SigLIP.from_pretrained(tmp_path), theirs, x, seen(x), ids)
+
+
+@pytest.mark.parametrize("vision, grids", [(dict(patch_size=14, image_size=224), (16, 14)), (dict(patch_size=16, image_size=224), (14, 14)), (dict(patch_size=14, image_size=336), (24, 21)),
+                                           (dict(patch_size=14, image_size=384), (27, 24))])
+def test_tokenizer_presets_take_patches_of_any_size(vision, grids):
+    c = preset_config("siglip-l-256", vision=vars(small_clip(**vision, num_hidden_layers=9)), codebook_size=64, decoder_channels=32, decoder_in=32)
+    assert (c.vision.grid, c.latent_grid, c.shallow_layer) == (*grids, 2)
+    with torch.no_grad():
+        assert DualTokenizer(c)._decode(torch.zeros(1, c.positions, 32)).shape == (1, 3, c.vision.image_size, c.vision.image_size)
+    for width in (768, 1024, 1152, 1280):       # CLIP-B, -L, SigLIP So400m, CLIP-H
+        assert preset_config("siglip-l-256", vision=vars(small_clip(**vision, hidden_size=width, num_attention_heads=8))).vision.hidden_size == width
+    with pytest.raises(ValueError, match="378 is not a multiple of 16 pixels"):
+        preset_config("siglip-l-256", 378, vision=vision)
+
+
+class StandIn(torch.nn.Module):
+    """As timm's ViTs look from outside: a class token, a register, rotations that go to every block, and a head that pools."""
+
+    def __init__(self, img_size=64, patch=8, width=64, num_classes=7, **known):
+        super().__init__()
+        self.patch_embed = torch.nn.Module()
+        self.patch_embed.proj, self.patch_embed.img_size, self.patch_embed.grid_size = torch.nn.Conv2d(3, width, patch, patch), (img_size,) * 2, (img_size // patch,) * 2
+        self.patch_embed.forward = lambda x: self.patch_embed.proj(x).flatten(2).mT
+        self.before, self.num_prefix_tokens, self.embed_dim = torch.nn.Parameter(torch.randn(1, 2, width)), 2, width
+        self.rope = SimpleNamespace(get_embed=lambda: 0.5)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(4))
+        for block in self.blocks:       # each place sees the mean of all
+            block.forward = lambda x, rope, block=block: x + rope * torch.tanh(F.linear(x + x.mean(1, keepdim=True), block.weight, block.bias))
+        self.norm_pre, self.norm = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.head = torch.nn.Linear(width, num_classes) if num_classes else torch.nn.Identity()
+        self.pretrained_cfg = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+
+    def _pos_embed(self, x):
+        return torch.cat([self.before.expand(len(x), -1, -1), x], 1), 0.5
+
+    def forward_head(self, x, pre_logits=False):
+        return x[:, 0] if pre_logits else self.head(x[:, 0])
+
+    def forward(self, images):
+        x = self.norm_pre(self._pos_embed(self.patch_embed(images))[0])
+        states = [x := block(x, rope=0.5) for block in self.blocks]
+        return states, self.forward_head(self.norm(x), pre_logits=True)
+
+
+@pytest.fixture
+def timm_stand_in(monkeypatch):
+    """A module timm, as far as the adapter needs it -> the calls of create_model."""
+    calls = []
+
+    def create_model(name, pretrained=False, **more):
+        calls.append((name, pretrained, more))
+        if name not in ("tiny", "local-dir:there", "plain"):
+            raise RuntimeError(f"Unknown model ({name})")
+        return torch.nn.Linear(1, 1) if name == "plain" else StandIn(**more)
+
+    models = SimpleNamespace(load_model_config_from_path=lambda path: ({}, "tiny", {"width": 64, "num_classes": 7}))
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model, models=models))
+    return calls
+
+
+def test_tokenizer_timm_adapter_gives_states_and_pooled(timm_stand_in):
+    vit = randomised(SigLIP.from_timm("tiny", 32, pretrained=True)).vision_model
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        states, pooled = vit.model(seen(x, torch.tensor([0.4, 0.5, 0.6])[:, None, None], torch.tensor([0.2, 0.25, 0.3])[:, None, None]))
+        for n in range(1, 5):
+            torch.testing.assert_close(vit.run(vit.embeddings(x), 1, n), states[n - 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(vit(x), (states[2][:, 2:], pooled), atol=1e-4, rtol=1e-4)
+        patches = torch.randn(2, 16, 64)
+        assert torch.equal(vit.reset(patches)[:, 2:], patches) and torch.allclose(vit.reset(patches)[:, :2], patches.mean(1, keepdim=True).expand(-1, 2, -1))
+    assert (vit.config.grid, vit.config.num_hidden_layers, vit.config.hidden_size) == (4, 4, 64)
+    assert timm_stand_in == [("tiny", True, {"img_size": 32, "num_classes": 0})]
+    again = SigLIP.from_timm("local-dir:there", pretrained=False).vision_config
+    assert again.timm == {"model_name": "tiny", "img_size": 64, "width": 64, "num_classes": 7}
+
+
+def test_tokenizer_timm_round_trips(timm_stand_in, pictures, tmp_path):
+    model = clip_tokenizer(SigLIP.from_timm("tiny", 32).vision_config)
+    model.save_pretrained(str(tmp_path / "tokenizer"))
+    del timm_stand_in[:]
+    again, codes = DualTokenizer.from_pretrained(str(tmp_path / "tokenizer")), model.encode(pictures)
+    assert timm_stand_in == [("tiny", False, {"img_size": 32, "num_classes": 0})]
+    assert again.config == model.config and equal(again.state_dict(), model.state_dict()) and torch.equal(again.pool(pictures), model.pool_codes(codes))
+    assert model.decode(codes).shape == pictures.shape
+    model.siglip_model.save_pretrained(str(tmp_path / "siglip"))
+    assert equal(SigLIP.from_pretrained(str(tmp_path / "siglip")).state_dict(), model.siglip_model.state_dict())
+    with pytest.raises(ValueError, match="not interpolated here; got image size 64"):
+        SigLIP.from_pretrained(str(tmp_path / "siglip"), 64)
+
+
+@pytest.mark.parametrize("name, more", [("eva02_tiny_patch14_224", dict(img_size=56)), ("vitamin_small_224", dict(img_size=64))])
+def test_tokenizer_timm_backbones_are_timms(tmp_path, name, more):
+    timm = pytest.importorskip("timm", reason="timm or its torchvision cannot be imported: no parity with it", exc_type=ImportError)
+    siglip = SigLIP.from_timm(name, more["img_size"], pretrained=False)
+    vit, x = randomised(siglip, scale=0.05).eval().vision_model, torch.rand(2, 3, more["img_size"], more["img_size"]) * 2 - 1
+    theirs = timm.create_model(name, num_classes=0, **more).eval()
+    theirs.load_state_dict(vit.model.state_dict())
+    layers, pixels = vit.config.num_hidden_layers, seen(x, *(torch.tensor(theirs.pretrained_cfg[key])[:, None, None] for key in ("mean", "std")))
+    with torch.no_grad():
+        shallow, deep = theirs.forward_intermediates(pixels, indices=[layers // 4 - 1, layers - 2], output_fmt="NLC", intermediates_only=True)
+        torch.testing.assert_close(vit.run(vit.embeddings(x), 1, layers // 4)[:, vit.prefix:], shallow, atol=1e-4, rtol=0)
+        torch.testing.assert_close(vit(x), (deep, theirs(pixels)), atol=1e-4, rtol=0)
+        c = TokenizerConfig(vision=vit.config, codebook_size=64, depth=2, decoder_channels=8, decoder_groups=8, decoder_in=16, latent_grid=more["img_size"] // 16)
+        model = DualTokenizer(c, siglip).eval()
+        model.save_pretrained(str(tmp_path))
+        again, codes = DualTokenizer.from_pretrained(str(tmp_path)), model.encode(x)
+        assert torch.equal(again.encode(x), codes) and torch.equal(again.pool_codes(codes), model.pool_codes(codes)) and again.config == c
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda: preset_config("tiny"), "no preset 'tiny'; expected one of nano"), (lambda: preset_config("nano", 38), "38 is not a multiple of 4"),
     (lambda: preset_config("so400m-384", 380), "380 is not a multiple of 16"), (lambda: preset_config("nano", shallow_layer=6), "1 <= shallow <= deep"),
-    (lambda: preset_config("nano", code_dim=40), "96 is not a multiple of the code dimension 40")])
+    (lambda: preset_config("nano", shallow_layer=9), "there is no shallow layer 9: the ViT has layers 1 to 6"), (lambda: preset_config("nano", shallow_layer=-1), "no shallow layer -1"),
+    (lambda: preset_config("nano", deep_layer=7), "no deep layer 7"), (lambda: preset_config("nano", code_dim=40), "96 is not a multiple of the code dimension 40")])
 def test_tokenizer_configuration_errors_are_sentences(call, words):
     with pytest.raises(ValueError, match=words):
         call()
@@ -1726,6 +2033,51 @@ def test_train_on_larger_images_than_the_siglip_saw(run_folder, tmp_path, capsys
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--image-size", "48")
     assert capsys.readouterr().out.count("is for 32 pixels: its position embeddings are interpolated for 48") == 1
     assert DualTokenizer.from_pretrained(tmp_path).config.positions == 144
+
+
+def test_train_takes_a_quarter_of_the_layers(run_folder, tmp_path):
+    train(tmp_path / "run", "--siglip", str(run_folder / "siglip"), "--steps", "1", "--shallow-layer", "quarter")
+    assert [DualTokenizer.from_pretrained(folder).config.shallow_layer for folder in (tmp_path / "run", run_folder)] == [1, 2]
+    for flag, words in (("--shallow-layer", "no shallow layer 9"), ("--deep-layer", "no deep layer 9"), ("--shortcut-layer", "no shortcut layer 9")):
+        assert words in stopped("--device", "cpu", "--out", str(tmp_path / "x"), flag, "9")
+    assert [preset_config(name, shallow_layer=0).shallow_layer for name in ("nano", "small", "siglip-l-256", "so400m-384", "siglip2-so-256")] == [1, 2, 6, 6, 6]
+
+
+def test_train_takes_a_clip_folder(tmp_path):
+    """Its text tower has its own width; the tokenizer is made for its patches, and measured against it."""
+    clip(tmp_path / "clip", text=dict(vocab_size=300))
+    train(tmp_path / "run", "--siglip", str(tmp_path / "clip"), "--steps", "2")
+    model, metrics = DualTokenizer.from_pretrained(tmp_path / "run"), json.load(open(tmp_path / "run/metrics.json"))
+    assert model.config.vision.class_token and model.config.text.causal and model.config.positions == 16 and model.config.latent_grid == 8
+    assert {"zero_shot", "teacher_zero_shot", "fd", "retrieval"} <= metrics.keys()
+    text, saved = "text_model.embeddings.token_embedding.weight", load_file(tmp_path / "run/model.safetensors")
+    assert torch.equal(saved["siglip_model." + text], load_file(tmp_path / "clip/model.safetensors")[text])       # frozen
+    name = "vision_model.embeddings.class_embedding"
+    assert not torch.equal(saved["siglip_model." + name], load_file(tmp_path / "clip/model.safetensors")[name])
+
+
+def test_train_takes_a_backbone_of_timm(timm_stand_in, tmp_path, capsys):
+    flags_ = ["--backbone", "timm:tiny", "--image-size", "32"]
+    train(tmp_path / "run", *flags_, "--steps", "2", "--checkpointing")
+    assert capsys.readouterr().out.count("no text tower") == 1 and timm_stand_in[0][1]
+    metrics = json.load(open(tmp_path / "run/metrics.json"))
+    assert {"psnr", "fd", "reader_accuracy"} <= metrics.keys() and not [name for name in metrics if "zero_shot" in name or "retrieval" in name]
+    train(tmp_path / "on", "--init", str(tmp_path / "run"), *flags_[:2], "--steps", "1")
+    del timm_stand_in[:]
+    train_tokenizer.main([*TINY, *flags_, "--bench", "--out", str(tmp_path / "bench")])
+    assert timm_stand_in == [("tiny", False, {"img_size": 32, "num_classes": 0})] and not os.path.exists(tmp_path / "bench")
+
+
+def test_train_bad_backbones_end_in_a_sentence(timm_stand_in, run_folder, tmp_path, monkeypatch):
+    words = lambda *argv: stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
+    assert "timm cannot make 'nothing' (RuntimeError: Unknown model (nothing)); expected a name that timm.list_models() gives" in words("--backbone", "timm:nothing")
+    assert "plain of timm has no patch_embed; expected a plain ViT" in words("--backbone", "timm:plain")
+    assert "expected one of them" in words("--backbone", "timm:tiny", "--siglip", str(run_folder / "siglip"))
+    assert "--backbone as timm:NAME" in words("--backbone", "tiny")
+    assert "no shallow layer 5: the ViT has layers 1 to 4" in words("--backbone", "timm:tiny", "--image-size", "32", "--shallow-layer", "5")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "needs the package timm, which cannot be imported" in words("--backbone", "timm:tiny")
+    assert not os.path.exists(tmp_path / "run")
 
 
 def matrices():

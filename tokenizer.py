@@ -11,11 +11,12 @@
     pooled = tokenizer.pool(images)             # (B, C), through the semantic codes
 
 Papers: DualToken (ICLR 2026) §3.2 and Appendix B; SigLIP (Zhai et al. 2023). SigLIP's parameters have Hugging Face's names, the rest has the names of the
-authors' released checkpoints, so loading is nearly the identity (`RELEASED_NAMES` is the rest).
+authors' released checkpoints, so loading is nearly the identity. In SigLIP's place there can be CLIP (Radford et al. 2021), or a ViT of the timm package.
 
 Letters: B batch, N image positions, C width, E code dimension, D depth, K codebook size, S streams, L layers, T text length, V vocabulary.
 """
 
+import functools
 import json
 import math
 import os
@@ -37,6 +38,9 @@ STREAMS = ("pixel", "semantic")
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration and presets
 
+ACTIVATIONS = {"gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
 @dataclass
 class TowerConfig:
     """Sizes of one transformer, by Hugging Face's names. The defaults are Hugging Face's too: a published config.json leaves them out."""
@@ -45,8 +49,12 @@ class TowerConfig:
     num_hidden_layers: int = 12         # L
     num_attention_heads: int = 12
     layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    causal: bool = False                # positions see only those before them: CLIP's text
 
     def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
 
@@ -55,6 +63,11 @@ class TowerConfig:
 class VisionConfig(TowerConfig):
     image_size: int = 224               # pixels a side
     patch_size: int = 16
+    class_token: bool = False           # CLIP: it stands before the patches and is pooled; with it come a norm before the layers, and patches without bias
+    projection_dim: int = 0             # CLIP: of the pooled embedding
+    pixel_mean: list = field(default_factory=lambda: [0.5] * 3)     # of pixels in [0, 1], as the ViT was trained: images in [-1, 1] are converted inside
+    pixel_std: list = field(default_factory=lambda: [0.5] * 3)
+    timm: dict = field(default_factory=dict)    # arguments that rebuild a ViT of the timm package; empty: SigLIP or CLIP
 
     @property
     def grid(self) -> int:
@@ -67,6 +80,7 @@ class TextConfig(TowerConfig):
     vocab_size: int = 32000             # V
     max_position_embeddings: int = 64   # T
     projection_size: int = 0            # of the output; 0: hidden_size
+    eos_token_id: int = 0               # CLIP, where it is pooled at: the first such token; 2, of old files, means the largest token
 
 
 @dataclass
@@ -96,6 +110,9 @@ class TokenizerConfig:
         self.shallow_layer = self.shallow_layer or max(1, layers // 4)
         self.deep_layer = self.deep_layer or layers - 1
         self.latent_grid = self.latent_grid or self.vision.grid
+        for name, n in (("shallow", self.shallow_layer), ("deep", self.deep_layer), ("shortcut", self.shortcut_layer)):
+            if not 0 <= n <= layers:
+                raise ValueError(f"there is no {name} layer {n}: the ViT has layers 1 to {layers}")
         if not 1 <= self.shallow_layer <= self.deep_layer <= layers or not 0 <= self.shortcut_layer <= self.deep_layer:
             raise ValueError(f"shallow layer {self.shallow_layer}, deep layer {self.deep_layer}, shortcut layer {self.shortcut_layer}: expected "
                              f"1 <= shallow <= deep <= {layers} and 0 <= shortcut <= deep")
@@ -131,9 +148,9 @@ PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and 
     "siglip-l-256": dict(
         vision=dict(_LARGE, image_size=256), text=dict(_LARGE), depth=4, codebook_size=16384),
     "so400m-384": dict(
-        vision=dict(_SO400M, image_size=384, patch_size=14), text=dict(_SO400M), shallow_layer=6, depth=8, codebook_size=16384, latent_grid=24),
+        vision=dict(_SO400M, image_size=384, patch_size=14), text=dict(_SO400M), depth=8, codebook_size=16384),
     "siglip2-so-256": dict(
-        vision=dict(_SO400M, image_size=256), text=dict(_SO400M, vocab_size=256000), shallow_layer=6, depth=8, codebook_size=16384),
+        vision=dict(_SO400M, image_size=256), text=dict(_SO400M, vocab_size=256000), depth=8, codebook_size=16384),
 }
 
 
@@ -144,19 +161,13 @@ def preset_config(name: str, image_size: int = 0, **changes) -> TokenizerConfig:
         raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
     row = PRESETS[name] | changes
     vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}))
-    patch, side = vision.get("patch_size", 16), vision["image_size"]
-    step = 16 if row.get("latent_grid") else patch      # patches of 14 come with a decoder of scale 16, and a latent resized to fit: 27 -> 24 -> 384
+    side, scale = vision["image_size"], 2 ** (len(row.get("decoder_multipliers", TokenizerConfig.decoder_multipliers)) - 1)
     if side < 16:
         raise ValueError(f"image size {side} is too small; expected at least 16 pixels")
-    if side % step or side < step:
-        raise ValueError(f"image size {side} is not a multiple of {step} pixels, as the preset {name} needs; choose one, such as {max(1, side // step) * step}")
-    if row.get("latent_grid"):
-        row["latent_grid"] = side // step
-    config = TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"])))
-    made = config.latent_grid * 2 ** (len(config.decoder_multipliers) - 1)
-    if made != side:
-        raise ValueError(f"the preset {name}'s decoder would turn {config.latent_grid} positions a side into {made} pixels, not {side}: patches of {patch} need another preset")
-    return config
+    if side % scale or side < scale:
+        raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; choose one, such as {max(1, side // scale) * scale}")
+    # Patches of any size: what the decoder gets is resized to its scale, such as 27 -> 24 -> 384 pixels for patches of 14.
+    return TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"]), latent_grid=side // scale))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,28 +186,29 @@ def text_ids(captions: list[str], length: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# SigLIP: two transformers and a sigmoid
+# SigLIP: two transformers and a sigmoid; and CLIP, by fields of the configuration
 
 class Attention(nn.Module):
-    """Multi-head self-attention, not causal, every linear map with bias: (B, N, C) -> (B, N, C)."""
+    """Multi-head self-attention, every linear map with bias: (B, N, C) -> (B, N, C)."""
 
     def __init__(self, c: TowerConfig):
         super().__init__()
-        self.heads = c.num_attention_heads
+        self.heads, self.causal = c.num_attention_heads, c.causal
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))   # (B, heads, N, C / heads)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c.hidden_size, c.intermediate_size), nn.Linear(c.intermediate_size, c.hidden_size)
+        self.activation = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Layer(nn.Module):
@@ -218,16 +230,36 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
 
 
-class VisionEmbeddings(nn.Module):
-    """Patches and positions: (B, 3, H, W) -> (B, N, C), row by row."""
+class Pixels(nn.Module):
+    """Images in [-1, 1] -> with the mean and deviation that the ViT was trained on, (B, 3, H, W)."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size)
-        self.position_embedding = nn.Embedding(c.grid ** 2, c.hidden_size)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (c.pixel_mean, c.pixel_std))
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        self.same = c.pixel_mean == c.pixel_std == [0.5] * 3        # SigLIP's
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.patch_embedding(images).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        return images if self.same else images * self.scale + self.shift
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches, row by row, after the class token if there is one, with positions: (B, 3, H, W) -> (B, N, C) or (B, 1 + N, C)."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=not c.class_token)
+        self.position_embedding = nn.Embedding(c.grid ** 2 + c.class_token, c.hidden_size)
+        self.class_embedding = nn.Parameter(torch.randn(c.hidden_size)) if c.class_token else None
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps) if c.class_token else nn.Identity()      # Hugging Face's spelling
+        self.pixels = Pixels(c)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embedding(self.pixels(images)).flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        return self.pre_layrnorm(x + self.position_embedding.weight)
 
 
 class PoolingHead(nn.Module):
@@ -246,30 +278,40 @@ class PoolingHead(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """SigLIP's ViT. `checkpointing`: recompute each layer in the backward pass instead of keeping its activations."""
+    """SigLIP's ViT, or CLIP's. A state is (B, prefix + N, C): `prefix` counts what stands before the patches, CLIP's class token.
+    `checkpointing`: recompute each layer in the backward pass instead of keeping its activations."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.config, self.checkpointing = c, False
+        self.config, self.checkpointing, self.prefix = c, False, int(c.class_token)
         self.embeddings, self.encoder = VisionEmbeddings(c), Encoder(c)
         self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.head = PoolingHead(c)
+        self.head = nn.Linear(c.hidden_size, c.projection_dim, bias=False) if c.class_token else PoolingHead(c)
 
     def run(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Layers first ... last, counted from 1, on x (B, N, C)."""
+        """Layers first ... last, counted from 1, on a state."""
         for layer in self.encoder.layers[first - 1:last]:
             x = recomputed(self.checkpointing, layer, x)
         return x
 
     def pool(self, x: Tensor) -> Tensor:
-        """State after the last layer (B, N, C) -> pooled embedding (B, C), not normalised."""
-        return self.head(self.post_layernorm(x))
+        """State after the last layer -> pooled embedding (B, C), of CLIP (B, projection_dim), not normalised."""
+        x = self.post_layernorm(x)
+        return self.head(x[:, 0] if self.prefix else x)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """A state without what stands before the patches: (B, N, C)."""
+        return x[:, self.prefix:] if self.prefix else x     # even an empty slice would change the order in which gradients are added
+
+    def reset(self, patches: Tensor) -> Tensor:
+        """Patches (B, N, C) -> a state that knows nothing else: what stands before them becomes their mean."""
+        return torch.cat([patches.mean(1, keepdim=True).expand(-1, self.prefix, -1), patches], 1) if self.prefix else patches
 
     def forward(self, images: Tensor, deep_layer: int = 0) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) -> state after the deep layer (B, N, C), by default the last but one, and pooled embedding (B, C)."""
+        """Images (B, 3, H, W) -> patches after the deep layer (B, N, C), by default the last but one, and pooled embedding (B, C)."""
         layers = self.config.num_hidden_layers
-        deep = self.run(self.embeddings(images), 1, deep_layer or layers - 1)
-        return deep, self.pool(self.run(deep, (deep_layer or layers - 1) + 1, layers))
+        state = self.run(self.embeddings(images), 1, deep_layer or layers - 1)
+        return self.patches(state), self.pool(self.run(state, (deep_layer or layers - 1) + 1, layers))
 
 
 class TextEmbeddings(nn.Module):
@@ -283,33 +325,49 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """ids (B, T), padded to the full length as SigLIP's are (there is no mask) -> (B, C): the last position, through a linear head."""
+    """ids (B, T) -> (B, C), through a linear head. SigLIP's: padded to the full length (there is no mask), the last position; CLIP's: the end token, where
+    there is one."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
+        self.config = c
         self.embeddings, self.encoder = TextEmbeddings(c), Encoder(c)
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.head = nn.Linear(c.hidden_size, c.projection_size or c.hidden_size)
+        self.head = nn.Linear(c.hidden_size, c.projection_size or c.hidden_size, bias=not c.causal)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embeddings(ids)
         for layer in self.encoder.layers:
             x = layer(x)
-        return self.head(self.final_layer_norm(x)[:, -1])
+        x = self.final_layer_norm(x)
+        if not self.config.causal:
+            return self.head(x[:, -1])
+        end = (ids if self.config.eos_token_id == 2 else (ids == self.config.eos_token_id).int()).argmax(1)
+        return self.head(x[torch.arange(len(x), device=x.device), end])
 
 
 class SigLIP(nn.Module):
-    """Image and text towers in one space (Zhai et al. 2023); parameters, function and files as Hugging Face's SiglipModel."""
+    """Image and text towers in one space (Zhai et al. 2023); function and files as Hugging Face's SiglipModel, or, where there is a class token, CLIPModel.
+    Around a ViT of timm there is no text tower."""
 
-    def __init__(self, vision: VisionConfig, text: TextConfig):
+    def __init__(self, vision: VisionConfig, text: TextConfig, vision_model: nn.Module | None = None):
+        """vision_model: one that has its weights already."""
         super().__init__()
-        text = replace(text, projection_size=vision.hidden_size)
+        text = replace(text, projection_size=vision.projection_dim if vision.class_token else vision.hidden_size)
         self.vision_config, self.text_config = vision, text
+        if vision.timm:
+            self.vision_model, self.text_model = vision_model or TimmTower(vision), None
+            return
         self.vision_model, self.text_model = VisionTower(vision), TextTower(text)
-        self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor([math.log(10.0)])), nn.Parameter(torch.tensor([-10.0]))
+        shape = () if vision.class_token else (1,)
+        self.logit_scale = nn.Parameter(torch.full(shape, math.log(10.0)))
+        if vision.class_token:      # CLIP has no bias
+            self.register_buffer("logit_bias", torch.zeros(()), persistent=False)
+        else:
+            self.logit_bias = nn.Parameter(torch.full(shape, -10.0))
         self.apply(_init)
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight)      # padding is most of a text: small differences would drown in it
-        self.vision_model.embeddings.position_embedding.weight.data.copy_(0.5 * _waves(vision.grid, vision.hidden_size))
+        self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):] = 0.5 * _waves(vision.grid, vision.hidden_size)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
@@ -324,28 +382,72 @@ class SigLIP(nn.Module):
         return self.encode_image(images), self.encode_text(ids), self.logit_scale, self.logit_bias
 
     def save_pretrained(self, folder: str):
-        config = {"model_type": "siglip", "vision_config": asdict(self.vision_config), "text_config": asdict(self.text_config)}
-        save_model(folder, self.state_dict(), config)
+        kind = "timm" if self.vision_config.timm else "clip" if self.vision_config.class_token else "siglip"
+        config = {"model_type": kind, "vision_config": asdict(self.vision_config), "text_config": asdict(self.text_config)}
+        config |= {"projection_dim": self.vision_config.projection_dim} if kind == "clip" else {}
+        theirs = {ours: name for name, ours in CLIP_NAMES.items()} if kind == "clip" else {}
+        save_model(folder, {renamed(name, theirs): value for name, value in self.state_dict().items()}, config)
 
     @classmethod
     def from_pretrained(cls, folder: str, image_size: int = 0) -> "SigLIP":
-        """A folder with config.json and model.safetensors in Hugging Face's layout; for other images than it was trained on, if image_size (pixels) is given:
-        then its position embeddings are interpolated. Raises ValueError if anything is missing, left over or misshapen."""
-        config = read_config(folder)
-        if "vision_config" not in config or "text_config" not in config:
-            raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got {', '.join(config)[:120]}")
-        vision, text = make_config(VisionConfig, config["vision_config"], folder), make_config(TextConfig, config["text_config"], folder)
+        """A folder with config.json and model.safetensors in Hugging Face's layout, of SigLIP, SigLIP2 at fixed resolution, or CLIP; for other images than it was
+        trained on, if image_size (pixels) is given: then its position embeddings are interpolated. Raises ValueError if anything is missing, left over or misshapen."""
+        vision, text = read_towers(folder)
+        if vision.timm and image_size not in (0, vision.image_size):
+            raise ValueError(f"the ViT in {folder} is timm's, for {vision.image_size} pixels, and positions of timm are not interpolated here; got image size {image_size}")
         # Checkpoints of old transformers releases also hold the positions 0, 1, 2, ... themselves.
         weights = read_weights(folder, ignore=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"))
+        if vision.class_token:
+            weights = {renamed(name, CLIP_NAMES): value for name, value in weights.items()}
         resized, name = replace(vision, image_size=image_size or vision.image_size), "vision_model.embeddings.position_embedding.weight"
         if not resized.grid:
             raise ValueError(f"images of {image_size} pixels are smaller than the patches of the SigLIP in {folder}, {vision.patch_size} pixels a side")
-        if resized.grid != vision.grid and name in weights and len(weights[name]) == vision.grid ** 2:
-            grid = weights[name].float().T.unflatten(1, (vision.grid, vision.grid))[None]
-            weights[name] = F.interpolate(grid, (resized.grid, resized.grid), mode="bicubic", align_corners=False)[0].flatten(1).T.contiguous()
+        own = int(vision.class_token)       # the class token's position stays as it is
+        if resized.grid != vision.grid and name in weights and len(weights[name]) == own + vision.grid ** 2:
+            first, rest = weights[name].float().split([own, vision.grid ** 2])
+            grid = F.interpolate(rest.T.unflatten(1, (vision.grid, vision.grid))[None], (resized.grid, resized.grid), mode="bicubic", align_corners=False)[0]
+            weights[name] = torch.cat([first, grid.flatten(1).T])
         model = cls(resized, text)
         load_weights(model, weights, folder)
         return model
+
+    @classmethod
+    def from_timm(cls, name: str, image_size: int = 0, pretrained: bool = True) -> "SigLIP":
+        """A ViT of the timm package by timm's name, such as "eva02_large_patch14_clip_224", "hf-hub:OWNER/NAME" or "local-dir:FOLDER", with its pretrained weights
+        or, if not pretrained, random ones. Raises ValueError where timm is missing, does not know it, or it is no ViT."""
+        tower = TimmTower.named(name, image_size, pretrained)
+        return cls(tower.config, TextConfig(), tower)
+
+
+# What Hugging Face's configurations of CLIP leave out, vision and text; of SigLIP, that is the defaults of our classes. The mean and deviation are OpenAI's.
+CLIP_DEFAULTS = (dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5, class_token=True,
+                      pixel_mean=[0.48145466, 0.4578275, 0.40821073], pixel_std=[0.26862954, 0.26130258, 0.27577711]),
+                 dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
+                      layer_norm_eps=1e-5, causal=True, eos_token_id=49407))
+CLIP_NAMES = {"vision_model.pre_layrnorm.": "vision_model.embeddings.pre_layrnorm.", "visual_projection.": "vision_model.head.", "text_projection.": "text_model.head."}
+
+
+def renamed(name: str, table: dict[str, str]) -> str:
+    """A tensor's name with its beginning replaced by the table's."""
+    return next((ours + name[len(theirs):] for theirs, ours in table.items() if name.startswith(theirs)), name)
+
+
+def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
+    """The sizes in the config.json of a SigLIP or CLIP, and the pixels' mean and deviation in its preprocessor_config.json, where there is one.
+    Raises ValueError for anything else."""
+    config = read_config(folder)
+    if "vision_config" not in config or "text_config" not in config:
+        raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got {', '.join(config)[:120]}")
+    kind, defaults = config.get("model_type"), {"siglip": ({}, {}), "timm": ({}, {}), "clip": CLIP_DEFAULTS}
+    if kind not in defaults:
+        raise ValueError(f"{folder}/config.json has model_type {kind!r}, expected 'siglip' (SigLIP, and SigLIP2 at fixed resolution) or 'clip'")
+    pixels = {}
+    if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
+        found = read_config(folder, "preprocessor_config.json")
+        pixels = {ours: found[theirs] for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")) if theirs in found}
+    vision, text = (make_config(cls, config[name], folder, more) for cls, name, more in
+                    ((VisionConfig, "vision_config", defaults[kind][0] | pixels), (TextConfig, "text_config", defaults[kind][1])))
+    return replace(vision, projection_dim=config.get("projection_dim", 512)) if kind == "clip" else vision, text
 
 
 def _init(module: nn.Module):
@@ -355,7 +457,8 @@ def _init(module: nn.Module):
         nn.init.normal_(module.weight, std=0.2)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _waves(grid: int, width: int) -> Tensor:
@@ -374,6 +477,64 @@ def lower(x: Tensor) -> Tensor:
 def recomputed(on: bool, function, x: Tensor) -> Tensor:
     """function(x), and, if on and training, once more in the backward pass instead of keeping what it computed."""
     return checkpoint(function, x, use_reentrant=False) if on and torch.is_grad_enabled() else function(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ViTs of the timm package: EVA-02, ViTamin, ...
+
+def timm_model(model_name: str, pretrained: bool, **more) -> nn.Module:
+    """timm.create_model without a classifier. Raises ValueError where timm cannot be imported, cannot make the model, or it is no ViT of square images."""
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:        # RuntimeError: a torchvision for another torch
+        raise ValueError(f"the backbone {model_name} needs the package timm, which cannot be imported ({str(error).splitlines()[0][:100]}); "
+                         "pip install timm, with the torchvision that fits this torch") from None
+    try:
+        model = timm.create_model(model_name, pretrained=pretrained, **more | {"num_classes": 0})
+    except Exception as error:      # timm and its hub raise nearly anything
+        raise ValueError(f"timm cannot make {model_name!r} ({type(error).__name__}: {(str(error) or '?').splitlines()[0][:150]}); "
+                         "expected a name that timm.list_models() gives, hf-hub:OWNER/NAME, or local-dir:FOLDER") from None
+    if missing := [name for name in ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "forward_head", "num_prefix_tokens") if not hasattr(model, name)]:
+        raise ValueError(f"{model_name} of timm has no {missing[0]}; expected a plain ViT, such as EVA-02 or ViTamin")
+    if len(set(model.patch_embed.grid_size)) > 1:
+        raise ValueError(f"{model_name} of timm has {model.patch_embed.grid_size} positions; expected a square")
+    return model
+
+
+class TimmTower(VisionTower):
+    """A ViT of timm. Class token and registers are the prefix; what is pooled is what timm's classifier would get."""
+
+    def __init__(self, c: VisionConfig, model: nn.Module | None = None):
+        nn.Module.__init__(self)        # none of SigLIP's parts
+        self.model = model or timm_model(pretrained=False, **c.timm)
+        self.config, self.checkpointing, self.prefix, self.pixels = c, False, self.model.num_prefix_tokens, Pixels(c)
+
+    @classmethod
+    def named(cls, name: str, image_size: int, pretrained: bool) -> "TimmTower":
+        """By timm's name. What rebuilds it is kept: of a folder or a name on the hub, the architecture and its arguments."""
+        model = timm_model(name, pretrained, **({"img_size": image_size} if image_size else {}))
+        (side, _), source, path = model.patch_embed.img_size, *name.partition(":")[::2]
+        again = {"model_name": name}
+        if path:
+            import timm
+            _, again["model_name"], arguments = getattr(timm.models, f"load_model_config_from_{'path' if source == 'local-dir' else 'hf'}")(path)
+            again |= arguments or {}
+        return cls(VisionConfig(hidden_size=model.embed_dim, num_hidden_layers=len(model.blocks), num_attention_heads=1, image_size=side, patch_size=side // model.patch_embed.grid_size[0],
+                                pixel_mean=list(model.pretrained_cfg["mean"]), pixel_std=list(model.pretrained_cfg["std"]), timm=again | {"img_size": side}), model)
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        x = self.model._pos_embed(self.model.patch_embed(self.pixels(images)))
+        return self.model.norm_pre(x[0] if isinstance(x, tuple) else x)         # EVA gives its rotations too
+
+    def run(self, x: Tensor, first: int, last: int) -> Tensor:
+        rope = self.model.rope.get_embed() if getattr(self.model, "rope", None) is not None else None
+        for n in range(first - 1, last):
+            more = {} if rope is None else {"rope": rope[n] if getattr(self.model, "rope_mixed", False) else rope}
+            x = recomputed(self.checkpointing, functools.partial(self.model.blocks[n], **more), x)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.norm(x), pre_logits=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,18 +712,20 @@ class DualTokenizer(nn.Module):
         x, taken, shortcut, pixel = vit.embeddings(images), 0, None, None
         for n in sorted({c.shallow_layer, c.deep_layer} | ({c.shortcut_layer} - {0})):
             x, taken = vit.run(x, taken + 1, n), n
+            patches = vit.patches(x)
             if n == c.shortcut_layer:
-                shortcut = self.prequant_shortcut(x)
+                shortcut = self.prequant_shortcut(patches)
             if n == c.shallow_layer:
-                pixel = self.prequant_pix(x)
+                pixel = self.prequant_pix(patches)
         if shortcut is not None:
             pixel = pixel + c.shortcut_weight * shortcut         # in code space, before quantising (release)
-        return pixel, self.prequant_sem(x)
+        return pixel, self.prequant_sem(patches)
 
     def _pool(self, deep: Tensor) -> Tensor:
-        """Quantized deep feature (B, N, C) -> pooled embedding (B, C): it *becomes* the state of the remaining layers."""
+        """Quantized deep feature (B, N, C) -> pooled embedding (B, C): it *becomes* the state of the remaining layers, of which a class token, or what else
+        stands before the patches, becomes the mean."""
         vit = self.siglip_model.vision_model
-        return vit.pool(vit.run(deep, self.config.deep_layer + 1, self.config.vision.num_hidden_layers))
+        return vit.pool(vit.run(vit.reset(deep), self.config.deep_layer + 1, self.config.vision.num_hidden_layers))
 
     def _decode(self, z_q: Tensor) -> Tensor:
         """Quantized pixel vectors (B, N, E) -> images (B, 3, H, W)."""
@@ -718,9 +881,9 @@ def write_json(path: str, content):
     os.replace(path + ".tmp", path)
 
 
-def read_config(folder: str) -> dict:
-    """config.json of a folder. Raises ValueError if there is none or it is no JSON object."""
-    path = os.path.join(folder, "config.json")
+def read_config(folder: str, name: str = "config.json") -> dict:
+    """config.json of a folder, or another. Raises ValueError if there is none or it is no JSON object."""
+    path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
@@ -733,12 +896,12 @@ def read_config(folder: str) -> dict:
     return config
 
 
-def make_config(cls, values: dict, folder: str):
-    """A dataclass from the fields that it knows; fields that others added are left alone."""
+def make_config(cls, values: dict, folder: str, defaults: dict = {}):
+    """A dataclass from the fields that it knows, `defaults` where they are left out; fields that others added are left alone."""
     if not isinstance(values, dict):
         raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {values!r}, expected an object")
     try:
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        return cls(**defaults | {f.name: values[f.name] for f in fields(cls) if f.name in values})
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{folder}/config.json does not describe a {cls.__name__}: {error}") from None
 

@@ -89,11 +89,12 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
     g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, each time others, drawn by shards where --data has many; 0: all")
-    g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP in Hugging Face's layout, or its name on the hub; default: train one first")
+    g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, SigLIP2 (fixed resolution) or CLIP in Hugging Face's layout, or its name on the hub; default: train one first")
+    g.add_argument("--backbone", default="", help="timm:NAME, a pretrained ViT of the package timm by timm's name, in place of --siglip; it has no text tower, so there is no zero-shot")
     g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; its sizes, not the preset's, count")
-    g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip, whose position embeddings are interpolated for another size")
+    g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip or --backbone, whose position embeddings are interpolated for another size")
     g = p.add_argument_group("model")
-    g.add_argument("--shallow-layer", type=int, default=0, help="layer the pixel stream leaves after; 0: the preset's, a quarter of all")
+    g.add_argument("--shallow-layer", type=lambda word: word if word == "quarter" else int(word), default=0, help="layer the pixel stream leaves after, or quarter: a quarter of all; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
     g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
     g = shared_flags(p)
@@ -103,7 +104,9 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
     args = p.parse_args(argv)
-    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, shallow_layer=0, deep_layer=0, shortcut_layer=0)
+    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0)
+    if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
+        raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
     if bool(args.vgg) != bool(args.lpips):
         raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
     if not (args.gan_start == -1 or 0 <= args.gan_start <= 1):
@@ -765,23 +768,26 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
         rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images))
         rows["real"].append(teacher(images, c.deep_layer)[1].float()), rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
         rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(), dim=-1))
-        rows["text"].append(siglip.encode_text(text_ids(captions, c.text.max_position_embeddings).to(device)))
+        if siglip.text_model:
+            rows["text"].append(siglip.encode_text(text_ids(captions, c.text.max_position_embeddings).to(device)))
         words += captions
         for s, stream in enumerate(STREAMS):
             counts[stream] += histogram(codes[:, :, s], c.codebook_size)
-    rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items()}, "captions": words})
-    metrics = {"retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
-               "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"]),
-               "psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"]),
-               "images": len(rows["captions"])}
+    rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items() if value}, "captions": words})
+    metrics = {} if siglip.text_model is None else {
+        "retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
+        "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"])}
+    metrics |= {"psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"]),
+                "images": len(rows["captions"])}
     for what, index in (("usage", 0), ("perplexity", 1)):
         by_depth = {s: usage_and_perplexity(all_reduce(counts[s].clone()))[index].tolist() for s in STREAMS}
         over_all = {s: usage_and_perplexity(all_reduce(counts[s].clone()).sum(0))[index].item() for s in STREAMS}
         metrics |= {what: over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()}, f"{what}_by_depth": by_depth}
-    if data.worlds:
+    if data.worlds and siglip.text_model:
         metrics |= {"zero_shot": zero_shot(tokenizer.pool, siglip, data, "val"), "teacher_zero_shot": zero_shot(lambda x: teacher(x)[1], siglip, data, "val"),
                     "zero_shot_held_out": zero_shot(tokenizer.pool, siglip, data, "held_out"),
                     "teacher_zero_shot_held_out": zero_shot(lambda x: teacher(x)[1], siglip, data, "held_out")}
+    if data.worlds:
         metrics["reader_originals"], metrics["reader_accuracy"] = reader_accuracy(tokenizer, data)
     tokenizer.train(was_training)
     return metrics
@@ -794,7 +800,7 @@ def compile_parts(*modules: nn.Module):
     """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they are too."""
     for module in modules:
         for part in module.modules():
-            if type(part).__name__ in ("Layer", "Decoder", "LLMLayer", "DepthLayer"):
+            if type(part).__name__ in ("Layer", "Block", "EvaBlock", "Decoder", "LLMLayer", "DepthLayer"):
                 part.compile()
 
 
@@ -867,8 +873,8 @@ class TokenizerStage(Stage):
         started = {"init": digest(init)} if init else {}
         self.model = (init or DualTokenizer(config, siglip)).to(ranks.device).train()
         siglip = self.model.siglip_model
-        for part in (siglip.text_model, siglip.logit_scale, siglip.logit_bias):
-            part.requires_grad_(False)
+        for name, p in siglip.named_parameters():
+            p.requires_grad_(name.startswith("vision_model."))
         self.model.checkpointing(args.checkpointing)
         self.perceptual = load_lpips(args.vgg, args.lpips).to(ranks.device) if args.vgg else None
         if args.compile:
@@ -975,9 +981,11 @@ def main(argv=None):
                 lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
                 gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
     changes = {name: getattr(args, name) for name in ("shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
+    changes |= {"shallow_layer": 0} if args.shallow_layer == "quarter" else {}
     args.siglip = args.siglip and hub.folder(args.siglip)
     init = load_init(args, changes) if args.init else None
-    siglip = SigLIP.from_pretrained(args.siglip, init.config.vision.image_size if init else args.image_size) if args.siglip else None
+    side = init.config.vision.image_size if init else args.image_size
+    siglip = SigLIP.from_pretrained(args.siglip, side) if args.siglip else SigLIP.from_timm(args.backbone[5:], side, not args.bench) if args.backbone else None
     if siglip:
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
     config = init.config if init else preset_config(args.preset, args.image_size, **changes)
@@ -992,9 +1000,11 @@ def main(argv=None):
         data.batches(batch)                 # raises before anything is written
     ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
 
-    trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if siglip else config.vision.image_size
+    trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if args.siglip else config.vision.image_size
     if trained_for != config.vision.image_size:
         ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {config.vision.image_size}")
+    if siglip and siglip.text_model is None:
+        ranks.say(f"{args.backbone or args.siglip} has no text tower: zero-shot and retrieval are left out")
 
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
@@ -1021,13 +1031,13 @@ def main(argv=None):
 
 
 def load_init(args, changes: dict) -> DualTokenizer:
-    """The tokenizer of --init. Its teacher is --siglip, by default the SigLIP that lies beside a tokenizer of ours."""
+    """The tokenizer of --init. Its teacher is --siglip or --backbone, by default the SigLIP that lies beside a tokenizer of ours."""
     if changes or args.image_size:
         raise ValueError(f"--image-size and the layers are those of the tokenizer in --init {args.init}; leave these flags out")
     ours = read_config(args.init).get("model_type") == "dualtoken"
-    if ours and not args.siglip:
+    if ours and not args.siglip and not args.backbone:
         args.siglip = os.path.join(args.init, "siglip")
-    if not args.siglip:
+    if not args.siglip and not args.backbone:
         raise ValueError(f"--init {args.init} is in the released layout, without the SigLIP that its training compares with; give it with --siglip")
     return DualTokenizer.from_pretrained(args.init) if ours else DualTokenizer.from_released(args.init, args.siglip)
 
