@@ -1282,7 +1282,8 @@ def test_tokenizer_vocabulary_goes_with_the_weights(tmp_path):
     again = DualTokenizer.from_pretrained(str(tmp_path / "c")).siglip_model
     assert torch.equal(again.text_ids(MIXED_TEXTS), siglip.text_ids(MIXED_TEXTS)) and (siglip.text_ids(MIXED_TEXTS)[:4, 3] > 2).all() and not list(tmp_path.rglob("*.tmp"))
     DualTokenizer(preset_config("nano")).save_pretrained(str(tmp_path / "c"))        # a vocabulary that was left behind is not that of bytes
-    assert DualTokenizer.from_pretrained(str(tmp_path / "c")).siglip_model.text_ids(["a"])[0, :2].tolist() == [97, 256]
+    again = DualTokenizer.from_pretrained(str(tmp_path / "c")).siglip_model
+    assert again.text_ids(["a"])[0, :2].tolist() == [97, 256] and not again.vocabulary.files
 
 
 def test_tokenizer_vocabulary_errors_are_sentences(tmp_path, monkeypatch):
@@ -1752,21 +1753,19 @@ def test_train_retrieval_counts_words_not_rows():
 
 
 def test_train_retrieval_of_several_captions_is_the_slow_one():
-    """Over chunks of pictures; a picture's caption may be another's too, and one picture has none."""
+    """Over chunks of pictures; a picture's caption may be another's too, and some have none."""
     torch.manual_seed(0)
-    image, text = F.normalize(torch.randn(2100, 4), dim=-1), F.normalize(torch.randn(500, 4), dim=-1)
-    owner, words = [3 * (k // 2) for k in range(500)], [f"caption {k % 450}" for k in range(500)]
-    pictures = sorted(set(owner))
-    own = {p: {w for w, o in zip(words, owner) if o == p} for p in pictures}
+    image, text = F.normalize(torch.randn(4200, 4), dim=-1), F.normalize(torch.randn(2500, 4), dim=-1)
+    owner, words, own = [2 * (k % 2100) for k in range(2500)], [f"caption {k % 2450}" for k in range(2500)], {}
+    for picture, caption in zip(owner, words):
+        own.setdefault(picture, set()).add(caption)
+    image[::200] = text[[k for k in range(2100) if 2 * k % 200 == 0]]      # chance alone would hit next to nothing
+    pictures = sorted(own)
     similar = image[pictures] @ text.T
     i2t = [words[k] in own[p] for p, k in zip(pictures, similar.argmax(1).tolist())]
     t2i = [w in own[pictures[n]] for w, n in zip(words, similar.argmax(0).tolist())]
-    found = train_tokenizer.retrieval(image, text, words, owner)
-    assert found == {"i2t": sum(i2t) / 250, "t2i": sum(t2i) / 500}
-    image[[3 * n for n in range(250)]] = text[::2]
-    image[999:1300] = -text[0]
-    found = train_tokenizer.retrieval(image, text, words, owner)
-    assert found["i2t"] == 1 and found["t2i"] >= 0.5
+    assert sum(i2t) >= 20 and sum(t2i) >= 20
+    assert train_tokenizer.retrieval(image, text, words, owner) == {"i2t": sum(i2t) / 2100, "t2i": sum(t2i) / 2500}
 
 
 class Together:
@@ -1787,12 +1786,12 @@ class Together:
 
 
 def measured(files, count=1):
-    """`evaluate_files` by models that see a picture's grey level and read its number in words; the teacher takes 40 for 80. -> metrics of all ranks, what was said."""
-    spot = lambda levels: torch.eye(256)[levels.long()]
+    """`evaluate_files` by models that see a picture's grey level and read its number in words; the teacher takes 40 for 79. -> metrics of all ranks, what was said."""
+    spot = lambda levels: F.normalize(torch.exp(-(torch.arange(256) - levels[:, None]) ** 2 / 800), dim=-1)
     level = lambda images: ((images.mean((1, 2, 3)) + 1) * 127.5).round()
     siglip = SimpleNamespace(text_ids=lambda texts: torch.tensor([[int(re.search(r"\d+", text)[0])] for text in texts]), encode_text=lambda ids: spot(ids[:, 0]))
     model = SimpleNamespace(training=False, eval=lambda: None, train=lambda on: None, siglip_model=siglip, pool=lambda images: 3 * spot(level(images)))
-    teacher = lambda images: (None, spot(torch.where(level(images) == 40, 80, level(images))))
+    teacher = lambda images: (None, spot(torch.where(level(images) == 40, 79, level(images))))
     barrier, shared, found = threading.Barrier(count), {}, {}
 
     def work(rank):
@@ -1844,7 +1843,7 @@ def test_train_retrieval_on_files_is_what_was_made(tmp_path, count, form):
     for value in (40, 80, 120, 160):
         Image.new("RGB", (20, 20), (value,) * 3).save(tmp_path / f"Images/{value}.png")
     (tmp_path / "Images/7.png").write_bytes(b"broken")
-    pairs = [("40.png", "grey, 40"), ("40.png", 'the "darkest" 41'), ("80.png", "about 80"), ("gone.png", "is 33"), ("120.png", "80 in words"), ("120.png", "120"), ("160.png", "44"),
+    pairs = [("40.png", "grey, 40"), ("40.png", 'the "darkest" 41'), ("80.png", "about 80"), ("gone.png", "is 33"), ("120.png", "84 in words"), ("120.png", "120"), ("160.png", "44"),
              ("7.png", "7")]
     if form == "csv":
         text = "image,caption\n" + "".join(f'{name},"{words.replace(chr(34), chr(34) * 2)}"\r\n' for name, words in pairs)
@@ -1854,11 +1853,10 @@ def test_train_retrieval_on_files_is_what_was_made(tmp_path, count, form):
     captions = train_tokenizer.read_captions(str(tmp_path / "captions.txt"), "")
     assert captions[1][:2] == ["grey, 40", 'the "darkest" 41'] and captions[3] == ["gone.png"]
     found = measured(((), captions), count)
-    for metrics, _ in found.values():       # likenesses of nothing are all 0, so that the first wins: 160 finds "grey, 40", and 41 and 44 find picture 40
+    for metrics, _ in found.values():       # 160 finds 120; 84 finds 80, and 44 finds 40
         numbers = {name: value for name, value in metrics.items() if name.startswith("retrieval_")}
         assert numbers == {"retrieval_images": 4, "retrieval_captions": 6, "retrieval_missing": 1, "retrieval_broken": 1}
-        if count == 1:
-            assert metrics["retrieval"] == {"i2t": 3 / 4, "t2i": 4 / 6} and metrics["teacher_retrieval"] == {"i2t": 2 / 4, "t2i": 3 / 6}
+        assert metrics["retrieval"] == {"i2t": 3 / 4, "t2i": 4 / 6} and metrics["teacher_retrieval"] == {"i2t": 2 / 4, "t2i": 4 / 6}
     said = " ".join(found[0][1])
     assert "gone.png is not there" in said and "7.png: cannot be read" in said
     shutil.move(tmp_path / "Images", tmp_path / "elsewhere")

@@ -773,7 +773,8 @@ def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], li
                        if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."))
         if not found:
             raise ValueError(f"the class folder {os.path.join(folder, name)} has no pictures; fill it, or take the class out")
-        paths, labels = paths + found, labels + [n] * len(found)
+        paths += found
+        labels += [n] * len(found)
     return paths, labels, [[line.replace("{}", word) for line in prompts] for word in words]
 
 
