@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import socket
+import string
 import struct
 import subprocess
 import sys
@@ -47,7 +48,7 @@ from losses import (Discriminator, Moments, Weights, adaptive_weight, discrimina
                     tokenizer_losses, weighted)
 from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import ResidualVQ, histogram, usage_and_perplexity
-from tokenizer import ACTIVATIONS, DualTokenizer, Projection, SigLIP, TextConfig, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers, text_ids
+from tokenizer import ACTIVATIONS, DualTokenizer, Projection, SigLIP, TextConfig, TextVocabulary, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("NANODUALTOKEN_SHARED", "/nowhere")
@@ -1707,9 +1708,112 @@ def test_tokenizer_shape_errors_are_sentences(tokenizer):
             wrong()
 
 
+# --- text
+
+MIXED_TEXTS = ["A photo of a RED circle, left of a blue square!", "It's the dog's 2nd-best frisbee; nobody (really) threw it.", "Größe ÄÖÜ: naïve café, \u6771\u4eac 123",
+         "two small   children\tplaying\nin THE snow", "", "  ", "dog " * 90, "unknown \U0001f436 \u03a9", "a.b,c <tag> {x}_y"]
+
+
+def text_vocabulary(kind, folder, normaliser=True):
+    """A small tokenizer.json of the published ones' form -> the number of its ids."""
+    tk = pytest.importorskip("tokenizers", reason="tokenizers is not installed: no vocabularies")
+    n, p, train = tk.normalizers, tk.pre_tokenizers, tk.trainers
+    if kind == "SigLIP":
+        t, cleaned = tk.Tokenizer(tk.models.Unigram()), [n.Lowercase(), n.Replace(tk.Regex("[" + "".join("\\" + c for c in string.punctuation) + "]"), "")]
+        t.normalizer = n.Sequence(cleaned * normaliser + [n.Replace(tk.Regex(r"\s+"), " "), n.Strip()])
+        t.pre_tokenizer = p.Metaspace()
+        t.train_from_iterator(MIXED_TEXTS[:4] * 50, train.UnigramTrainer(vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+        t.post_processor = tk.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    elif kind == "SigLIP2":
+        t = tk.Tokenizer(tk.models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        t.normalizer, t.pre_tokenizer = n.Replace(" ", "\u2581"), p.Split(" ", "merged_with_previous")
+        specials = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        t.train_from_iterator([text.lower() for text in MIXED_TEXTS[:2]] + ["A B R", "</s>"], train.BpeTrainer(vocab_size=380, special_tokens=specials, show_progress=False))
+        t.post_processor = tk.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    else:
+        t = tk.Tokenizer(tk.models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+        t.normalizer = n.Sequence([n.NFC(), n.Replace(tk.Regex(r"\s+"), " "), n.Lowercase()])
+        words = tk.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        t.pre_tokenizer = p.Sequence([p.Split(words, "removed", invert=True), p.ByteLevel(add_prefix_space=False)])
+        t.train_from_iterator(MIXED_TEXTS[:4], train.BpeTrainer(vocab_size=600, special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=p.ByteLevel.alphabet(),
+                                                          end_of_word_suffix="</w>", show_progress=False))
+        t.post_processor = tk.processors.RobertaProcessing(("<|endoftext|>", 1), ("<|startoftext|>", 0), add_prefix_space=False)
+    t.enable_padding(length=5)          # some published files ask for such things
+    t.enable_truncation(max_length=5)
+    os.makedirs(folder, exist_ok=True)
+    t.save(os.path.join(folder, "tokenizer.json"))
+    return t.get_vocab_size()
+
+
+def text_reader(kind, folder, length=64, **more):
+    size = text_vocabulary(kind, folder, **more)
+    return TextVocabulary(TextConfig(vocab_size=size, max_position_embeddings=length), folder)
+
+
+@pytest.mark.parametrize("kind, cls, length", [("SigLIP", "PreTrainedTokenizerFast", 64), ("SigLIP", "PreTrainedTokenizerFast", 16), ("SigLIP2", "Siglip2Tokenizer", 64),
+                                               ("CLIP", "CLIPTokenizer", 77)])
+def test_tokenizer_text_ids_are_transformers(kind, cls, length, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
+    marks = {"SigLIP": dict(eos_token="</s>", pad_token="</s>", unk_token="<unk>"), "CLIP": dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
+             "SigLIP2": dict(eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", add_bos_token=False, add_eos_token=True)}[kind]
+    ours = text_reader(kind, str(tmp_path), length)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**marks, "tokenizer_class": cls, "padding_side": "right", "model_max_length": length}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(theirs).__name__ in (cls, "TokenizersBackend")
+    expected = theirs(MIXED_TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+    assert expected.shape == (len(MIXED_TEXTS), length) and torch.equal(ours.ids(MIXED_TEXTS), expected) and ours.ids([]).shape == (0, length)
+
+
+def test_tokenizer_text_is_prepared_as_in_training(tmp_path):
+    """SigLIP reads neither capitals nor punctuation, also where its tokenizer.json leaves that to the processor; SigLIP2 reads punctuation; every text ends in its mark."""
+    loud, quiet = "  It's THE\tdog's; (really)!", "its the dogs really"
+    for kind, alike in (("SigLIP", True), ("SigLIP2", False), ("CLIP", False)):
+        reader = text_reader(kind, str(tmp_path / kind), **({"normaliser": False} if kind == "SigLIP" else {}))
+        ids = reader.ids([loud, quiet, loud.lower(), "dog " * 90])
+        assert torch.equal(ids[0], ids[1]) == alike and torch.equal(ids[0], ids[2])
+        assert ids[3, -1] == 1 and ids[1, -1] == {"SigLIP": 1, "SigLIP2": 0, "CLIP": 1}[kind] and (ids[:, 0] == 0).all() == (kind == "CLIP")
+
+
 def test_tokenizer_text_ids_are_bytes():
-    ids = text_ids(["ab", "", "é" * 9], 6)
-    assert ids.tolist() == [[97, 98, 256, 256, 256, 256], [256] * 6, [195, 169] * 3]
+    ids = TextVocabulary(TextConfig(vocab_size=257, max_position_embeddings=6)).ids(["ab", "", "é" * 9])
+    assert ids.tolist() == [[97, 98, 256, 256, 256, 256], [256] * 6, [195, 169] * 3] and ids.dtype == torch.int64
+
+
+def test_tokenizer_vocabulary_goes_with_the_weights(tmp_path):
+    c = preset_config("nano")
+    c.text.vocab_size = text_vocabulary("SigLIP", str(tmp_path / "a"))
+    SigLIP(c.vision, c.text).save_pretrained(str(tmp_path / "a"))
+    siglip = SigLIP.from_pretrained(str(tmp_path / "a"))
+    siglip.save_pretrained(str(tmp_path / "b"))
+    DualTokenizer(c, SigLIP.from_pretrained(str(tmp_path / "b"))).save_pretrained(str(tmp_path / "c"))
+    again = DualTokenizer.from_pretrained(str(tmp_path / "c")).siglip_model
+    assert torch.equal(again.text_ids(MIXED_TEXTS), siglip.text_ids(MIXED_TEXTS)) and (siglip.text_ids(MIXED_TEXTS)[:4, 3] > 2).all() and not list(tmp_path.rglob("*.tmp"))
+    DualTokenizer(preset_config("nano")).save_pretrained(str(tmp_path / "c"))        # a vocabulary that was left behind is not that of bytes
+    again = DualTokenizer.from_pretrained(str(tmp_path / "c")).siglip_model
+    assert again.text_ids(["a"])[0, :2].tolist() == [97, 256] and not again.vocabulary.files
+
+
+def test_tokenizer_vocabulary_errors_are_sentences(tmp_path, monkeypatch):
+    size = text_vocabulary("SigLIP", str(tmp_path))
+
+    def words(content=None, size=size):
+        if content is not None:
+            (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            TextVocabulary(TextConfig(vocab_size=size), str(tmp_path)).ids(["a"])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    whole = (tmp_path / "tokenizer.json").read_bytes()
+    assert f"has {size} ids up to {size - 1}, and the text tower a table of 32,000" in words(size=32000)
+    assert "is damaged, or no vocabulary" in words(whole[:500]) and "is damaged, or no vocabulary" in words(b"{}") and "is damaged, or no vocabulary" in words(pickle.dumps(print))
+    assert "has the marks of none of CLIP, SigLIP2, SigLIP" in words(whole.replace(b"</s>", b"[SEP]"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install tokenizers" in words(whole)
+    os.remove(tmp_path / "tokenizer.json")
+    assert f"the text tower has {size} ids, and no {tmp_path}/tokenizer.json says which they are" in words()
+    with pytest.raises(ValueError, match="put the checkpoint's tokenizer.json there"):
+        SigLIP(VisionConfig(**preset_config("nano").vision.__dict__), TextConfig(**{**preset_config("nano").text.__dict__, "vocab_size": 300})).text_ids(["a"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2251,6 +2355,210 @@ def test_train_retrieval_counts_words_not_rows():
     assert train_tokenizer.retrieval(e, e[[1, 0, 2, 3]], ["a", "a", "b", "c"]) == {"i2t": 1.0, "t2i": 1.0}
     assert train_tokenizer.retrieval(e, e[[1, 0, 2, 3]], ["a", "d", "b", "c"]) == {"i2t": 0.5, "t2i": 0.5}
     assert train_tokenizer.retrieval(e, e, ["", "", "", "a"]) == {}
+
+
+def test_train_retrieval_of_several_captions_is_the_slow_one():
+    """Over chunks of pictures; a picture's caption may be another's too, and some have none."""
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(4200, 4), dim=-1), F.normalize(torch.randn(2500, 4), dim=-1)
+    owner, words, own = [2 * (k % 2100) for k in range(2500)], [f"caption {k % 2450}" for k in range(2500)], {}
+    for picture, caption in zip(owner, words):
+        own.setdefault(picture, set()).add(caption)
+    image[::200] = text[[k for k in range(2100) if 2 * k % 200 == 0]]      # chance alone would hit next to nothing
+    pictures = sorted(own)
+    similar = image[pictures] @ text.T
+    i2t = [words[k] in own[p] for p, k in zip(pictures, similar.argmax(1).tolist())]
+    t2i = [w in own[pictures[n]] for w, n in zip(words, similar.argmax(0).tolist())]
+    assert sum(i2t) >= 20 and sum(t2i) >= 20
+    assert train_tokenizer.retrieval(image, text, words, owner) == {"i2t": sum(i2t) / 2100, "t2i": sum(t2i) / 2500}
+
+
+class Together:
+    """Ranks as threads: what `gather_rows` exchanges, all of them see."""
+
+    def __init__(self, rank, count, barrier=None, shared=None):
+        self.rank, self.count, self.first, self.device, self.barrier, self.shared, self.said = rank, count, rank == 0, torch.device("cpu"), barrier, shared, []
+
+    def say(self, *words):
+        self.said += words if self.first else ()
+
+    def gather_rows(self, rows):
+        self.shared[self.rank] = rows
+        self.barrier.wait()
+        parts = [self.shared[r] for r in range(self.count)]
+        self.barrier.wait()
+        return {name: torch.cat([p[name] for p in parts]) if isinstance(value, torch.Tensor) else sum((p[name] for p in parts), []) for name, value in rows.items()}
+
+
+def measured(files, count=1):
+    """`evaluate_files` by models that see a picture's grey level and read its number in words; the teacher takes 40 for 79. -> metrics of all ranks, what was said."""
+    spot = lambda levels: F.normalize(torch.exp(-(torch.arange(256) - levels[:, None]) ** 2 / 800), dim=-1)
+    level = lambda images: ((images.mean((1, 2, 3)) + 1) * 127.5).round()
+    siglip = SimpleNamespace(text_ids=lambda texts: torch.tensor([[int(re.search(r"\d+", text)[0])] for text in texts]), encode_text=lambda ids: spot(ids[:, 0]))
+    model = SimpleNamespace(training=False, eval=lambda: None, train=lambda on: None, siglip_model=siglip, pool=lambda images: 3 * spot(level(images)))
+    teacher = lambda images: (None, spot(torch.where(level(images) == 40, 79, level(images))))
+    barrier, shared, found = threading.Barrier(count), {}, {}
+
+    def work(rank):
+        ranks = Together(rank, count, barrier, shared)
+        data = SimpleNamespace(ranks=ranks, size=16, args=SimpleNamespace(workers=0), _signed=lambda images: images.float() / 127.5 - 1)
+        found[rank] = train_tokenizer.evaluate_files(model, teacher, data, *files), ranks.said
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    return found
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """Three classes of grey pictures; two pictures in wrong folders, one broken."""
+    for name, levels in {"c40": (40, 40, 80), "a120": (120,) * 4, "b80": (80, 80, 80, 120)}.items():
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for n, value in enumerate(levels):
+            Image.new("RGB", (20, 20), (value,) * 3).save(tmp_path / "val" / name / f"{n}.png")
+    (tmp_path / "val/a120/9.jpg").write_bytes(b"broken")
+    (tmp_path / "val/list.txt").write_text("no class")
+    return str(tmp_path / "val")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_train_zero_shot_on_files_is_what_was_made(class_folders, tmp_path, count):
+    (tmp_path / "names").write_text("120, the brightest\n80\n\n40\n")
+    classes = train_tokenizer.read_classes(class_folders, str(tmp_path / "names"), "")
+    assert classes[2] == [["a photo of a 120."], ["a photo of a 80."], ["a photo of a 40."]]
+    found = measured((classes, ()), count)
+    for metrics, _ in found.values():
+        assert metrics == {"zero_shot": 9 / 11, "teacher_zero_shot": 7 / 11, "zero_shot_images": 11, "zero_shot_classes": 3, "zero_shot_broken": 1}
+    assert "9.jpg: cannot be read as an image" in " ".join(found[0][1]) and train_tokenizer.read_classes(class_folders, "", "")[2][1] == ["a photo of a b80."]
+
+
+def test_train_templates_are_averaged_as_the_formula_says(tmp_path):
+    torch.manual_seed(0)
+    table = F.normalize(torch.randn(500, 8), dim=-1)
+    siglip = SimpleNamespace(text_ids=lambda texts: torch.tensor([[int(text)] for text in texts]), encode_text=lambda ids: table[ids[:, 0]])
+    prompts = [[str(3 * n + t) for t in range(3)] for n in range(100)]
+    found = train_tokenizer.text_vectors(siglip, prompts, Together(0, 1, threading.Barrier(1), {}), "")
+    torch.testing.assert_close(found, F.normalize(torch.stack([table[3 * n] + table[3 * n + 1] + table[3 * n + 2] for n in range(100)]), dim=-1))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("form", ["csv", "token"])
+def test_train_retrieval_on_files_is_what_was_made(tmp_path, count, form):
+    (tmp_path / "Images").mkdir()
+    for value in (40, 80, 120, 160):
+        Image.new("RGB", (20, 20), (value,) * 3).save(tmp_path / f"Images/{value}.png")
+    (tmp_path / "Images/7.png").write_bytes(b"broken")
+    pairs = [("40.png", "grey, 40"), ("40.png", 'the "darkest" 41'), ("80.png", "about 80"), ("gone.png", "is 33"), ("120.png", "84 in words"), ("120.png", "120"), ("160.png", "44"),
+             ("7.png", "7")]
+    if form == "csv":
+        text = "image,caption\n" + "".join(f'{name},"{words.replace(chr(34), chr(34) * 2)}"\r\n' for name, words in pairs)
+    else:
+        text = "".join(f"{name}#{n}\t{words}\n" for n, (name, words) in enumerate(pairs))
+    (tmp_path / "captions.txt").write_text(text, newline="")
+    captions = train_tokenizer.read_captions(str(tmp_path / "captions.txt"), "")
+    assert captions[1][:2] == ["grey, 40", 'the "darkest" 41'] and captions[3] == ["gone.png"]
+    found = measured(((), captions), count)
+    for metrics, _ in found.values():       # 160 finds 120; 84 finds 80, and 44 finds 40
+        numbers = {name: value for name, value in metrics.items() if name.startswith("retrieval_")}
+        assert numbers == {"retrieval_images": 4, "retrieval_captions": 6, "retrieval_missing": 1, "retrieval_broken": 1}
+        assert metrics["retrieval"] == {"i2t": 3 / 4, "t2i": 4 / 6} and metrics["teacher_retrieval"] == {"i2t": 2 / 4, "t2i": 4 / 6}
+    said = " ".join(found[0][1])
+    assert "gone.png is not there" in said and "7.png: cannot be read" in said
+    shutil.move(tmp_path / "Images", tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="of the 6 images that .* names, 0 are in .*; name their folder with --retrieval-images"):
+        train_tokenizer.read_captions(str(tmp_path / "captions.txt"), "")
+    assert train_tokenizer.read_captions(str(tmp_path / "captions.txt"), str(tmp_path / "elsewhere"))[1] == captions[1]
+
+
+def test_train_bad_evaluation_files_end_in_a_sentence(class_folders, tmp_path):
+    def words(*argv):
+        return stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
+
+    def written(text):
+        (tmp_path / "file").write_bytes(text.encode() if isinstance(text, str) else text)
+        return str(tmp_path / "file")
+
+    classes = ["--zero-shot-data", class_folders]
+    assert "has 3 folders, and" in words(*classes, "--class-names", written("a\nb\n")) and "names 2 classes" in words(*classes, "--class-names", written("a\nb\n"))
+    assert "'a photo' has no {}" in words(*classes, "--templates", written("{}\na photo")) and "is empty" in words(*classes, "--templates", written("\n"))
+    assert "no text in UTF-8" in words(*classes, "--class-names", written(b"\xff\xfe\0")) and "is no folder" in words("--zero-shot-data", written("x"))
+    assert "go with --zero-shot-data" in words("--templates", written("{}")) and "--retrieval-images with" in words("--retrieval-images", str(tmp_path))
+    for text, expected in (("picture,caption\na,b", "another first line"), ("image,caption\na.png\n", "line 2: got ['a.png']"), ("image,caption\na.png,x\nb.png,y,z\n", "line 3"),
+                           ('image,caption\na.png,"never closed', "cannot be read"), ("a.png#0\tx\nb.png x\n", "line 2"), ("a.png\tx\n", "line 1"), (b"image,caption\na,\xff", "cannot be read"),
+                           ("image,caption\na.png,x\n", "of the 1 images"), ("", "another first line")):
+        assert expected in words("--retrieval-data", written(text)), text
+    os.mkdir(os.path.join(class_folders, "d"))
+    assert f"the class folder {class_folders}/d has no pictures" in words(*classes)
+    assert not os.path.exists(tmp_path / "run")
+
+
+def test_train_evaluates_alone_and_keeps_what_was_said_of_training(run_folder, class_folders, tmp_path, capsys):
+    shutil.copytree(run_folder, tmp_path / "run")
+    before = json.load(open(run_folder / "metrics.json"))
+    (tmp_path / "run/metrics.json").write_text(json.dumps({**before, "psnr": -1.0, "of_an_older_evaluation": 3}))
+    evaluate = lambda *more: train_tokenizer.main(["--eval", "--out", str(tmp_path / "run"), "--device", "cpu", "--eval-images", "24", *more])
+    evaluate()
+    after = json.load(open(tmp_path / "run/metrics.json"))
+    evaluated = after.pop("evaluated")
+    assert after == before and evaluated["data"] == "plain" and evaluated["seconds"] > 0
+    assert equal(load_file(tmp_path / "run/model.safetensors"), load_file(run_folder / "model.safetensors")) and len(log(tmp_path / "run")) == len(log(run_folder))
+    (tmp_path / "captions").write_text("image,caption\nc40/0.png,40\na120/1.png,120\n")
+    more = ["--zero-shot-data", class_folders, "--retrieval-data", str(tmp_path / "captions"), "--retrieval-images", class_folders]
+    evaluate("--data", "textured", *more)
+    other = json.load(open(tmp_path / "run/metrics.json"))
+    assert other["data"] == "plain" and other["evaluated"]["data"] == "textured" and other["psnr"] != before["psnr"] and other["zero_shot_images"] == 11
+    train(tmp_path / "trained", "--siglip", str(run_folder / "siglip"), "--steps", "2", *more)      # the same files at the end of training
+    trained = json.load(open(tmp_path / "trained/metrics.json"))
+    train_tokenizer.main(["--eval", "--init", str(tmp_path / "trained"), "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path / "there"), "--device", "cpu", "--eval-images", "24", *more])
+    there = json.load(open(tmp_path / "there/metrics.json"))
+    assert there["evaluated"]["tokenizer"] == str(tmp_path / "trained") and there["preset"] == "nano" and "steps" not in there and trained["retrieval_images"] == 2
+    assert all(there[name] == trained[name] for name in trained if name not in train_tokenizer.FACTS)
+    assert {name for name in trained if name in train_tokenizer.FACTS} == set(train_tokenizer.FACTS)
+    assert "9.jpg" in capsys.readouterr().out
+    assert "--steps would do nothing" in stopped("--eval", "--steps", "3") and "without the SigLIP" in stopped("--eval", "--out", str(tmp_path / "trained"))
+    assert "holds another tokenizer" in stopped("--eval", "--init", str(run_folder), "--out", str(tmp_path / "trained"))
+    (tmp_path / "run/metrics.json").write_text("[1")
+    assert "cannot be kept" in stopped("--eval", "--out", str(tmp_path / "run"), "--device", "cpu")
+
+
+def test_train_evaluates_the_released_layout(tmp_path, monkeypatch):
+    folder = os.path.join(SHARED, "fixtures/released-layout")
+    if not os.path.isdir(folder):
+        pytest.skip("no released-layout fixture: set NANODUALTOKEN_SHARED")
+    decode = DualTokenizer.decode
+    monkeypatch.setattr(DualTokenizer, "decode", lambda self, codes: F.interpolate(decode(self, codes), size=56))     # the fixture's decoder paints 48 pixels of 56
+    DualTokenizer.from_released(folder).siglip_model.save_pretrained(str(tmp_path / "siglip"))
+    argv = ["--eval", "--init", folder, "--siglip", str(tmp_path / "siglip"), "--out", str(tmp_path / "out"), "--device", "cpu", "--eval-images", "4"]
+    train_tokenizer.main(argv)
+    metrics = json.load(open(tmp_path / "out/metrics.json"))
+    assert metrics["preset"] == "released" and metrics["images"] == 4 and "zero_shot" not in metrics and sorted(os.listdir(tmp_path / "out")) == ["metrics.json"]
+
+
+def test_train_reads_a_pretrained_vocabulary(class_folders, tmp_path, capsys):
+    """And goes on without it, once told that text is not measured; then asking for such a measure is an error before any training."""
+    c = preset_config("nano")
+    c.text.vocab_size = text_vocabulary("SigLIP", str(tmp_path / "siglip"))
+    SigLIP(c.vision, c.text).save_pretrained(str(tmp_path / "siglip"))
+    shutil.copytree(tmp_path / "siglip", tmp_path / "silent")
+    os.remove(tmp_path / "silent/tokenizer.json")
+    train(tmp_path / "a", "--siglip", str(tmp_path / "siglip"), "--steps", "2")
+    assert "not measured" not in capsys.readouterr().out and (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "siglip/tokenizer.json").read_bytes()
+    train(tmp_path / "b", "--siglip", str(tmp_path / "silent"), "--steps", "2")
+    assert capsys.readouterr().out.count("zero-shot and retrieval are not measured: the text tower has") == 1
+    a, b = (json.load(open(tmp_path / name / "metrics.json")) for name in "ab")
+    assert set(a) - set(b) == {"zero_shot", "teacher_zero_shot", "zero_shot_held_out", "teacher_zero_shot_held_out", "retrieval", "teacher_retrieval"} and a["psnr"] == b["psnr"]
+    for argv in (["--siglip", str(tmp_path / "silent")], ["--eval", "--init", str(tmp_path / "b"), "--siglip", str(tmp_path / "siglip")]):
+        assert "tokenizer.json says which they are" in stopped("--device", "cpu", "--zero-shot-data", class_folders, "--out", str(tmp_path / "c"), *argv)
+    (tmp_path / "siglip/tokenizer.json").write_text("{")
+    assert "is damaged, or no vocabulary" in stopped(*TINY, "--siglip", str(tmp_path / "siglip"), "--out", str(tmp_path / "c"))
+    assert not os.path.exists(tmp_path / "c")
+
+
+def test_train_own_siglips_read_bytes(tmp_path, monkeypatch):
+    """Also where the preset's pretrained one does not."""
+    monkeypatch.setitem(train_tokenizer.PRESETS, "nano", {**train_tokenizer.PRESETS["nano"], "text": {**train_tokenizer.PRESETS["nano"]["text"], "vocab_size": 32000}})
+    train(tmp_path, "--siglip-steps", "2", "--steps", "2")
+    assert len(load_file(tmp_path / "siglip/model.safetensors")["text_model.embeddings.token_embedding.weight"]) == 257
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4202,7 +4510,7 @@ def test_project_every_flag_is_read_and_explained(script):
 
 
 def test_project_imports_only_what_requirements_name():
-    allowed = {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken", "data", "rvq", "losses", "tokenizer", "mllm", "train_tokenizer", "train_mllm"}
+    allowed = {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken", "data", "rvq", "losses", "tokenizer", "mllm", "train_tokenizer", "train_mllm", "tokenizers"}
     named = open(os.path.join(HERE, "requirements.txt"), encoding="utf-8").read().replace("pillow", "PIL")
     for path in glob.glob(os.path.join(HERE, "*.py")) + glob.glob(os.path.join(HERE, "data/*.py")):
         if not path.endswith("test_all.py"):

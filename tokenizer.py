@@ -17,9 +17,11 @@ Letters: B batch, N image positions, C width, E code dimension, D depth, K codeb
 """
 
 import functools
+import importlib.util
 import json
 import math
 import os
+import string
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -173,16 +175,72 @@ def preset_config(name: str, image_size: int = 0, **changes) -> TokenizerConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # text: captions to ids
 
-PAD = 256       # after the 256 bytes
+BYTES, PAD = 257, 256       # ids of a tower that reads UTF-8 bytes, and the one after the 256 bytes
 
 
-def text_ids(captions: list[str], length: int) -> Tensor:
-    """UTF-8 bytes, padded with PAD to `length`; longer captions are cut: list of B strings -> (B, length) int64."""
-    rows = torch.full((len(captions), length), PAD)
-    for row, caption in zip(rows, captions):
-        data = caption.encode("utf-8")[:length]
-        row[:len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else row[:0]
-    return rows
+class TextVocabulary:
+    """Captions to the ids that a text tower was trained on. A table of 257 rows reads UTF-8 bytes; any other goes with the tokenizer.json of its folder, SigLIP's
+    (Unigram), SigLIP2's (Gemma's) or CLIP's, read by the package tokenizers when a caption first comes. Nothing of it is unpickled."""
+    # First, last and padding id as published, and what their processors do beforehand: big_vision trained SigLIP without capitals and punctuation, SigLIP2 without capitals.
+    KINDS = {"CLIP": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", str), "SigLIP2": ("", "<eos>", "<pad>", str.lower),
+             "SigLIP": ("", "</s>", "</s>", lambda text: " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split()))}
+
+    def __init__(self, config: TextConfig | None, folder: str = ""):
+        """config: None where there is no text tower."""
+        self.size, self.length = (config.vocab_size, config.max_position_embeddings) if config else (0, 0)
+        self.path, self.files, self.reader = os.path.join(folder, "tokenizer.json"), {}, None
+        if self.size not in (0, BYTES) and folder and os.path.isfile(self.path):
+            with open(self.path, "rb") as file:
+                self.files["tokenizer.json"] = file.read()
+
+    @property
+    def lacking(self) -> str:
+        """Why captions cannot be read here, in a sentence; "" where nothing is missing."""
+        if not self.size:
+            return "a ViT of timm has no text tower"
+        if self.size != BYTES and not self.files:
+            return f"the text tower has {self.size:,} ids, and no {self.path} says which they are; put the checkpoint's tokenizer.json there"
+        if self.files and not importlib.util.find_spec("tokenizers"):
+            return f"the vocabulary {self.path} is read by the package tokenizers, which is not here: pip install tokenizers"
+        return ""
+
+    def ids(self, captions: list[str]) -> Tensor:
+        """List of B strings -> (B, T) int64, padded to the tower's length; longer captions are cut before their last mark. Raises ValueError where the
+        vocabulary or its package is missing, or it is damaged or not this tower's."""
+        if self.lacking:
+            raise ValueError(self.lacking)
+        first, last, pad, prepare, encode = self.reader = self.reader or self._read()
+        rows = torch.full((len(captions), self.length), pad)
+        for row, caption in zip(rows, captions):
+            ids = first + encode(prepare(caption))[:self.length - len(first + last)] + last
+            row[:len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return rows
+
+    def _read(self) -> tuple:
+        """-> first ids, last ids, padding id, what is done to a caption, and what then makes ids of it."""
+        if self.size == BYTES:
+            return [], [], PAD, str, lambda text: list(text.encode("utf-8"))
+        from tokenizers import Tokenizer
+        try:
+            reader = Tokenizer.from_buffer(self.files["tokenizer.json"])
+        except Exception as error:      # the package raises bare ones
+            raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); copy it again from where the checkpoint is") from None
+        table = reader.get_vocab()
+        if len(table) != self.size or max(table.values()) >= self.size:
+            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, and the text tower a table of {self.size:,}; take the tokenizer.json of the same checkpoint")
+        found = next((marks for marks in self.KINDS.values() if all(mark in table for mark in marks[:3] if mark)), None)
+        if not found:
+            raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; expected the vocabulary of one of these")
+        reader.no_padding(), reader.no_truncation()     # both are ours
+        first, last, pad, prepare = found
+        return [table[first]] if first else [], [table[last]], table[pad], prepare, lambda text: reader.encode(text, add_special_tokens=False).ids
+
+    def save(self, folder: str):
+        """Copies its files, if any, each under a temporary name first."""
+        for name, content in self.files.items():
+            with open(os.path.join(folder, name + ".tmp"), "wb") as file:
+                file.write(content)
+            os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,8 +415,9 @@ class SigLIP(nn.Module):
         self.vision_config, self.text_config = vision, text
         if vision.timm:
             self.vision_model, self.text_model = vision_model or TimmTower(vision), None
-            return
+            return self.read_vocabulary()
         self.vision_model, self.text_model = VisionTower(vision), TextTower(text)
+        self.read_vocabulary()
         shape = () if vision.class_token else (1,)
         self.logit_scale = nn.Parameter(torch.full(shape, math.log(10.0)))
         if vision.class_token:      # CLIP has no bias
@@ -372,6 +431,14 @@ class SigLIP(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
         return F.normalize(self.vision_model(images)[1], dim=-1)
+
+    def read_vocabulary(self, folder: str = ""):
+        """Of captions, where they are not bytes: from a folder."""
+        self.vocabulary = TextVocabulary(self.text_config if self.text_model else None, folder)
+
+    def text_ids(self, captions: list[str]) -> Tensor:
+        """List of B strings -> (B, T) int64, as `TextVocabulary.ids`."""
+        return self.vocabulary.ids(captions)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> unit vectors (B, C)."""
@@ -387,6 +454,7 @@ class SigLIP(nn.Module):
         config |= {"projection_dim": self.vision_config.projection_dim} if kind == "clip" else {}
         theirs = {ours: name for name, ours in CLIP_NAMES.items()} if kind == "clip" else {}
         save_model(folder, {renamed(name, theirs): value for name, value in self.state_dict().items()}, config)
+        self.vocabulary.save(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str, image_size: int = 0) -> "SigLIP":
@@ -408,6 +476,7 @@ class SigLIP(nn.Module):
             grid = F.interpolate(rest.T.unflatten(1, (vision.grid, vision.grid))[None], (resized.grid, resized.grid), mode="bicubic", align_corners=False)[0]
             weights[name] = torch.cat([first, grid.flatten(1).T])
         model = cls(resized, text)
+        model.read_vocabulary(folder)
         load_weights(model, weights, folder)
         return model
 
@@ -773,8 +842,9 @@ class DualTokenizer(nn.Module):
             raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, N, S, D) = (B, {', '.join(map(str, shape))})")
 
     def save_pretrained(self, folder: str, **more):
-        """config.json and model.safetensors; `more` goes into config.json too."""
+        """config.json, model.safetensors and the text tower's vocabulary; `more` goes into config.json too."""
         save_model(folder, self.state_dict(), {"model_type": "dualtoken", **asdict(self.config), **more})
+        self.siglip_model.vocabulary.save(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "DualTokenizer":
@@ -785,6 +855,7 @@ class DualTokenizer(nn.Module):
         for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
             config[name] = make_config(kind, config.get(name), folder)
         model = cls(make_config(TokenizerConfig, config, folder))
+        model.siglip_model.read_vocabulary(folder)
         load_weights(model, read_weights(folder), folder)
         return model.eval()
 
@@ -808,6 +879,7 @@ class DualTokenizer(nn.Module):
             codebook_size=vq["n_embed"], depth=vq["code_shape"][-1], code_dim=vq["embed_dim"], shared_codebook=vq["shared_codebook"],
             decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"], decoder_in=dd["decoder_in_channels"],
             latent_grid=(c.get("decoder_latent_shape") or [0])[0]))
+        model.siglip_model.read_vocabulary(siglip_folder or folder)
         load_weights(model, _from_released(_read_released(folder), model.config), folder)
         return model.eval()
 

@@ -6,6 +6,8 @@
     python train_tokenizer.py --data photos --preset nano-64                      # a folder of pictures with captions
     python train_tokenizer.py --resume                                            # go on where a run stopped
     python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
+    python train_tokenizer.py --eval --out out/photos                             # metrics.json anew, without training
+    python train_tokenizer.py --eval --init DUALTOKEN --siglip SIGLIP --out out/released --zero-shot-data imagenet/val --class-names names.txt --retrieval-data flickr8k/captions.txt
 
 A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the same
 for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages, main.
@@ -15,6 +17,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import csv
 import hashlib
 import itertools
 import json
@@ -35,13 +38,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from tqdm import tqdm
 
 from data import hub, shapes
-from data.images import ImageData
+from data.images import SUFFIXES, ImageData, centre_crop, decode, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import all_reduce, histogram, usage_and_perplexity
-from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, lower, preset_config, read_config, read_tensors, text_ids, write_json
+from tokenizer import BYTES, PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, lower, preset_config, read_config, read_tensors, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,6 +101,13 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--shallow-layer", type=lambda word: word if word == "quarter" else int(word), default=0, help="layer the pixel stream leaves after, or quarter: a quarter of all; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
     g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
+    g = p.add_argument_group("evaluation at the end, on all of other data")
+    g.add_argument("--eval", action="store_true", help="only evaluate the tokenizer in --init, or else in --out; metrics.json in --out keeps what it says of training")
+    g.add_argument("--zero-shot-data", default="", help="folder with a folder of pictures per class, as ImageNet's: zero_shot is then measured on it")
+    g.add_argument("--class-names", default="", help="file with a line per class, in the order of the sorted folders; of names with commas between the first is used. Default: the folders' names")
+    g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; default: a photo of a {}.")
+    g.add_argument("--retrieval-data", default="", help="captions as Flickr8k has them, image,caption or image#number TAB caption: retrieval is then measured on them")
+    g.add_argument("--retrieval-images", default="", help="folder of their images; default: Images or images beside the file, else its own folder")
     g = shared_flags(p)
     g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
     g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
@@ -111,6 +122,11 @@ def flags(argv=None) -> argparse.Namespace:
         raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
     if not (args.gan_start == -1 or 0 <= args.gan_start <= 1):
         raise ValueError(f"--gan-start is {args.gan_start}, expected a share from 0 to 1, or -1")
+    if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
+        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data; add that, or leave them out")
+    idle = [name for name in ("bench", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile", "checkpointing") if args.eval and getattr(args, name)]
+    if idle:
+        raise ValueError(f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
     return args
 
 
@@ -643,8 +659,8 @@ class Data:
         if args.num_samples > len(self.train):
             raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, or 0 for all of them")
         epoch = args.num_samples or len(self.train)
-        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; {epoch:,} of {len(self.train):,} samples an epoch, "
-                  f"epochs in this run: " + ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items()))
+        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; {epoch:,} of {len(self.train):,} samples an epoch"
+                  + (", epochs in this run: " if runs else "") + ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items()))
         if len(self.val) < max(2, ranks.count):
             raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some with --val-data")
 
@@ -693,17 +709,25 @@ class Data:
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
-def retrieval(image: Tensor, text: Tensor, captions: list[str]) -> dict[str, float]:
-    """R@1 both ways over unit vectors (M, C) of M pairs. A hit is the right caption, word for word: several pictures may share it. Pictures without
-    a caption are left out; {} where no two captions are left."""
-    told = torch.tensor([bool(caption) for caption in captions])
-    image, text, captions = image[told], text[told], [caption for caption in captions if caption]
+def retrieval(image: Tensor, text: Tensor, captions: list[str], owner: list[int] | None = None) -> dict[str, float]:
+    """R@1 both ways over unit vectors (M, C) of images and (K, C) of captions; owner: the image of each caption, by default the one with its number. A hit is a right
+    caption, word for word: several pictures may share it. Empty captions, and pictures without others, are left out; {} where no two captions are left."""
+    told = [k for k, caption in enumerate(captions) if caption]
+    pictures, of = torch.tensor([owner[k] if owner else k for k in told], dtype=torch.int64).unique(return_inverse=True)
+    image, text, captions = image[pictures], text[told], [captions[k] for k in told]
     if len(set(captions)) < 2:
         return {}
     names = {caption: n for n, caption in enumerate(dict.fromkeys(captions))}
-    label = torch.tensor([names[caption] for caption in captions])
-    similar = image @ text.T
-    return {"i2t": (label[similar.argmax(1)] == label).double().mean().item(), "t2i": (label[similar.argmax(0)] == label).double().mean().item()}
+    label = [names[caption] for caption in captions]
+    right, best, nearest, i2t = set(zip(of.tolist(), label)), text.new_full((len(text),), -2.0), torch.zeros_like(text[:, 0], dtype=torch.int64), 0
+    for start in range(0, len(image), 1024):        # of 31,000 pictures and 155,000 captions, all likenesses at once would be 19 GB
+        similar = image[start:start + 1024] @ text.T
+        i2t += sum((start + n, label[k]) in right for n, k in enumerate(similar.argmax(1).tolist()))
+        rows = similar.argmax(0)
+        value = similar.gather(0, rows[None])[0]
+        nearest, best = torch.where(value > best, rows + start, nearest), torch.maximum(value, best)
+    t2i = sum((n, label[k]) in right for k, n in enumerate(nearest.tolist()))
+    return {"i2t": i2t / len(image), "t2i": t2i / len(text)}
 
 
 def zero_shot(pool, siglip: SigLIP, data: Data, split: str) -> float:
@@ -712,7 +736,7 @@ def zero_shot(pool, siglip: SigLIP, data: Data, split: str) -> float:
     seen, rank, ranks = shapes.seen_pairs(data.source), data.ranks.rank, data.ranks.count
     pairs = seen if split == "val" else seen + shapes.held_out_pairs(data.source)
     world = shapes.World(data.source, data.size, VALIDATION_SEED, split, single=1.0)
-    text = siglip.encode_text(text_ids([f"a {c} {s}" for c, s in pairs], siglip.text_config.max_position_embeddings).to(data.ranks.device))
+    text = siglip.encode_text(siglip.text_ids([f"a {c} {s}" for c, s in pairs]).to(data.ranks.device))
     mine, right = range(rank, data.args.eval_images // 2, ranks), 0
     for i in range(0, len(mine), 128):
         scenes = world.scenes(mine[i:i + 128])
@@ -741,9 +765,9 @@ def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]
 def evaluate_siglip(siglip: SigLIP, data: Data) -> dict:
     """Retrieval, and zero-shot on the built-in world."""
     siglip.eval()
-    length, image, text, words = siglip.text_config.max_position_embeddings, [], [], []
+    image, text, words = [], [], []
     for images, captions in data.validation():
-        image.append(siglip.encode_image(images)), text.append(siglip.encode_text(text_ids(captions, length).to(images.device)))
+        image.append(siglip.encode_image(images)), text.append(siglip.encode_text(siglip.text_ids(captions).to(images.device)))
         words += captions
     rows = data.ranks.gather_rows({"image": torch.cat(image), "text": torch.cat(text), "captions": words})
     metrics = {f"retrieval_{k}": v for k, v in retrieval(rows["image"], rows["text"], rows["captions"]).items()}
@@ -756,11 +780,12 @@ def evaluate_siglip(siglip: SigLIP, data: Data) -> dict:
 
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data) -> dict:
-    """Everything measured on codes and reconstructions; fd is the Frechet distance of the teacher's pooled features, on `images` samples."""
+    """Everything measured on codes and reconstructions; fd is the Frechet distance of the teacher's pooled features, on `images` samples. Without the text
+    tower's vocabulary, what needs text is left out."""
     was_training, siglip = tokenizer.training, tokenizer.siglip_model
     tokenizer.eval()
-    device, c = data.ranks.device, tokenizer.config
-    rows = {name: [] for name in ("psnr", "ssim", "real", "fake", "image", "text")}
+    device, c, reads = data.ranks.device, tokenizer.config, not siglip.vocabulary.lacking
+    rows = {name: [] for name in ("psnr", "ssim", "real", "fake", "image") + ("text",) * reads}
     counts, words = {s: torch.zeros(c.depth, c.codebook_size, device=device) for s in STREAMS}, []
     for images, captions in data.validation():
         codes = tokenizer.encode(images)
@@ -768,27 +793,158 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
         rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images))
         rows["real"].append(teacher(images, c.deep_layer)[1].float()), rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
         rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(), dim=-1))
-        if siglip.text_model:
-            rows["text"].append(siglip.encode_text(text_ids(captions, c.text.max_position_embeddings).to(device)))
+        if reads:
+            rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
         words += captions
         for s, stream in enumerate(STREAMS):
             counts[stream] += histogram(codes[:, :, s], c.codebook_size)
-    rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items() if value}, "captions": words})
-    metrics = {} if siglip.text_model is None else {
-        "retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
-        "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"])}
+    rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items()}, "captions": words})
+    metrics = {"retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
+               "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"])} if reads else {}
     metrics |= {"psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"]),
                 "images": len(rows["captions"])}
     for what, index in (("usage", 0), ("perplexity", 1)):
         by_depth = {s: usage_and_perplexity(all_reduce(counts[s].clone()))[index].tolist() for s in STREAMS}
         over_all = {s: usage_and_perplexity(all_reduce(counts[s].clone()).sum(0))[index].item() for s in STREAMS}
         metrics |= {what: over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()}, f"{what}_by_depth": by_depth}
-    if data.worlds and siglip.text_model:
+    if data.worlds and reads:
         metrics |= {"zero_shot": zero_shot(tokenizer.pool, siglip, data, "val"), "teacher_zero_shot": zero_shot(lambda x: teacher(x)[1], siglip, data, "val"),
                     "zero_shot_held_out": zero_shot(tokenizer.pool, siglip, data, "held_out"),
                     "teacher_zero_shot_held_out": zero_shot(lambda x: teacher(x)[1], siglip, data, "held_out")}
     if data.worlds:
         metrics["reader_originals"], metrics["reader_accuracy"] = reader_accuracy(tokenizer, data)
+    tokenizer.train(was_training)
+    return metrics
+
+
+def lines(path: str) -> list[str]:
+    """The lines of a text file that are not empty. Raises ValueError for none, or other bytes than UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            found = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such") from None
+    if not found:
+        raise ValueError(f"{path} is empty, expected something on each line")
+    return found
+
+
+def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], list[int], list[list[str]]]:
+    """--zero-shot-data, --class-names, --templates -> the pictures' paths, their classes, and each class's prompts. Raises ValueError for what does not fit."""
+    if not os.path.isdir(folder):
+        raise ValueError(f"--zero-shot-data {folder!r} is no folder; expected one that holds a folder of pictures for each class")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    words = [line.split(",")[0].strip() for line in lines(names)] if names else [name.replace("_", " ") for name in classes]
+    if len(classes) < 2 or len(words) != len(classes):
+        raise ValueError(f"{folder} has {len(classes)} folders, and {f'{names} names' if names else 'there are'} {len(words)} classes; expected at least 2 folders, and a line for each, in sorted order")
+    prompts = lines(templates) if templates else ["a photo of a {}."]
+    if wrong := [line for line in prompts if "{}" not in line]:
+        raise ValueError(f"{templates}: {wrong[0]!r} has no {{}}, where the class's name goes; correct that line")
+    paths, labels = [], []
+    for n, name in enumerate(classes):
+        found = sorted(os.path.join(top, file) for top, _, files in os.walk(os.path.join(folder, name)) for file in files
+                       if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."))
+        if not found:
+            raise ValueError(f"the class folder {os.path.join(folder, name)} has no pictures; fill it, or take the class out")
+        paths += found
+        labels += [n] * len(found)
+    return paths, labels, [[line.replace("{}", word) for line in prompts] for word in words]
+
+
+def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[int], list[str]]:
+    """--retrieval-data, --retrieval-images -> the pictures' paths, captions, the picture of each, and the names of pictures that are missing. Raises ValueError,
+    with the line's number, for another form than Kaggle's Flickr8k (CSV with the header image,caption) or the original one (image#number, a tab, caption)."""
+    home = os.path.dirname(path)
+    folder = folder or next((f for f in (os.path.join(home, "Images"), os.path.join(home, "images")) if os.path.isdir(f)), home)
+    rows, expected = [], "expected the header image,caption and such lines, or lines of image#number, a tab and a caption"
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            tabs = "\t" in file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file, strict=True)
+            if not tabs and [word.strip().lower() for word in next(reader, [])] != ["image", "caption"]:
+                raise ValueError(f"{path} has another first line; {expected}")
+            for row in filter(None, reader):
+                if len(row) != 2 or not row[0].strip() or not row[1].strip() or tabs and "#" not in row[0]:
+                    raise ValueError(f"{path}, line {reader.line_num}: got {str(row)[:100]}; {expected}")
+                rows.append((row[0].rsplit("#", 1)[0] if tabs else row[0].strip(), row[1].strip()))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {expected}, in UTF-8") from None
+    names = list(dict.fromkeys(name for name, _ in rows))
+    there = {name: n for n, name in enumerate(name for name in names if os.path.isfile(os.path.join(folder, name)))}
+    if len(there) < 2:
+        raise ValueError(f"of the {len(names)} images that {path} names, {len(there)} are in {folder or '.'}; name their folder with --retrieval-images")
+    rows = [row for row in rows if row[0] in there]
+    return [os.path.join(folder, name) for name in there], [words for _, words in rows], [there[name] for name, _ in rows], [name for name in names if name not in there]
+
+
+class Pictures:
+    """Image files by path -> (number, (3, size, size) uint8, cropped to the middle square, report); the report of a broken one says what is wrong with it."""
+
+    def __init__(self, paths: list[str], size: int):
+        self.paths, self.size = paths, size
+
+    def __getitem__(self, n):       # what DataLoader calls
+        try:
+            return n, centre_crop(decode(self.paths[n], near=self.size), self.size), ""
+        except (OSError, ValueError) as error:
+            return n, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
+
+
+def text_vectors(siglip: SigLIP, groups: list[list[str]], ranks: Ranks, what: str) -> Tensor:
+    """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, made a unit vector again. Ranks take turns."""
+    mine, step, rows = range(ranks.rank, len(groups), ranks.count), max(1, 256 // len(groups[0])), []
+    for i in tqdm(range(0, len(mine), step), what, disable=not ranks.first):
+        some = [groups[n] for n in mine[i:i + step]]
+        vectors = siglip.encode_text(siglip.text_ids(sum(some, [])).to(ranks.device)).float()
+        rows.append(F.normalize(vectors.unflatten(0, (len(some), -1)).mean(1), dim=-1).cpu())
+    rows = ranks.gather_rows({"vector": torch.cat([torch.empty(0), *rows]), "group": list(mine)})      # some ranks may have none
+    return rows["vector"][torch.tensor(rows["group"]).argsort()]
+
+
+def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, data: Data, what: str, keep) -> dict:
+    """keep(numbers, unit vectors through the codes (b, C), the teacher's (b, C)), a dict of rows, over all pictures that can be read, of all ranks, on the CPU;
+    "broken" counts the others, which are named on the screen. Raises ValueError where nothing is left."""
+    ranks, rows, broken = data.ranks, [], []
+    if len(paths) < ranks.count:
+        raise ValueError(f"{what}: {len(paths)} pictures for {ranks.count} ranks; add pictures, or start fewer")
+    mine = torch.utils.data.Subset(Pictures(paths, data.size), range(ranks.rank, len(paths), ranks.count))
+    loader = torch.utils.data.DataLoader(mine, 64, num_workers=data.args.workers, worker_init_fn=start_worker, generator=torch.Generator())
+    for numbers, images, reports in tqdm(loader, what, disable=not ranks.first):
+        whole, images = torch.tensor([not report for report in reports]), data._signed(images)
+        broken += filter(None, reports)
+        rows.append(keep(numbers[whole], *(F.normalize(pool(images).float(), dim=-1).cpu()[whole] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))))
+    rows = ranks.gather_rows({**{name: torch.cat([row[name] for row in rows]) for name in rows[0]}, "broken": broken})
+    for report in rows["broken"]:
+        ranks.say(f"  left out: {report}")
+    if len(rows["broken"]) == len(paths):
+        raise ValueError(f"{what}: none of {len(paths)} pictures can be read, the first: {rows['broken'][0]}")
+    return {**rows, "broken": len(rows["broken"])}
+
+
+@torch.no_grad()
+def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, classes: tuple, captions: tuple) -> dict:
+    """zero_shot on what `read_classes` returned, retrieval on what `read_captions` did, each through the codes and by the teacher."""
+    was_training, siglip, metrics = tokenizer.training, tokenizer.siglip_model, {}
+    tokenizer.eval()
+    if classes:
+        paths, labels, prompts = classes
+        text, labels = text_vectors(siglip, prompts, data.ranks, "class names"), torch.tensor(labels)
+        rows = on_pictures(paths, tokenizer, teacher, data, "zero-shot", lambda numbers, *sides: {
+            name: ((side @ text.T).argmax(1) == labels[numbers]).double() for name, side in zip(("zero_shot", "teacher_zero_shot"), sides)})
+        metrics |= {name: rows[name].mean().item() for name in ("zero_shot", "teacher_zero_shot")}
+        metrics |= {"zero_shot_images": len(rows["zero_shot"]), "zero_shot_classes": len(prompts), "zero_shot_broken": rows["broken"]}
+    if captions:
+        paths, words, owner, missing = captions
+        text = text_vectors(siglip, [[caption] for caption in words], data.ranks, "captions")
+        rows = on_pictures(paths, tokenizer, teacher, data, "retrieval", lambda numbers, *sides: {"picture": numbers, "retrieval": sides[0], "teacher_retrieval": sides[1]})
+        place = {picture: n for n, picture in enumerate(rows["picture"].tolist())}
+        kept = [k for k, picture in enumerate(owner) if picture in place]      # not the captions of broken pictures
+        for name in ("retrieval", "teacher_retrieval"):
+            metrics[name] = retrieval(rows[name].to(data.ranks.device), text[kept].to(data.ranks.device), [words[k] for k in kept], [place[owner[k]] for k in kept])
+        for name in missing:
+            data.ranks.say(f"  left out: {name} is not there")
+        metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept), "retrieval_missing": len(missing), "retrieval_broken": rows["broken"]}
     tokenizer.train(was_training)
     return metrics
 
@@ -845,7 +1001,7 @@ class SigLIPStage(Stage):
                          "vision": asdict(config.vision), "text": asdict(config.text), **common(args)}
 
     def loss(self, images, captions, *, step):
-        ids = text_ids(captions, self.model.text_config.max_position_embeddings).to(images.device, non_blocking=True)
+        ids = self.model.text_ids(captions).to(images.device, non_blocking=True)
         loss = sigmoid_contrastive(*self.wrapped(images, ids))
         return loss, {"scale": self.model.logit_scale[0].exp(), "bias": self.model.logit_bias[0]}
 
@@ -861,12 +1017,12 @@ class TokenizerStage(Stage):
     """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2). The text tower stays as it is."""
     name = "tokenizer"
 
-    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP, init: DualTokenizer | None = None):
-        """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`."""
+    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP, init: DualTokenizer | None = None, files: tuple = ((), ())):
+        """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`. files: for `evaluate_files`, at the end."""
         super().__init__(args, ranks)
         if siglip.vision_config != config.vision:
             raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, expected {config.vision}; train or name another SigLIP")
-        self.folder, self.data, self.weights = args.out, data, settings.weights
+        self.folder, self.data, self.weights, self.files = args.out, data, settings.weights, files
         self.steps, self.batch, self.lr, self.warmup = settings.steps, settings.batch, settings.lr, settings.warmup
         self.teacher = copy.deepcopy(siglip.vision_model).eval().requires_grad_(False).to(ranks.device)
         torch.manual_seed(args.seed)
@@ -932,6 +1088,9 @@ class TokenizerStage(Stage):
         self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
         return self.metrics
 
+    def about(self):
+        return evaluate_files(self.model, self.teacher, self.data, *self.files)
+
     def save(self, weights):
         self.model.save_pretrained(self.folder, data=self.data.source)
         if self.pictures is None:
@@ -944,19 +1103,48 @@ class TokenizerStage(Stage):
         save_grid([images[:8], rebuilt[:8], images[8:], rebuilt[8:]] if len(images) == 16 else [images, rebuilt], os.path.join(self.folder, "samples", "reconstructions.png"))
 
 
+FACTS = ("preset", "design", "streams", "steps", "seed", "data", "device", "ranks", "seconds", "peak_memory_gib", "images_per_second", "torch", "commit", "settings")
+
+
+def machine(ranks: Ranks) -> dict:
+    """What a number was computed on, and by which code."""
+    return {"device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads", "ranks": ranks.count,
+            "torch": torch.__version__, "commit": commit()}
+
+
 def finish(stage: Stage):
-    """metrics.json of a run, and a table on the screen."""
+    """metrics.json of a run, and a table on the screen. Of training it says FACTS, the rest is evaluation."""
     args, ranks = stage.args, stage.ranks
     about = {"preset": args.preset, "design": "dual", "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
-             "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-             "ranks": ranks.count, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
-             f"{stage.unit}_per_second": round(stage.per_second, 1), "torch": torch.__version__, "commit": commit(), **stage.about()}
+             "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
+             f"{stage.unit}_per_second": round(stage.per_second, 1), **machine(ranks), **stage.about()}
     if not ranks.first:
         return
     path = os.path.join(stage.folder, "metrics.json")
     write_json(path, {**stage.metrics, **about, "settings": stage.settings})
     print(f"\n{path}")
     report({**stage.metrics, **about})
+
+
+def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP, data: Data, files: tuple):
+    """Evaluate a tokenizer against its teacher. metrics.json in --out keeps what it says of training; the numbers of its evaluation are replaced, all of them."""
+    if siglip.vision_config != tokenizer.config.vision:
+        raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {tokenizer.config.vision}; name the SigLIP that it was trained from with --siglip")
+    begun, path, facts = time.time(), os.path.join(args.out, "metrics.json"), {"preset": tokenizer.config.preset, "design": "dual", "streams": list(STREAMS)}
+    if os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                facts = {name: value for name, value in json.load(file).items() if name in FACTS}
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is no JSON object ({error}), so that what it says of training cannot be kept; mend or delete it") from None
+    tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
+    metrics = {**evaluate_tokenizer(tokenizer, teacher, data), **evaluate_files(tokenizer, teacher, data, *files)}
+    about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data, "seconds": round(time.time() - begun, 1), **machine(ranks)}
+    if ranks.first:
+        os.makedirs(args.out, exist_ok=True)
+        write_json(path, {**metrics, **facts, "evaluated": about})
+        print(f"\n{path}")
+        report({**metrics, **about})
 
 
 def report(metrics: dict):
@@ -982,29 +1170,44 @@ def main(argv=None):
                 gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
     changes = {name: getattr(args, name) for name in ("shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer == "quarter" else {}
-    args.siglip = args.siglip and hub.folder(args.siglip)
+    args.siglip, args.init = args.siglip and hub.folder(args.siglip), args.init or (args.out if args.eval else "")
     init = load_init(args, changes) if args.init else None
     side = init.config.vision.image_size if init else args.image_size
     siglip = SigLIP.from_pretrained(args.siglip, side) if args.siglip else SigLIP.from_timm(args.backbone[5:], side, not args.bench) if args.backbone else None
     if siglip:
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
     config = init.config if init else preset_config(args.preset, args.image_size, **changes)
+    if not siglip:
+        config.text.vocab_size = BYTES      # a SigLIP of its own reads bytes, whatever the preset's pretrained one reads
+    if args.eval:
+        s = replace(s, data=args.data or read_config(args.init).get("data") or s.data)
+    files = (read_classes(args.zero_shot_data, args.class_names, args.templates) if args.zero_shot_data else (),
+             read_captions(args.retrieval_data, args.retrieval_images) if args.retrieval_data else ())
 
     # ---- device, ranks, data
     ranks = Ranks(args.device)
     if ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True       # one image size per run
-    runs = {} if siglip else {"siglip": s.siglip_steps * s.siglip_batch}
-    data = Data(s.data, args.val_data, config.vision.image_size, args, ranks, {**runs, "tokenizer": s.steps * s.batch})
-    for batch in (s.siglip_batch, s.batch):
+    runs = {} if args.eval else {**({} if siglip else {"siglip": s.siglip_steps * s.siglip_batch}), "tokenizer": s.steps * s.batch}
+    data = Data(s.data, args.val_data, config.vision.image_size, args, ranks, runs)
+    for batch in () if args.eval else (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
-    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
+    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
 
     trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if args.siglip else config.vision.image_size
     if trained_for != config.vision.image_size:
         ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {config.vision.image_size}")
-    if siglip and siglip.text_model is None:
-        ranks.say(f"{args.backbone or args.siglip} has no text tower: zero-shot and retrieval are left out")
+
+    if siglip:
+        reader = init.siglip_model if init else siglip
+        if reader.vocabulary.lacking and (args.zero_shot_data or args.retrieval_data):
+            raise ValueError(reader.vocabulary.lacking)
+        if reader.vocabulary.lacking:
+            ranks.say(f"zero-shot and retrieval are not measured: {reader.vocabulary.lacking}")
+        else:
+            reader.text_ids([""])           # raises now, not after training, for a vocabulary that is damaged or another tower's
+    if args.eval:
+        return evaluate_alone(args, ranks, init, siglip, data, files)
 
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
@@ -1022,7 +1225,7 @@ def main(argv=None):
     # ---- stage 2: the tokenizer
     if not args.vgg:
         ranks.say("the perceptual term is off: it needs --vgg and --lpips")
-    stage = TokenizerStage(args, ranks, s, config, data, siglip, init)
+    stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
     if args.bench:
         bench(stage, data.batches(stage.batch))
     else:
@@ -1031,14 +1234,16 @@ def main(argv=None):
 
 
 def load_init(args, changes: dict) -> DualTokenizer:
-    """The tokenizer of --init. Its teacher is --siglip or --backbone, by default the SigLIP that lies beside a tokenizer of ours."""
+    """The tokenizer of --init (of --eval, by default that in --out). Its teacher is --siglip or --backbone, by default the SigLIP that lies beside a tokenizer of ours."""
     if changes or args.image_size:
         raise ValueError(f"--image-size and the layers are those of the tokenizer in --init {args.init}; leave these flags out")
-    ours = read_config(args.init).get("model_type") == "dualtoken"
-    if ours and not args.siglip and not args.backbone:
-        args.siglip = os.path.join(args.init, "siglip")
-    if not args.siglip and not args.backbone:
-        raise ValueError(f"--init {args.init} is in the released layout, without the SigLIP that its training compares with; give it with --siglip")
+    ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
+    if args.eval and os.path.realpath(args.init) != os.path.realpath(args.out) and os.path.exists(os.path.join(args.out, "model.safetensors")):
+        raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; name another --out")
+    if ours and not teacher and os.path.isdir(os.path.join(args.init, "siglip")):
+        teacher = args.siglip = os.path.join(args.init, "siglip")
+    if not teacher:
+        raise ValueError(f"{args.init} holds a tokenizer without the SigLIP that it is compared with; give it with --siglip")
     return DualTokenizer.from_pretrained(args.init) if ours else DualTokenizer.from_released(args.init, args.siglip)
 
 
