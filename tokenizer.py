@@ -227,7 +227,8 @@ class TextVocabulary:
             raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); copy it again from where the checkpoint is") from None
         table = reader.get_vocab()
         if len(table) != self.size or max(table.values()) >= self.size:
-            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, and the text tower a table of {self.size:,}; take the tokenizer.json of the same checkpoint")
+            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, and the text tower a table of {self.size:,}; "
+                             "take the tokenizer.json of the same checkpoint")
         found = next((marks for marks in self.KINDS.values() if all(mark in table for mark in marks[:3] if mark)), None)
         if not found:
             raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; expected the vocabulary of one of these")

@@ -104,7 +104,7 @@ def flags(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("evaluation at the end, on all of other data")
     g.add_argument("--eval", action="store_true", help="only evaluate the tokenizer in --init, or else in --out; metrics.json in --out keeps what it says of training")
     g.add_argument("--zero-shot-data", default="", help="folder with a folder of pictures per class, as ImageNet's: zero_shot is then measured on it")
-    g.add_argument("--class-names", default="", help="file with a line per class, in the order of the sorted folders; of names with commas between the first is used. Default: the folders' names")
+    g.add_argument("--class-names", default="", help="file with a line per class, in the order of the sorted folders; of several names, after commas, the first counts. Default: the folders' names")
     g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; default: a photo of a {}.")
     g.add_argument("--retrieval-data", default="", help="captions as Flickr8k has them, image,caption or image#number TAB caption: retrieval is then measured on them")
     g.add_argument("--retrieval-images", default="", help="folder of their images; default: Images or images beside the file, else its own folder")
@@ -836,7 +836,8 @@ def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], li
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     words = [line.split(",")[0].strip() for line in lines(names)] if names else [name.replace("_", " ") for name in classes]
     if len(classes) < 2 or len(words) != len(classes):
-        raise ValueError(f"{folder} has {len(classes)} folders, and {f'{names} names' if names else 'there are'} {len(words)} classes; expected at least 2 folders, and a line for each, in sorted order")
+        raise ValueError(f"{folder} has {len(classes)} folders, and {f'{names} names' if names else 'there are'} {len(words)} classes; "
+                         "expected at least 2 folders, and a line for each, in sorted order")
     prompts = lines(templates) if templates else ["a photo of a {}."]
     if wrong := [line for line in prompts if "{}" not in line]:
         raise ValueError(f"{templates}: {wrong[0]!r} has no {{}}, where the class's name goes; correct that line")
@@ -1192,7 +1193,8 @@ def main(argv=None):
     data = Data(s.data, args.val_data, config.vision.image_size, args, ranks, runs)
     for batch in () if args.eval else (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
-    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), data {s.data} at {config.vision.image_size} px, out {args.out}")
+    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), "
+              f"data {s.data} at {config.vision.image_size} px, out {args.out}")
 
     trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if args.siglip else config.vision.image_size
     if trained_for != config.vision.image_size:
