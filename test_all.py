@@ -2149,7 +2149,7 @@ def test_train_takes_a_quarter_of_the_layers(run_folder, tmp_path):
 
 def test_train_takes_a_clip_folder(tmp_path):
     """Its text tower has its own width; the tokenizer is made for its patches, and measured against it."""
-    clip(tmp_path / "clip", text=dict(vocab_size=300))
+    clip(tmp_path / "clip", text=dict(vocab_size=257))
     train(tmp_path / "run", "--siglip", str(tmp_path / "clip"), "--steps", "2")
     model, metrics = DualTokenizer.from_pretrained(tmp_path / "run"), json.load(open(tmp_path / "run/metrics.json"))
     assert model.config.vision.class_token and model.config.text.causal and model.config.positions == 16 and model.config.latent_grid == 8
