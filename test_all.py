@@ -1878,6 +1878,66 @@ def test_text_lone_surrogates_do_not_fail():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SmolLM2's form: special tokens first, digits one by one, bytes that the corpus lacked
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory):
+    """A small vocabulary made as SmolLM2's was -> its folder, tokenizers' own, and the entry that `KNOWN` would have."""
+    tokenizers = pytest.importorskip("tokenizers", reason="parity needs tokenizers")
+    folder, made = tmp_path_factory.mktemp("smollm"), tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    corpus = [re.sub("[\x00-\x08\x0e-\x1f\x7f]", "", sample) for sample in SAMPLES] * 3 + ["a--b ---- c !! 1  2   33    x.\n\n\n" * 3]
+    made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=mllm.SMOLLM_SPECIALS, show_progress=False))
+    made.save(str(folder / "tokenizer.json"))
+    single = sum(len(token) == 1 for token in made.get_vocab())
+    return folder, made, {made.get_vocab_size() - 17: (mllm.SMOLLM_SPLIT, False, mllm.SMOLLM_SPECIALS, 17, single)}
+
+
+def test_text_smollm_equals_the_reference(smollm, tmp_path, monkeypatch):
+    """Every id, also beside bytes that the vocabulary lacks; special tokens where they are; the marks after all."""
+    folder, other, known = smollm
+    monkeypatch.setattr(mllm, "KNOWN", KNOWN | known)
+    text = TextTokenizer.from_folder(folder)
+    assert 100 < (single := known[len(text.ordinary)][4]) < 243 and len(text.lacking) == 256 - single
+    assert (text.end, text.turn_start, text.turn_end) == (0, 1, 2) and text.ordinary == {*range(17, other.get_vocab_size())}
+    assert [*text.marks.values()] == [*range(other.get_vocab_size(), text.size)] and len(text.marks) == 4
+    rng = random.Random(3)
+    samples = SAMPLES + ["1 2  3\n4 \t5x  y", "-\x01-", "a\x01b", "\x01", "!\x02\x01!!  \x03\n\x04", "\U000F1234-\U000F1234", "'\x05s 9's"]
+    samples += [random_text(rng, rng.randint(1, 200)) for _ in range(150)] + ["".join(rng.choices("ab 1\n\t-!'s\x01\x02é", k=30)) for _ in range(150)]
+    wrong = [sample for sample in samples if text.encode(sample) != other.encode(sample, add_special_tokens=False).ids]
+    assert not wrong, f"{len(wrong)} of {len(samples)} differ, such as {wrong[0]!r}"
+    kept = [sample for sample in SAMPLES if not set(sample.encode()) & set(text.lacking)]
+    assert all(text.decode(text.encode(sample)) == sample for sample in kept) and len(kept) > 15
+    for spelling in [*MARKS, *mllm.SMOLLM_SPECIALS]:
+        assert set(text.encode(f"a{spelling} b")) <= text.ordinary
+    assert text.decode([0, *text.encode("red"), 1, 2, 16, *text.marks.values(), text.size, 10 ** 9, -1, *text.encode(" 12")]) == "red 12"
+    text.save(tmp_path)
+    assert same(TextTokenizer.from_folder(tmp_path), text)
+
+
+def test_text_smollm_answers_nothing_but_text(smollm, monkeypatch):
+    """Tokens 0 to 16 are special there: an answer has none of them but the end of its turn."""
+    folder, _, known = smollm
+    monkeypatch.setattr(mllm, "KNOWN", KNOWN | known)
+    text = TextTokenizer.from_folder(folder)
+    assert spelled(turn(text, ["hi"]), text) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    torch.manual_seed(0)
+    model = DualMLLM(MLLMConfig(llm=small_llm(vocab_size=text.size, max_position_embeddings=200), positions=4, depth=3, codebook_size=11, code_dim=5, head_width=8, head_heads=2, head_mlp=8), text)
+    seen = []
+    monkeypatch.setattr(text, "decode", lambda ids: seen.extend(ids) or "")
+    model.answer(None, ["what?"] * 40, longest=40, temperature=3.0)
+    assert len(seen) > 200 and set(seen) <= text.ordinary
+
+
+def test_text_smollm_is_known_by_its_published_sizes(smollm, tmp_path):
+    """17 special tokens, 235 bytes, 48,900 merges: 49,152. A vocabulary of its form and another size is refused."""
+    (size, (_, _, specials, first, single)), = ((size, entry) for size, entry in KNOWN.items() if entry[3])
+    assert first == len(specials) == 17 and size - single == 48_900 and size + first == 49_152 == LLMS["smollm2-135m"]["vocab_size"]
+    refuses(lambda: TextTokenizer.from_folder(smollm[0]), "49135 of SmolLM2", "tokenizer.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # files
 
 @needs_vocab

@@ -99,7 +99,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--stage", default="all", help="all, or one of the preset's: 0 (text alone, for an LLM from scratch), 1, 2, 3, 4-1, 4-2")
     g.add_argument("--out", default="out/mllm", help="run folder")
     g.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
-    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 checkpoint in Hugging Face's layout, or its name on the hub; default: --preset's shape, from scratch")
+    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 or SmolLM2 checkpoint in Hugging Face's layout, or its name on the hub; default: --preset's shape, from scratch")
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; default: what the tokenizer was trained on")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
     g.add_argument("--text-data", default="", help="a plain-text file for the text share; default: the built-in world's sentences, or the captions")
@@ -108,7 +108,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: TOKENIZER/siglip")
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
-    g.add_argument("--vocabulary", default="", help="folder of a GPT-2 or Qwen2.5 vocabulary for an LLM from scratch; default: bytes")
+    g.add_argument("--vocabulary", default="", help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
     g = shared_flags(p)
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
     args = p.parse_args(argv)
@@ -577,8 +577,8 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
     elif os.path.isdir(name := hub.folder(name)):
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
         sizes = llm.config
-        if max(text.end, text.turn_end or 0) >= sizes.vocab_size:
-            raise ValueError(f"the vocabulary in {name} has {text.end} tokens, its LLM {sizes.vocab_size} rows; copy both from the same model")
+        if (last := max(*text.ordinary, text.end, text.turn_end or 0)) >= sizes.vocab_size:
+            raise ValueError(f"the vocabulary in {name} has {last + 1} tokens, its LLM {sizes.vocab_size} rows; copy both from the same model")
         if text.size > sizes.vocab_size:
             say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}")
     else:
