@@ -3,6 +3,7 @@ train, text, mllm, sample, project. Seconds each. Tests against reference number
 skip, with the reason, where it is not set; parity tests skip where transformers is not installed."""
 
 import ast
+import collections
 import contextlib
 import copy
 import functools
@@ -3386,6 +3387,206 @@ def test_train_mllm_parameters_are_the_papers(capsys):
     depth = [value for name, value in two.items() if "over depth" in name]
     assert depth == [257.9, 257.9] and two["LLM"] == one["LLM"] == 3085.9
     assert round(two["input projector"] - one["input projector"], 1) == 2.1 and [value for name, value in one.items() if "over depth" in name] == [257.9]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_mllm: records
+
+def chat(images, *turns):
+    return {"image": images, "conversations": [{"from": ("human", "gpt")[n % 2], "value": words} for n, words in enumerate(turns)]}
+
+
+CHATS = [chat("0.png", "<image>\nWhat is <|im_end|> this?", "A cat.", "And then?", "It sleeps."), chat(["0.png", "1.png"], "<image>\n<image>\nWhich?", "The second."),
+         {"conversations": [{"from": "user", "value": 'Hi é, {["\\"}'}, {"from": "assistant", "value": "Hello"}]}, chat("2.png", "before <image> after", "yes")]
+EDIT = [{"image": "0.png"}, {"text": "make it red", "loss": False}, {"image": "1.png", "paint": True}]
+STORY = [{"text": "one "}, {"image": "2.png", "paint": True}, {"text": "two", "loss": False}, {"image": "3.png"}, {"image": "4.png", "paint": True, "loss": False}, {"text": "three"}]
+
+
+@pytest.fixture(scope="module")
+def recorded(captioned, tmp_path_factory):
+    """Files of conversations (a list, and lines) and of edits and documents, beside the images they name, one of them broken."""
+    folder = tmp_path_factory.mktemp("records")
+    for n in range(7):
+        shutil.copy(captioned / f"train/{n}.png", folder)
+    (folder / "broken.png").write_bytes(b"broken")
+    (folder / "chats.json").write_text(json.dumps(CHATS, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "more.jsonl").write_text("\n".join(json.dumps(record) for record in CHATS) + "\n\n")
+    (folder / "documents.jsonl").write_text("\n".join(json.dumps(record) for record in (EDIT, STORY)))
+    return folder
+
+
+def record_data(folder, tokenizer_folder, out, *flags, text=BYTES, ranks=None):
+    """The sequences of these flags, as `main` makes them for --data none, with the codes of a small stand-in."""
+    args = train_mllm.flags([*TINY_MLLM, "--data", "none", "--out", str(out), *flags])
+    tokenizer = DualTokenizer.from_pretrained(tokenizer_folder)
+    config = MLLMConfig(llm=LLMConfig(**LLMS["nano"]), positions=64, depth=4)
+    ranks, encode = ranks or train_tokenizer.Ranks("cpu"), train_mllm.encoder(config, tokenizer, str(tokenizer_folder))
+    data = train_mllm.Sequences("none", args, ranks, text, config)
+    data.add(train_mllm.RecordSequences(args, ranks, text, config, 32, encode))
+    return data
+
+
+def shown_as(segments, data, folder, text=BYTES):
+    """Segments, spelled: [loss], text, and pictures by the names of the images whose codes they are, > where painted, ! with a loss."""
+    tokenizer, out = data.tokenizer, []
+    for s in segments:
+        if isinstance(s, Words):
+            out.append(("*" if s.loss else "") + "".join({id: f"({name})" for name, id in text.specials.items()}.get(id) or chr(id) for id in s.ids))
+        else:
+            name, = [n for n in range(7) if torch.equal(tokenizer.encode(sample.read_images([str(folder / f"{n}.png")], 32))[0], s.data)]
+            out.append(("!>" if s.loss else ">") * s.paint + str(name))
+    return "|".join(out)
+
+
+def test_train_mllm_records_become_sequences_with_losses_on_what_is_learned(recorded, tokenizer_folder, tmp_path):
+    """By hand: every reply and its end, painted pictures, marks spelled in text stay text; list and lines alike; chat vocabularies in Qwen's form."""
+    flags = ["--conversations", f"{recorded}/chats.json,{recorded}/more.jsonl", "--documents", f"{recorded}/documents.jsonl"]
+    data = record_data(recorded, tokenizer_folder, tmp_path, *flags)
+    data.tokenizer, made = DualTokenizer.from_pretrained(tokenizer_folder), {}
+    for kind, rows in data.records.rows.items():
+        for row in rows:
+            made[int(row[1])] = shown_as(data.records.made(kind, row), data, recorded)
+    assert {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 8, "edit": 1, "document": 1} and data.kinds == ("question", "edit", "document")
+    end = "(<|endoftext|>)"
+    chats = [f"|0|What is <|im_end|> this?|\n|*A cat.|*{end}||And then?|\n|*It sleeps.|*{end}", f"|0|1|Which?|\n|*The second.|*{end}",
+             "|" + "".join(map(chr, 'Hi é, {["\\"}'.encode())) + f"|\n|*Hello|*{end}", f"|before|2|after|\n|*yes|*{end}"]
+    assert [made[i] for i in range(8)] == chats * 2
+    assert made[8] == f"|0|make it red|\n|!>1|{end}" and made[9] == f"{end}|*one |!>2|two|3|>4|*three|*{end}"
+    data = record_data(recorded, tokenizer_folder, tmp_path, *flags, text=CHAT)
+    data.tokenizer = DualTokenizer.from_pretrained(tokenizer_folder)
+    row, = [row for row in data.records.rows["question"] if row[1] == 0]
+    said = spelled(data.records.made("question", row), CHAT, losses=True)
+    assert said == "A cat.<|im_end|>It sleeps.<|im_end|>" and "(<|im_end|>) this" not in shown_as(data.records.made("question", row), data, recorded, CHAT)
+
+
+def test_train_mllm_records_are_batches_by_hand(recorded, tokenizer_folder, tmp_path):
+    """Places of losses and pictures, and what is painted, in the `Batch` of one step of each kind."""
+    data = record_data(recorded, tokenizer_folder, tmp_path, "--documents", f"{recorded}/documents.jsonl")
+    data.batches(train_mllm.Row("4-1", PARTS, 1e-3, 2, 4, dict(edit=1.0, document=1.0, paint=1.0)))
+    steps = {next(iter(data.kinds_of(step))): data[step][0] for step in range(2)}
+    assert steps.keys() == {"edit", "document"} and data.mixture.keys() == steps.keys()
+    edit, story = steps["edit"], steps["document"]
+    assert edit.painted.tolist() == [False, True] * 2 and edit.learned.tolist() == [1, 3] and not len(edit.text_from)
+    assert story.painted.tolist() == [True, False, True] * 2 and story.learned.tolist() == [0, 3]
+    assert bytes(id for id in story.text_target.tolist() if id < 256) == b"one three" * 2 and story.text_target.tolist().count(256) == 2
+    T = story.ids.shape[1]
+    assert T == 1 + 4 + 66 + 3 + 66 + 66 + 5 + 1 and story.at[:3].tolist() == [6, 75, 141] and story.text_from[:5].tolist() == [0, 1, 2, 3, T - 7]
+    assert story.ids[0, 5] == GEN_START and story.ids[0, 74] == START and story.ids[0, 206 - 1] == GEN_END
+
+
+def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokenizer_folder, tmp_path, capsys):
+    bad = {"expected an object": 7, "unknown speaker": {"conversations": [{"from": "system", "value": "x"}, {"from": "gpt", "value": "y"}]}, "no list": {"conversations": "x"},
+           '"image" is': chat([3], "<image>", "y"), "2 <image> marks for 1 images": chat("0.png", "<image><image>", "y"), "0 <image> marks for 1": chat("0.png", "x", "y"),
+           "a reply has an <image>": chat("0.png", "x", "<image>"), "no reply": chat(None, "x", " "), "do not take turns": chat(None, "x", "y", "z"),
+           "gone.png: No such file": chat("gone.png", "<image>", "y"), "broken.png: cannot be read": chat("broken.png", "<image>", "y"),
+           "tokens, expected at most 300": chat(None, "x" * 300, "y")}
+    documents = {"expected a list": {}, "is neither": [{"text": "a", "image": "0.png"}], "nothing in it has a loss": [{"text": "a", "loss": False}, {"image": "0.png"}],
+                 '"paint" is': [{"image": "0.png", "paint": 1}], "neither words nor a path": [{"text": ["x"]}], "nothing that has a loss fits 300": [{"text": "x" * 400}],
+                 "Expecting": None, "nested too deeply": 0, "gone.png": [{"text": "a"}, {"image": "gone.png"}]}
+    raw = {None: "{broken", 0: "[" * 100_000}
+    (tmp_path / "chats.json").write_text(json.dumps([*bad.values(), CHATS[0]]))
+    (tmp_path / "documents.jsonl").write_text("\n".join(raw[record] if record in (None, 0) else json.dumps(record) for record in [*documents.values(), EDIT]), encoding="utf-8")
+    flags = ["--image-folder", str(recorded), "--max-tokens", "300", "--conversations"]
+    data = record_data(recorded, tokenizer_folder, tmp_path / "run", *flags, str(tmp_path / "chats.json"), "--documents", str(tmp_path / "documents.jsonl"))
+    out = capsys.readouterr().out
+    assert f"{len(bad) + len(documents)} left out" in out and {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 1, "edit": 1}
+    assert len([line for line in out.splitlines() if ", record " in line]) == 10
+    for n, (words, record) in enumerate(bad.items()):
+        (tmp_path / "one.jsonl").write_text(json.dumps(record))
+        assert words in mllm_words("--tokenizer", str(tokenizer_folder), "--data", "none", "--out", str(tmp_path / "run"), *flags, str(tmp_path / "one.jsonl"))
+        assert n >= 10 or f"chats.json, record {n + 1}: " in out and words in out
+    for record, words in zip(documents.values(), documents):
+        (tmp_path / "one.jsonl").write_text(raw[record] if record in (None, 0) else json.dumps(record))
+        with pytest.raises(ValueError, match=re.escape(words)):
+            record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--max-tokens", "300", "--documents", str(tmp_path / "one.jsonl"))
+
+
+def test_train_mllm_records_files_and_flags_end_in_a_sentence(recorded, tokenizer_folder, tmp_path):
+    there = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--data", "none"]
+    (tmp_path / "cut.json").write_text(json.dumps(CHATS)[:-20])
+    (tmp_path / "empty.json").write_text("")
+    for argv, words in ((["--conversations", str(tmp_path / "gone.json")], "gone.json cannot be read"), (["--conversations", str(tmp_path / "cut.json")], "its list has no end"),
+                        (["--conversations", str(tmp_path / "empty.json")], "none of the 0 records"), ([], "--data is none"), (["--image-folder", "x", "--text-data", "y"], "--image-folder x would do nothing"),
+                        (["--max-tokens", "9", "--text-data", "y"], "--max-tokens 9 would do nothing"), (["--conversations", str(recorded / "chats.json"), "--max-tokens", "5000"], "context is 1024"),
+                        (["--conversations", str(recorded / "chats.json"), "--val-data", "x"], "--val-data x would do nothing"),
+                        (["--conversations", str(recorded / "chats.json")], "has none of text; it has question")):
+        assert words in mllm_words(*there, *argv), argv
+
+
+def test_train_mllm_documents_are_cut_after_a_part(recorded, tokenizer_folder, tmp_path):
+    """To what fits; pictures that are cut off are not read, broken or not."""
+    parts = [{"text": "a" * 20}, {"image": "0.png"}, {"text": "b" * 30}, {"image": "gone.png"}, {"text": "c"}]
+    (tmp_path / "documents.jsonl").write_text(json.dumps(parts))
+    for limit, length in ((22, 22), (87, 22), (88, 88), (117, 88), (118, 118), (183, 118)):
+        data = record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--documents", str(tmp_path / "documents.jsonl"), "--max-tokens", str(limit))
+        row, = data.records.rows["document"]
+        assert row[0] == length == len(laid_out(data.records.made("document", row), BYTES))
+
+
+def test_train_mllm_record_edits_drop_their_words_as_sampling_does(recorded, tokenizer_folder, tmp_path, monkeypatch):
+    """What an edit trains begins with the very prompt of `paint(pictures=...)`: with words, and nine times fewer without."""
+    data, rows = record_data(recorded, tokenizer_folder, tmp_path, "--documents", f"{recorded}/documents.jsonl"), []
+    made = [laid_out(data.make("edit", random.Random(n)), BYTES) for n in range(300)]
+    model = small_mllm(positions=64, llm=dict(max_position_embeddings=400), depth=4, codebook_size=512)
+    monkeypatch.setattr(model, "_begin", lambda sequences, room: rows.extend(sequences))        # no state to go on from
+    with pytest.raises(TypeError):
+        model.paint(["make it red"], train_mllm.to_tensor(data.records.pictures[:1]), guidance=3.0)
+    prompts = [laid_out(row, BYTES) for row in rows]
+    assert len(prompts) == 2 and all(any(m[:len(prompt)] == prompt and m[len(prompt)] == (None, False) for m in made) for prompt in prompts)
+    dropped = sum(m[:len(prompts[1])] == prompts[1] for m in made)
+    assert abs(dropped / 300 - train_mllm.DROP) < 0.06
+    assert all(torch.equal(s.data, train_mllm.to_tensor(data.records.pictures[n])) for n, s in enumerate(s for s in data.make("edit", random.Random(0)) if isinstance(s, Picture)))
+
+
+def test_train_mllm_records_keep_their_shares_and_a_length_a_step(recorded, tokenizer_folder, tmp_path, monkeypatch):
+    """Each kind of record has steps of its own; from long lists, a step's sequences come from one eighth by length, and every record comes."""
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(chat(None, "x" * (n % 97), f"y{n}")) for n in range(4500)))
+    data = record_data(recorded, tokenizer_folder, tmp_path, "--conversations", str(tmp_path / "chats.jsonl"), "--documents", f"{recorded}/documents.jsonl")
+    assert len(data.records.held["question"]) == 90 and len(data.records.rows["question"]) == 4410
+    seen = collections.Counter(row[1] for row in [*data.records.held["question"].tolist(), *data.records.rows["question"].tolist()])
+    assert len(seen) == 4500
+    data.batches(replace(MIXED_ROW, batch=16, mixture=dict(question=0.5, edit=0.2, document=0.1, unheard=3.0)))
+    kinds = [data.kinds_of(step) for step in range(160)]
+    counts = Counter(next(iter(kind)) for kind in kinds)
+    assert all(len(kind) == 1 for kind in kinds) and [counts[kind] for kind in ("question", "edit", "document")] == [100, 40, 20]
+    lengths = [batch.mask.sum(1) for step in range(160) if "question" in kinds[step] for batch in data[step]]
+    assert max(int(length.max() - length.min()) for length in lengths) <= 14 and max(map(max, lengths)) - min(map(min, lengths)) > 80
+
+
+def test_train_mllm_record_parts_are_the_same_over_ranks(recorded, tokenizer_folder, tmp_path):
+    flags = ["--conversations", f"{recorded}/chats.json", "--documents", f"{recorded}/documents.jsonl", "--accumulate"]
+    row = train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, dict(question=1.0, edit=1.0, document=1.0))
+    one, two = (record_data(recorded, tokenizer_folder, tmp_path, *flags, n) for n in ("2", "1"))
+    one.batches(row), two.batches(row)
+    for step in range(6):
+        whole = one[step]
+        for rank in range(2):
+            two.ranks = SimpleNamespace(rank=rank, count=2, device=torch.device("cpu"))
+            part, = two[step]
+            assert all(torch.equal(a, b) for a, b in zip(vars(part).values(), vars(whole[rank]).values()))
+
+
+def test_train_mllm_trains_on_records_over_the_stages(recorded, captioned, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """Stages 2 and 4-1 over images, conversations, edits and documents; held-out losses; pictures encoded once, again where one changes; stage 2 without --data."""
+    (tmp_path / "more.jsonl").write_text("\n".join(json.dumps(record) for n in range(26) for record in (EDIT, STORY)) + "\n" + json.dumps(EDIT))
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(CHATS[n % 4]) for n in range(60)))
+    mixture = dict(train_mllm._EVERYTHING, edit=1.0, document=1.0, question=1.0)
+    rows = (TWO_ROWS[0], train_mllm.Row("2", ("projector", "llm"), 1e-3, 8, 4, train_mllm._UNDERSTAND), train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, mixture))
+    shrink(monkeypatch, *(replace(row, steps=4) for row in rows), evaluates=lambda stage: True)
+    monkeypatch.setattr(train_mllm, "HELD_OUT", 20)
+    records = ["--image-folder", str(recorded), "--conversations", str(tmp_path / "chats.jsonl"), "--documents", str(tmp_path / "more.jsonl")]
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), *records)
+    out, metrics = capsys.readouterr().out, json.load(open(tmp_path / "run/metrics.json"))
+    assert "57 of kind question (3 more held out), 26 of kind edit (1 more held out), 25 of kind document (1 more held out), 5 pictures, 0 left out" in out
+    assert {"held_out_question_text", "held_out_edit_codes", "held_out_document_text", "held_out_document_codes", "caption_retrieval"} <= metrics.keys() and "held_out_edit_text" not in metrics
+    logged = losses_logged(tmp_path / "run")
+    assert any({"text", "pixel_1"} <= line.keys() for line in logged) and any("pixel_1" in line and "text" not in line for line in logged)
+    assert 3 < metrics["held_out_question_text"] < 8 and 5 < metrics["held_out_document_codes"] < 200
+    folders = {folder: len(np.load(folder + "/pictures.npy")) for folder in glob.glob(str(tmp_path / "run/codes/*"))}
+    assert sorted(folders.values()) == [5, 6, 12]
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", "none", "--stage", "2", *records)
+    assert {*glob.glob(str(tmp_path / "run/codes/*"))} == {*folders} and "question" in capsys.readouterr().out
+    assert {k for k in json.load(open(tmp_path / "run/stage-2/metrics.json")) if k.startswith("held")} == {"held_out_question_text"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
