@@ -24,7 +24,7 @@ import torch
 
 from data.images import centre_crop, decode
 
-TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[][{},]', re.DOTALL)      # of JSON, those by which its outermost list falls into records
+TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{},]', re.DOTALL)      # of JSON, those by which its outermost list falls into records
 SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
 
 
@@ -84,14 +84,16 @@ def _spans(path: str, lists: bool):
             return
         depth = begin = 0
         for token in TOKENS.finditer(data):
-            mark, at = token[0], token.start()
+            mark = token[0]
             if depth == 1 and mark in (b",", b"]"):
-                if data[begin:at].strip():
-                    yield begin, at - begin
+                if data[begin:token.start()].strip():
+                    yield begin, token.start() - begin
                 begin = token.end()
-            depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
-            if depth == 1 and mark == b"[" and not begin:
-                begin = token.end()
+            if mark in (b"[", b"{"):
+                depth += 1
+                begin = begin or token.end()
+            elif mark in (b"]", b"}"):
+                depth -= 1
         if depth:
             raise ValueError("its list has no end")
 
@@ -105,9 +107,7 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return centre_crop(decode(self.paths[i], near=self.size), self.size), ""
-        except OSError as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), f"{self.paths[i]}: {error.strerror or error}"
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
 
 
