@@ -3344,6 +3344,26 @@ def test_train_mllm_takes_a_folder_of_qwen(tokenizer_folder, tmp_path, monkeypat
     assert all(isinstance(answer, str) for answer in model.answer(torch.zeros(1, 64, 2, 4, dtype=torch.int64), ["what is it?"], longest=3))
 
 
+def test_train_mllm_takes_a_folder_of_smollm(smollm, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """Llama's weights and a vocabulary without a spare row, whose special tokens come first."""
+    folder, other, known = smollm
+    monkeypatch.setattr(mllm, "KNOWN", KNOWN | known)
+    shutil.copytree(folder, tmp_path / "llm")
+    llm = randomised(LLM(small_llm(max_position_embeddings=600, vocab_size=other.get_vocab_size(), num_hidden_layers=1, attention_bias=False)))
+    save_file(llm.state_dict(), tmp_path / "llm/model.safetensors")
+    (tmp_path / "llm/config.json").write_text(json.dumps({"model_type": "llama", **vars(llm.config)}))
+    shrink(monkeypatch, replace(TWO_ROWS[1], steps=2))
+    train_tiny(tmp_path / "run", tokenizer_folder, "--llm", str(tmp_path / "llm"))
+    assert f"become tokens {other.get_vocab_size()} to {other.get_vocab_size() + 3}" in capsys.readouterr().out
+    model = DualMLLM.from_pretrained(tmp_path / "run")
+    assert model.text.turn_start == 1 and model.llm.config.vocab_size == other.get_vocab_size()
+    assert all(isinstance(answer, str) for answer in model.answer(torch.zeros(1, 64, 2, 4, dtype=torch.int64), ["what is it?"], longest=3))
+    few = json.loads((tmp_path / "llm/config.json").read_text()) | {"vocab_size": 100}
+    (tmp_path / "llm/config.json").write_text(json.dumps(few))
+    save_file(LLM(replace(llm.config, vocab_size=100)).state_dict(), tmp_path / "llm/model.safetensors")
+    assert f"has {other.get_vocab_size()} tokens, its LLM 100 rows" in mllm_words("--llm", str(tmp_path / "llm"), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "two"))
+
+
 def test_train_mllm_bench_writes_nothing(tmp_path, monkeypatch, capsys):
     shrink(monkeypatch, replace(MIXED_ROW, batch=2))
     train_mllm.main([*TINY_MLLM, "--bench", "--tokenizer", "nano", "--out", str(tmp_path / "run")])

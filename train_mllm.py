@@ -2,7 +2,8 @@
 
     python train_mllm.py                                                    # a CPU, minutes: after `python train_tokenizer.py`, no download -> out/mllm
     python train_mllm.py --preset small --tokenizer out/small --out out/mllm-small          # one GPU
-    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --compile --checkpointing
+    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --compile --checkpointing \\
+        --conversations llava_v1_5_mix665k.json --documents interleaved.jsonl,edits.jsonl --image-folder images         # their form: data/records.py
     python train_mllm.py --stage 3                                          # one stage, from the one before it in --out
     python train_mllm.py --resume                                           # go on: finished stages are kept, the one under way continues
     python train_mllm.py --bench                                            # seconds per step of every stage; writes nothing
@@ -369,8 +370,9 @@ class RecordSequences:
             try:
                 kind, parts = self.records[i]
                 made = self.segments(kind, parts, itertools.repeat(nothing))
-                images = [part for part in parts if isinstance(part, Image)] if kind != "question" else [part for asked, _ in parts for part in asked if isinstance(part, Image)]
-                rows["good"].append((i, kind, self.tokens(made), [image.path for image in images[:sum(isinstance(s, Picture) for s in made)]]))
+                flat = [part for asked, _ in parts for part in asked] if kind == "question" else parts
+                images = [part.path for part in flat if isinstance(part, Image)]
+                rows["good"].append((i, kind, self.tokens(made), images[:sum(isinstance(s, Picture) for s in made)]))       # without those cut off
             except ValueError as error:
                 rows["broken"].append((i, str(error)))
         rows = ranks.gather_rows(rows)
