@@ -42,7 +42,7 @@ import mllm
 import sample
 import train_mllm
 import train_tokenizer
-from data import hub, images, shapes
+from data import hub, images, records, shapes
 from data.shapes import World
 from losses import (Discriminator, Moments, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
@@ -3533,6 +3533,15 @@ def test_train_mllm_records_files_and_flags_end_in_a_sentence(recorded, tokenize
         assert words in mllm_words(*there, *argv), argv
 
 
+def test_train_mllm_edits_are_told_by_their_shape():
+    read, told, painted = EDIT
+    for parts, kind in ((EDIT, "edit"), ([read, read, told, painted], "edit"), ([read, {"text": "so"}, painted], "document"), ([told, painted], "document"),
+                        ([painted, told, painted], "document"), ([told, *EDIT], "document"), ([*EDIT, told], "document"), ([read, told, read, {"text": "so"}], "document")):
+        made, found = records.document(parts, "/there")
+        assert made == kind and len(found) == len(parts)
+    assert records.document(EDIT, "/there")[1][0] == records.Image("/there/0.png") and records.document([{"image": "/a.png", "paint": True}], "/there")[1][0].path == "/a.png"
+
+
 def test_train_mllm_documents_are_cut_after_a_part(recorded, tokenizer_folder, tmp_path):
     """To what fits; pictures that are cut off are not read, broken or not."""
     parts = [{"text": "a" * 20}, {"image": "0.png"}, {"text": "b" * 30}, {"image": "gone.png"}, {"text": "c"}]
@@ -3569,19 +3578,24 @@ def test_train_mllm_records_keep_their_shares_and_a_length_a_step(recorded, toke
     kinds = [data.kinds_of(step) for step in range(160)]
     counts = Counter(next(iter(kind)) for kind in kinds)
     assert all(len(kind) == 1 for kind in kinds) and [counts[kind] for kind in ("question", "edit", "document")] == [100, 40, 20]
+    data.mixture = dict(question=1.0, caption=1.0)
+    assert [[*data.kinds_of(step)] for step in range(4)] == [["caption"], ["question"]] * 2
+    data.mixture = dict(question=0.5, edit=0.2, document=0.1)
     lengths = [batch.mask.sum(1) for step in range(160) if "question" in kinds[step] for batch in data[step]]
     assert max(int(length.max() - length.min()) for length in lengths) <= 14 and max(map(max, lengths)) - min(map(min, lengths)) > 80
 
 
-def test_train_mllm_record_parts_are_the_same_over_ranks(recorded, tokenizer_folder, tmp_path):
+def test_train_mllm_record_parts_are_the_same_over_ranks(recorded, tokenizer_folder, tmp_path, monkeypatch):
     """Whatever the order in which ranks hand in what they read, and whoever makes which part."""
-    flags = ["--conversations", f"{recorded}/chats.json", "--documents", f"{recorded}/documents.jsonl", "--accumulate"]
+    (tmp_path / "documents.jsonl").write_text("\n".join(json.dumps([*EDIT[:1], {"text": f"edit {n}", "loss": False}, *EDIT[2:]]) for n in range(5)) + "\n" + json.dumps(STORY))
+    flags = ["--image-folder", str(recorded), "--conversations", f"{recorded}/chats.json", "--documents", str(tmp_path / "documents.jsonl"), "--accumulate"]
     row = train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, dict(question=1.0, edit=1.0, document=1.0))
+    monkeypatch.setattr(train_mllm, "HELD_OUT", 3)
     one = record_data(recorded, tokenizer_folder, tmp_path, *flags, "2")
     other_order = train_tokenizer.Ranks("cpu")
     other_order.gather_rows = lambda rows: {name: value[::-1] for name, value in rows.items()}
     two = record_data(recorded, tokenizer_folder, tmp_path, *flags, "1", ranks=other_order)
-    assert one.key == two.key
+    assert one.key == two.key and all(one.records.held[kind][:, 1].tolist() == two.records.held[kind][:, 1].tolist() for kind in ("question", "edit"))
     one.batches(row), two.batches(row)
     for step in range(6):
         whole = one[step]
@@ -3599,8 +3613,8 @@ def test_train_mllm_trains_on_records_over_the_stages(recorded, captioned, token
     rows = (TWO_ROWS[0], train_mllm.Row("2", ("projector", "llm"), 1e-3, 8, 4, train_mllm._UNDERSTAND), train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, mixture))
     shrink(monkeypatch, *(replace(row, steps=4) for row in rows), evaluates=lambda stage: True)
     monkeypatch.setattr(train_mllm, "HELD_OUT", 20)
-    records = ["--image-folder", str(recorded), "--conversations", str(tmp_path / "chats.jsonl"), "--documents", str(tmp_path / "more.jsonl")]
-    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), *records)
+    flags = ["--image-folder", str(recorded), "--conversations", str(tmp_path / "chats.jsonl"), "--documents", str(tmp_path / "more.jsonl")]
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), *flags)
     out, metrics = capsys.readouterr().out, json.load(open(tmp_path / "run/metrics.json"))
     assert "57 of kind question (3 more held out), 26 of kind edit (1 more held out), 25 of kind document (1 more held out), 5 pictures, 0 left out" in out
     assert {"held_out_question_text", "held_out_edit_codes", "held_out_document_text", "held_out_document_codes", "caption_retrieval"} <= metrics.keys() and "held_out_edit_text" not in metrics
@@ -3609,7 +3623,7 @@ def test_train_mllm_trains_on_records_over_the_stages(recorded, captioned, token
     assert 3 < metrics["held_out_question_text"] < 8 and 5 < metrics["held_out_document_codes"] < 200
     folders = {folder: len(np.load(folder + "/pictures.npy")) for folder in glob.glob(str(tmp_path / "run/codes/*"))}
     assert sorted(folders.values()) == [5, 6, 12]
-    train_tiny(tmp_path / "run", tokenizer_folder, "--data", "none", "--stage", "2", *records)
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", "none", "--stage", "2", *flags)
     assert {*glob.glob(str(tmp_path / "run/codes/*"))} == {*folders} and "question" in capsys.readouterr().out
     assert {k for k in json.load(open(tmp_path / "run/stage-2/metrics.json")) if k.startswith("held")} == {"held_out_question_text"}
 
