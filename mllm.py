@@ -37,13 +37,14 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tiktoken._educational import SimpleBytePairEncoding
 from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer import load_weights, lower, make_config, read_config, read_weights, recomputed, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
-# text as ids: UTF-8 bytes without any file, or a GPT-2 or Qwen2.5 vocabulary from local files; in each, four marks for images
+# text as ids: UTF-8 bytes without any file, or a GPT-2, Qwen2.5 or SmolLM2 vocabulary from local files; in each, four marks for images
 
 MARKS = ("<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>")    # round an image that is read, round one that is painted
 SPECIALS = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
@@ -51,7 +52,12 @@ SPECIALS = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object
             "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>").split()     # Qwen2.5's; GPT-2: the first
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # pieces of text; no token crosses two
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-KNOWN = {50256: (GPT2_SPLIT, False, SPECIALS[:1]), 151643: (QWEN_SPLIT, True, SPECIALS)}    # ordinary tokens: pieces, NFC, special tokens
+SMOLLM_SPECIALS = [*SPECIALS[:3], *("<repo_name> <reponame> <file_sep> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> <jupyter_start> "
+                                    "<jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> <empty_output>").split()]
+# GPT-2's pieces of the stretches between digits, each digit a piece: white space that ends a stretch is whole.
+SMOLLM_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+# Number of ordinary tokens: pieces, NFC, special tokens, the first ordinary token's id, how many are single bytes (what a corpus lacks, its vocabulary may lack).
+KNOWN = {50256: (GPT2_SPLIT, False, SPECIALS[:1], 0, 256), 151643: (QWEN_SPLIT, True, SPECIALS, 0, 256), 49135: (SMOLLM_SPLIT, False, SMOLLM_SPECIALS, 17, 235)}
 HIDDEN = [b for b in range(256) if b == 32 or not chr(b).isprintable()]     # bytes that vocabulary files spell by characters 256, 257, ...
 BYTE = {chr(256 + HIDDEN.index(b) if b in HIDDEN else b): b for b in range(256)}
 
@@ -63,26 +69,29 @@ def _files(folder: str, more: list[Path] = ()) -> list[Path]:
 
 
 def _ranks(vocab: dict, merges: list) -> dict[bytes, int]:
-    """Ordinary tokens {bytes: id}. tiktoken merges the lowest id first, so the merges have to make tokens 256, 257, ... in this order."""
-    ordinary = {token: id for token, id in vocab.items() if token not in SPECIALS}
+    """Ordinary tokens {bytes: id}. tiktoken merges the lowest id first, so the merges have to make the tokens after the single bytes in this order."""
+    ordinary = {token: id for token, id in vocab.items() if token not in {*SPECIALS, *SMOLLM_SPECIALS}}
     if odd := set("".join(ordinary)) - BYTE.keys():
         raise ValueError(f"{''.join(sorted(odd))[:20]!r} in its tokens spells no bytes")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     made = [vocab.get(left + right) if left in vocab and right in vocab else None for left, right in pairs]
-    if len(ordinary) in KNOWN and made != list(range(256, len(ordinary))):
-        raise ValueError(f"its {len(merges)} merges do not make the tokens 256 to {len(ordinary) - 1}, in this order, out of known ones")
+    *_, first, single = KNOWN.get(len(ordinary), (0, 0))
+    if single and made != list(range(first + single, first + len(ordinary))):
+        raise ValueError(f"its {len(merges)} merges do not make the tokens {first + single} to {first + len(ordinary) - 1}, in this order, out of known ones")
     return {bytes(BYTE[char] for char in token): id for token, id in ordinary.items()}
 
 
 class TextTokenizer:
-    """`marks` {name: id}; `end`, `turn_start`, `turn_end` (or None); `size`, highest id + 1; `nfc`; `files` read; tiktoken `encoding`."""
+    """`marks` {name: id}; `end`, `turn_start`, `turn_end` (or None); `ordinary` ids; `size`, highest id + 1; `nfc`; `files` read; tiktoken `encoding`."""
 
     def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool, specials: list[str], files: list[Path]):
-        self.specials = {name: len(ranks) + n for n, name in enumerate([*specials, *MARKS])}
-        self.encoding = tiktoken.Encoding("text", pat_str=split, mergeable_ranks=ranks, special_tokens=self.specials)
+        self.ordinary, self.size = {*ranks.values()}, len(ranks) + len(specials) + len(MARKS)
+        self.specials = dict(zip([*specials, *MARKS], (id for id in range(self.size) if id not in self.ordinary)))      # the free ids
+        self.lacking = [b for b in range(256) if bytes([b]) not in ranks]       # these get ids that no text keeps
+        self.encoding = tiktoken.Encoding("text", pat_str=split, mergeable_ranks=ranks | {bytes([b]): self.size + b for b in self.lacking}, special_tokens=self.specials)
         self.marks = {name: self.specials[name] for name in MARKS}
         self.end, self.turn_start, self.turn_end = (self.specials.get(name) for name in SPECIALS[:3])
-        self.size, self.nfc, self.files = len(ranks) + len(self.specials), nfc, files
+        self.nfc, self.files = nfc, files
 
     @classmethod
     def bytes(cls) -> "TextTokenizer":
@@ -91,7 +100,7 @@ class TextTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str) -> "TextTokenizer":
-        """GPT-2's or Qwen2.5's vocabulary. Raises ValueError if the folder has none, another, or a damaged one."""
+        """GPT-2's, Qwen2.5's or SmolLM2's vocabulary. Raises ValueError if the folder has none, another, or a damaged one."""
         files, ranks, added = _files(folder), {}, []
         try:
             match [json.loads(f.read_text("utf-8")) if f.suffix == ".json" else f.read_text("utf-8").splitlines() for f in files]:
@@ -101,23 +110,30 @@ class TextTokenizer:
                     ranks = _ranks(vocab, [line for line in lines if line and not line.startswith("#version:")])
                 case [list(lines)]:
                     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
-            if len(ranks) not in KNOWN or {*ranks.values()} != {*range(len(ranks))} or [len(token) for token in ranks].count(1) != 256:
-                raise ValueError(f"{len(ranks)} ordinary tokens; their ids have to be 0, 1, 2, ... and 256 of them single bytes")
-            made = cls(ranks, *KNOWN[len(ranks)], files)
+            *how, first, single = KNOWN.get(len(ranks), (0, 256))
+            if not how or {*ranks.values()} != {*range(first, first + len(ranks))} or [len(token) for token in ranks].count(1) != single:
+                raise ValueError(f"{len(ranks)} ordinary tokens; their ids have to be {first}, {first + 1}, {first + 2}, ... and {single} of them single bytes")
+            made = cls(ranks, *how, files)
             if odd := [token.get("content") for token in added if made.specials.get(token.get("content")) != token.get("id")]:
                 raise ValueError(f"the added tokens {str(odd)[:200]} are others, or have other ids")
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"no vocabulary in {' and '.join(map(str, files)) or folder} ({error}); expected the 50256 tokens of GPT-2 "
-                             "or 151643 of Qwen2.5 as tokenizer.json, vocab.json + merges.txt or qwen.tiktoken: copy it there") from None
+            raise ValueError(f"no vocabulary in {' and '.join(map(str, files)) or folder} ({error}); expected the 50256 tokens of GPT-2, "
+                             "151643 of Qwen2.5 or 49135 of SmolLM2 as tokenizer.json, vocab.json + merges.txt or qwen.tiktoken: copy it there") from None
         return made
 
     def encode(self, text: str) -> list[int]:
-        """Text that spells a mark or another special token is never turned into it."""
-        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        """Text that spells a mark or another special token is never turned into it. A byte that the vocabulary lacks is left out, as the tokenizers library does."""
+        ids = self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        if not self.lacking or max(ids, default=0) < self.size:
+            return ids
+        # What stands around it in its piece is merged without it. tiktoken tells no pieces; the pattern by which its teaching version finds them is the same.
+        pieces = SimpleBytePairEncoding(pat_str=self.encoding._pat_str, mergeable_ranks={})._pat.findall(text)
+        kept = (bytes(b for b in piece.encode("utf-8", "replace") if b not in self.lacking) for piece in pieces)
+        return [id for piece in kept if piece for id in self.encoding._encode_single_piece(piece)]
 
     def decode(self, ids: list[int]) -> str:
         """Bytes that are no UTF-8 become U+FFFD; special tokens, and ids outside the vocabulary, are left out."""
-        return self.encoding.decode([id for id in ids if 0 <= id < self.end])       # special tokens follow the ordinary ones
+        return self.encoding.decode([id for id in ids if id in self.ordinary])
 
     def save(self, folder: str):
         """Copies `files`, so that `from_folder(folder)` gives the same tokenizer. Raises ValueError if it would not or copying fails."""
@@ -697,7 +713,7 @@ class DualMLLM(nn.Module):
         h, cache = self._begin(rows, longest)
         noise = torch.stack([torch.rand(longest, generator=torch.Generator().manual_seed(s)) for s in seeds or range(len(rows))]).to(h.device)
         allowed = torch.zeros(self.config.llm.vocab_size, dtype=torch.bool)
-        allowed[:text.end] = allowed[stop] = True        # special tokens follow the ordinary ones
+        allowed[[*text.ordinary, stop]] = True
         allowed, written = allowed.to(h.device), []
         done = torch.zeros(len(rows), dtype=torch.bool, device=h.device)
         for t in range(longest):

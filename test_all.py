@@ -3,6 +3,7 @@ train, text, mllm, sample, project. Seconds each. Tests against reference number
 skip, with the reason, where it is not set; parity tests skip where transformers is not installed."""
 
 import ast
+import collections
 import contextlib
 import copy
 import functools
@@ -42,7 +43,7 @@ import mllm
 import sample
 import train_mllm
 import train_tokenizer
-from data import hub, images, shapes
+from data import hub, images, records, shapes
 from data.shapes import World
 from losses import (Discriminator, Moments, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
@@ -2791,6 +2792,66 @@ def test_text_lone_surrogates_do_not_fail():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SmolLM2's form: special tokens first, digits one by one, bytes that the corpus lacked
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory):
+    """A small vocabulary made as SmolLM2's was -> its folder, tokenizers' own, and the entry that `KNOWN` would have."""
+    tokenizers = pytest.importorskip("tokenizers", reason="parity needs tokenizers")
+    folder, made = tmp_path_factory.mktemp("smollm"), tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    corpus = [re.sub("[\x00-\x08\x0e-\x1f\x7f]", "", sample) for sample in SAMPLES] * 3 + ["a--b ---- c !! 1  2   33    x.\n\n\n" * 3]
+    made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=mllm.SMOLLM_SPECIALS, show_progress=False))
+    made.save(str(folder / "tokenizer.json"))
+    single = sum(len(token) == 1 for token in made.get_vocab())
+    return folder, made, {made.get_vocab_size() - 17: (mllm.SMOLLM_SPLIT, False, mllm.SMOLLM_SPECIALS, 17, single)}
+
+
+def test_text_smollm_equals_the_reference(smollm, tmp_path, monkeypatch):
+    """Every id, also beside bytes that the vocabulary lacks; special tokens where they are; the marks after all."""
+    folder, other, known = smollm
+    monkeypatch.setattr(mllm, "KNOWN", KNOWN | known)
+    text = TextTokenizer.from_folder(folder)
+    assert 100 < (single := known[len(text.ordinary)][4]) < 243 and len(text.lacking) == 256 - single
+    assert (text.end, text.turn_start, text.turn_end) == (0, 1, 2) and text.ordinary == {*range(17, other.get_vocab_size())}
+    assert [*text.marks.values()] == [*range(other.get_vocab_size(), text.size)] and len(text.marks) == 4
+    rng = random.Random(3)
+    samples = SAMPLES + ["1 2  3\n4 \t5x  y", "-\x01-", "a\x01b", "\x01", "!\x02\x01!!  \x03\n\x04", "\U000F1234-\U000F1234", "'\x05s 9's"]
+    samples += [random_text(rng, rng.randint(1, 200)) for _ in range(150)] + ["".join(rng.choices("ab 1\n\t-!'s\x01\x02é", k=30)) for _ in range(150)]
+    wrong = [sample for sample in samples if text.encode(sample) != other.encode(sample, add_special_tokens=False).ids]
+    assert not wrong, f"{len(wrong)} of {len(samples)} differ, such as {wrong[0]!r}"
+    kept = [sample for sample in SAMPLES if not set(sample.encode()) & set(text.lacking)]
+    assert all(text.decode(text.encode(sample)) == sample for sample in kept) and len(kept) > 15
+    for spelling in [*MARKS, *mllm.SMOLLM_SPECIALS]:
+        assert set(text.encode(f"a{spelling} b")) <= text.ordinary
+    assert text.decode([0, *text.encode("red"), 1, 2, 16, *text.marks.values(), text.size, 10 ** 9, -1, *text.encode(" 12")]) == "red 12"
+    text.save(tmp_path)
+    assert same(TextTokenizer.from_folder(tmp_path), text)
+
+
+def test_text_smollm_answers_nothing_but_text(smollm, monkeypatch):
+    """Tokens 0 to 16 are special there: an answer has none of them but the end of its turn."""
+    folder, _, known = smollm
+    monkeypatch.setattr(mllm, "KNOWN", KNOWN | known)
+    text = TextTokenizer.from_folder(folder)
+    assert spelled(turn(text, ["hi"]), text) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    torch.manual_seed(0)
+    model = DualMLLM(MLLMConfig(llm=small_llm(vocab_size=text.size, max_position_embeddings=200), positions=4, depth=3, codebook_size=11, code_dim=5, head_width=8, head_heads=2, head_mlp=8), text)
+    seen = []
+    monkeypatch.setattr(text, "decode", lambda ids: seen.extend(ids) or "")
+    model.answer(None, ["what?"] * 40, longest=40, temperature=3.0)
+    assert len(seen) > 200 and set(seen) <= text.ordinary
+
+
+def test_text_smollm_is_known_by_its_published_sizes(smollm, tmp_path):
+    """17 special tokens, 235 bytes, 48,900 merges: 49,152. A vocabulary of its form and another size is refused."""
+    (size, (_, _, specials, first, single)), = ((size, entry) for size, entry in KNOWN.items() if entry[3])
+    assert first == len(specials) == 17 and size - single == 48_900 and size + first == 49_152 == LLMS["smollm2-135m"]["vocab_size"]
+    refuses(lambda: TextTokenizer.from_folder(smollm[0]), "49135 of SmolLM2", "tokenizer.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # files
 
 @needs_vocab
@@ -4276,6 +4337,26 @@ def test_train_mllm_takes_a_folder_of_qwen(tokenizer_folder, tmp_path, monkeypat
     assert all(isinstance(answer, str) for answer in model.answer(torch.zeros(1, 64, 2, 4, dtype=torch.int64), ["what is it?"], longest=3))
 
 
+def test_train_mllm_takes_a_folder_of_smollm(smollm, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """Llama's weights and a vocabulary without a spare row, whose special tokens come first."""
+    folder, other, known = smollm
+    monkeypatch.setattr(mllm, "KNOWN", KNOWN | known)
+    shutil.copytree(folder, tmp_path / "llm")
+    llm = randomised(LLM(small_llm(max_position_embeddings=600, vocab_size=other.get_vocab_size(), num_hidden_layers=1, attention_bias=False)))
+    save_file(llm.state_dict(), tmp_path / "llm/model.safetensors")
+    (tmp_path / "llm/config.json").write_text(json.dumps({"model_type": "llama", **vars(llm.config)}))
+    shrink(monkeypatch, replace(TWO_ROWS[1], steps=2))
+    train_tiny(tmp_path / "run", tokenizer_folder, "--llm", str(tmp_path / "llm"))
+    assert f"become tokens {other.get_vocab_size()} to {other.get_vocab_size() + 3}" in capsys.readouterr().out
+    model = DualMLLM.from_pretrained(tmp_path / "run")
+    assert model.text.turn_start == 1 and model.llm.config.vocab_size == other.get_vocab_size()
+    assert all(isinstance(answer, str) for answer in model.answer(torch.zeros(1, 64, 2, 4, dtype=torch.int64), ["what is it?"], longest=3))
+    few = json.loads((tmp_path / "llm/config.json").read_text()) | {"vocab_size": 100}
+    (tmp_path / "llm/config.json").write_text(json.dumps(few))
+    save_file(LLM(replace(llm.config, vocab_size=100)).state_dict(), tmp_path / "llm/model.safetensors")
+    assert f"has {other.get_vocab_size()} tokens, its LLM 100 rows" in mllm_words("--llm", str(tmp_path / "llm"), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "two"))
+
+
 def test_train_mllm_bench_writes_nothing(tmp_path, monkeypatch, capsys):
     shrink(monkeypatch, replace(MIXED_ROW, batch=2))
     train_mllm.main([*TINY_MLLM, "--bench", "--tokenizer", "nano", "--out", str(tmp_path / "run")])
@@ -4319,6 +4400,225 @@ def test_train_mllm_parameters_are_the_papers(capsys):
     depth = [value for name, value in two.items() if "over depth" in name]
     assert depth == [257.9, 257.9] and two["LLM"] == one["LLM"] == 3085.9
     assert round(two["input projector"] - one["input projector"], 1) == 2.1 and [value for name, value in one.items() if "over depth" in name] == [257.9]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_mllm: records
+
+def chat(images, *turns):
+    return {"image": images, "conversations": [{"from": ("human", "gpt")[n % 2], "value": words} for n, words in enumerate(turns)]}
+
+
+CHATS = [chat("0.png", "<image>\nWhat is <|im_end|> this?", "A cat.", "And then?", "It sleeps."), chat(["0.png", "1.png"], "<image>\n<image>\nWhich?", "The second."),
+         {"conversations": [{"from": "user", "value": 'Hi é, {["\\"}'}, {"from": "assistant", "value": "Hello"}]}, chat("2.png", "before <image> after", "yes")]
+EDIT = [{"image": "0.png"}, {"text": "make it red", "loss": False}, {"image": "1.png", "paint": True}]
+STORY = [{"text": "one "}, {"image": "2.png", "paint": True}, {"text": "two", "loss": False}, {"image": "3.png"}, {"image": "4.png", "paint": True, "loss": False}, {"text": "three"}]
+
+
+@pytest.fixture(scope="module")
+def recorded(captioned, tmp_path_factory):
+    """Files of conversations (a list, and lines) and of edits and documents, beside the images they name, one of them broken."""
+    folder = tmp_path_factory.mktemp("records")
+    for n in range(7):
+        shutil.copy(captioned / f"train/{n}.png", folder)
+    (folder / "broken.png").write_bytes(b"broken")
+    (folder / "chats.json").write_text(json.dumps(CHATS, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "more.jsonl").write_text("\n".join(json.dumps(record) for record in CHATS) + "\n\n")
+    (folder / "documents.jsonl").write_text("\n".join(json.dumps(record) for record in (EDIT, STORY)))
+    return folder
+
+
+def record_data(folder, tokenizer_folder, out, *flags, text=BYTES, ranks=None):
+    """The sequences of these flags, as `main` makes them for --data none, with the codes of a small stand-in."""
+    args = train_mllm.flags([*TINY_MLLM, "--data", "none", "--out", str(out), *flags])
+    tokenizer = DualTokenizer.from_pretrained(tokenizer_folder)
+    config = MLLMConfig(llm=LLMConfig(**LLMS["nano"]), positions=64, depth=4)
+    ranks, encode = ranks or train_tokenizer.Ranks("cpu"), train_mllm.encoder(config, tokenizer, str(tokenizer_folder))
+    data = train_mllm.Sequences("none", args, ranks, text, config)
+    data.add(train_mllm.RecordSequences(args, ranks, text, config, 32, encode))
+    return data
+
+
+def shown_as(segments, data, folder, text=BYTES):
+    """Segments, spelled: [loss], text, and pictures by the names of the images whose codes they are, > where painted, ! with a loss."""
+    tokenizer, out = data.tokenizer, []
+    for s in segments:
+        if isinstance(s, Words):
+            out.append(("*" if s.loss else "") + "".join({id: f"({name})" for name, id in text.specials.items()}.get(id) or chr(id) for id in s.ids))
+        else:
+            name, = [n for n in range(7) if torch.equal(tokenizer.encode(sample.read_images([str(folder / f"{n}.png")], 32))[0], s.data)]
+            out.append(("!>" if s.loss else ">") * s.paint + str(name))
+    return "|".join(out)
+
+
+def test_train_mllm_records_become_sequences_with_losses_on_what_is_learned(recorded, tokenizer_folder, tmp_path):
+    """By hand: every reply and its end, painted pictures, marks spelled in text stay text; list and lines alike; chat vocabularies in Qwen's form."""
+    flags = ["--conversations", f"{recorded}/chats.json,{recorded}/more.jsonl", "--documents", f"{recorded}/documents.jsonl"]
+    data = record_data(recorded, tokenizer_folder, tmp_path, *flags)
+    data.tokenizer, made = DualTokenizer.from_pretrained(tokenizer_folder), {}
+    for kind, rows in data.records.rows.items():
+        for row in rows:
+            made[int(row[1])] = shown_as(data.records.made(kind, row), data, recorded)
+    assert {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 8, "edit": 1, "document": 1} and data.kinds == ("question", "edit", "document")
+    end = "(<|endoftext|>)"
+    chats = [f"|0|What is <|im_end|> this?|\n|*A cat.|*{end}||And then?|\n|*It sleeps.|*{end}", f"|0|1|Which?|\n|*The second.|*{end}",
+             "|" + "".join(map(chr, 'Hi é, {["\\"}'.encode())) + f"|\n|*Hello|*{end}", f"|before|2|after|\n|*yes|*{end}"]
+    assert [made[i] for i in range(8)] == chats * 2
+    assert made[8] == f"|0|make it red|\n|!>1|{end}" and made[9] == f"{end}|*one |!>2|two|3|>4|*three|*{end}"
+    data = record_data(recorded, tokenizer_folder, tmp_path, *flags, text=CHAT)
+    data.tokenizer = DualTokenizer.from_pretrained(tokenizer_folder)
+    row, = [row for row in data.records.rows["question"] if row[1] == 0]
+    said = spelled(data.records.made("question", row), CHAT, losses=True)
+    assert said == "A cat.<|im_end|>It sleeps.<|im_end|>" and "(<|im_end|>) this" not in shown_as(data.records.made("question", row), data, recorded, CHAT)
+
+
+def test_train_mllm_records_are_batches_by_hand(recorded, tokenizer_folder, tmp_path):
+    """Places of losses and pictures, and what is painted, in the `Batch` of one step of each kind."""
+    data = record_data(recorded, tokenizer_folder, tmp_path, "--documents", f"{recorded}/documents.jsonl")
+    data.batches(train_mllm.Row("4-1", PARTS, 1e-3, 2, 4, dict(edit=1.0, document=1.0, paint=1.0)))
+    steps = {next(iter(data.kinds_of(step))): data[step][0] for step in range(2)}
+    assert steps.keys() == {"edit", "document"} and data.mixture.keys() == steps.keys()
+    edit, story = steps["edit"], steps["document"]
+    assert edit.painted.tolist() == [False, True] * 2 and edit.learned.tolist() == [1, 3] and not len(edit.text_from)
+    assert story.painted.tolist() == [True, False, True] * 2 and story.learned.tolist() == [0, 3]
+    assert bytes(id for id in story.text_target.tolist() if id < 256) == b"one three" * 2 and story.text_target.tolist().count(256) == 2
+    T = story.ids.shape[1]
+    assert T == 1 + 4 + 66 + 3 + 66 + 66 + 5 + 1 and story.at[:3].tolist() == [6, 75, 141] and story.text_from[:5].tolist() == [0, 1, 2, 3, T - 7]
+    assert story.ids[0, 5] == GEN_START and story.ids[0, 74] == START and story.ids[0, 206 - 1] == GEN_END
+
+
+def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokenizer_folder, tmp_path, capsys):
+    bad = {"expected an object": 7, "unknown speaker": {"conversations": [{"from": "system", "value": "x"}, {"from": "gpt", "value": "y"}]}, "no list": {"conversations": "x"},
+           '"image" is': chat([3], "<image>", "y"), "2 <image> marks for 1 images": chat("0.png", "<image><image>", "y"), "0 <image> marks for 1": chat("0.png", "x", "y"),
+           "a reply has an <image>": chat("0.png", "x", "<image>"), "no reply": chat(None, "x", " "), "do not take turns": chat(None, "x", "y", "z"),
+           "No such file or directory: ": chat("gone.png", "<image>", "y"), "broken.png: cannot be read": chat("broken.png", "<image>", "y"),
+           "tokens, expected at most 300": chat(None, "x" * 300, "y")}
+    documents = {"expected a list": {}, "is neither": [{"text": "a", "image": "0.png"}], "nothing in it has a loss": [{"text": "a", "loss": False}, {"image": "0.png"}],
+                 '"paint" is': [{"image": "0.png", "paint": 1}], "neither words nor a path": [{"text": ["x"]}], "nothing that has a loss fits 300": [{"text": "x" * 400}],
+                 "Expecting": None, "nested too deeply": 0, "gone.png": [{"text": "a"}, {"image": "gone.png"}]}
+    raw = {None: "{broken", 0: "[" * 100_000}
+    (tmp_path / "chats.json").write_text(json.dumps([*bad.values(), CHATS[0]]))
+    (tmp_path / "documents.jsonl").write_text("\n".join(raw[record] if record in (None, 0) else json.dumps(record) for record in [*documents.values(), EDIT]), encoding="utf-8")
+    flags = ["--image-folder", str(recorded), "--max-tokens", "300", "--conversations"]
+    data = record_data(recorded, tokenizer_folder, tmp_path / "run", *flags, str(tmp_path / "chats.json"), "--documents", str(tmp_path / "documents.jsonl"))
+    out = capsys.readouterr().out
+    assert f"{len(bad) + len(documents)} left out" in out and {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 1, "edit": 1}
+    assert len([line for line in out.splitlines() if ", record " in line]) == 10
+    for n, (words, record) in enumerate(bad.items()):
+        (tmp_path / "one.jsonl").write_text(json.dumps(record))
+        assert words in mllm_words("--tokenizer", str(tokenizer_folder), "--data", "none", "--out", str(tmp_path / "run"), *flags, str(tmp_path / "one.jsonl"))
+        assert n >= 10 or f"chats.json, record {n + 1}: " in out and words in out
+    for record, words in zip(documents.values(), documents):
+        (tmp_path / "one.jsonl").write_text(raw[record] if record in (None, 0) else json.dumps(record))
+        with pytest.raises(ValueError, match=re.escape(words)):
+            record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--max-tokens", "300", "--documents", str(tmp_path / "one.jsonl"))
+
+
+def test_train_mllm_records_files_and_flags_end_in_a_sentence(recorded, tokenizer_folder, tmp_path):
+    there = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--data", "none"]
+    (tmp_path / "cut.json").write_text(json.dumps(CHATS)[:-20])
+    (tmp_path / "empty.json").write_text("")
+    for argv, words in ((["--conversations", str(tmp_path / "gone.json")], "gone.json cannot be read"), (["--conversations", str(tmp_path / "cut.json")], "its list has no end"),
+                        (["--conversations", str(tmp_path / "empty.json")], "none of the 0 records"), ([], "--data is none"), (["--image-folder", "x", "--text-data", "y"], "--image-folder x would do nothing"),
+                        (["--max-tokens", "9", "--text-data", "y"], "--max-tokens 9 would do nothing"), (["--conversations", str(recorded / "chats.json"), "--max-tokens", "5000"], "context is 1024"),
+                        (["--conversations", str(recorded / "chats.json"), "--val-data", "x"], "--val-data x would do nothing"),
+                        (["--conversations", str(recorded / "chats.json")], "has none of text; it has question")):
+        assert words in mllm_words(*there, *argv), argv
+
+
+def test_train_mllm_edits_are_told_by_their_shape():
+    read, told, painted = EDIT
+    for parts, kind in ((EDIT, "edit"), ([read, read, told, painted], "edit"), ([read, {"text": "so"}, painted], "document"), ([told, painted], "document"),
+                        ([painted, told, painted], "document"), ([told, *EDIT], "document"), ([*EDIT, told], "document"), ([read, told, read, {"text": "so"}], "document")):
+        made, found = records.document(parts, "/there")
+        assert made == kind and len(found) == len(parts)
+    assert records.document(EDIT, "/there")[1][0] == records.Image("/there/0.png") and records.document([{"image": "/a.png", "paint": True}], "/there")[1][0].path == "/a.png"
+
+
+def test_train_mllm_documents_are_cut_after_a_part(recorded, tokenizer_folder, tmp_path):
+    """To what fits; pictures that are cut off are not read, broken or not."""
+    parts = [{"text": "a" * 20}, {"image": "0.png"}, {"text": "b" * 30}, {"image": "gone.png"}, {"text": "c"}]
+    (tmp_path / "documents.jsonl").write_text(json.dumps(parts))
+    for limit, length in ((22, 22), (87, 22), (88, 88), (117, 88), (118, 118), (183, 118)):
+        data = record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--documents", str(tmp_path / "documents.jsonl"), "--max-tokens", str(limit))
+        row, = data.records.rows["document"]
+        assert row[0] == length == len(laid_out(data.records.made("document", row), BYTES))
+
+
+def test_train_mllm_record_edits_drop_their_words_as_sampling_does(recorded, tokenizer_folder, tmp_path, monkeypatch):
+    """What an edit trains begins with the very prompt of `paint(pictures=...)`: with words, and nine times fewer without."""
+    data, rows = record_data(recorded, tokenizer_folder, tmp_path, "--documents", f"{recorded}/documents.jsonl"), []
+    made = [laid_out(data.make("edit", random.Random(n)), BYTES) for n in range(300)]
+    model = small_mllm(positions=64, llm=dict(max_position_embeddings=400), depth=4, codebook_size=512)
+    monkeypatch.setattr(model, "_begin", lambda sequences, room: rows.extend(sequences))        # no state to go on from
+    with pytest.raises(TypeError):
+        model.paint(["make it red"], train_mllm.to_tensor(data.records.pictures[:1]), guidance=3.0)
+    prompts = [laid_out(row, BYTES) for row in rows]
+    assert len(prompts) == 2 and all(any(m[:len(prompt)] == prompt and m[len(prompt)] == (None, False) for m in made) for prompt in prompts)
+    dropped = sum(m[:len(prompts[1])] == prompts[1] for m in made)
+    assert abs(dropped / 300 - train_mllm.DROP) < 0.06
+    assert all(torch.equal(s.data, train_mllm.to_tensor(data.records.pictures[n])) for n, s in enumerate(s for s in data.make("edit", random.Random(0)) if isinstance(s, Picture)))
+
+
+def test_train_mllm_records_keep_their_shares_and_a_length_a_step(recorded, tokenizer_folder, tmp_path, monkeypatch):
+    """Each kind of record has steps of its own; from long lists, a step's sequences come from one eighth by length, and every record comes."""
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(chat(None, "x" * (n % 97), f"y{n}")) for n in range(4500)))
+    data = record_data(recorded, tokenizer_folder, tmp_path, "--conversations", str(tmp_path / "chats.jsonl"), "--documents", f"{recorded}/documents.jsonl")
+    assert len(data.records.held["question"]) == 90 and len(data.records.rows["question"]) == 4410
+    seen = collections.Counter(row[1] for row in [*data.records.held["question"].tolist(), *data.records.rows["question"].tolist()])
+    assert len(seen) == 4500
+    data.batches(replace(MIXED_ROW, batch=16, mixture=dict(question=0.5, edit=0.2, document=0.1, unheard=3.0)))
+    kinds = [data.kinds_of(step) for step in range(160)]
+    counts = Counter(next(iter(kind)) for kind in kinds)
+    assert all(len(kind) == 1 for kind in kinds) and [counts[kind] for kind in ("question", "edit", "document")] == [100, 40, 20]
+    data.mixture = dict(question=1.0, caption=1.0)
+    assert [[*data.kinds_of(step)] for step in range(4)] == [["caption"], ["question"]] * 2
+    data.mixture = dict(question=0.5, edit=0.2, document=0.1)
+    lengths = [batch.mask.sum(1) for step in range(160) if "question" in kinds[step] for batch in data[step]]
+    assert max(int(length.max() - length.min()) for length in lengths) <= 14 and max(map(max, lengths)) - min(map(min, lengths)) > 80
+
+
+def test_train_mllm_record_parts_are_the_same_over_ranks(recorded, tokenizer_folder, tmp_path, monkeypatch):
+    """Whatever the order in which ranks hand in what they read, and whoever makes which part."""
+    (tmp_path / "documents.jsonl").write_text("\n".join(json.dumps([*EDIT[:1], {"text": f"edit {n}", "loss": False}, *EDIT[2:]]) for n in range(5)) + "\n" + json.dumps(STORY))
+    flags = ["--image-folder", str(recorded), "--conversations", f"{recorded}/chats.json", "--documents", str(tmp_path / "documents.jsonl"), "--accumulate"]
+    row = train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, dict(question=1.0, edit=1.0, document=1.0))
+    monkeypatch.setattr(train_mllm, "HELD_OUT", 3)
+    one = record_data(recorded, tokenizer_folder, tmp_path, *flags, "2")
+    other_order = train_tokenizer.Ranks("cpu")
+    other_order.gather_rows = lambda rows: {name: value[::-1] for name, value in rows.items()}
+    two = record_data(recorded, tokenizer_folder, tmp_path, *flags, "1", ranks=other_order)
+    assert one.key == two.key and all(one.records.held[kind][:, 1].tolist() == two.records.held[kind][:, 1].tolist() for kind in ("question", "edit"))
+    one.batches(row), two.batches(row)
+    for step in range(6):
+        whole = one[step]
+        for rank in range(2):
+            two.ranks = SimpleNamespace(rank=rank, count=2, device=torch.device("cpu"))
+            part, = two[step]
+            assert all(torch.equal(a, b) for a, b in zip(vars(part).values(), vars(whole[rank]).values()))
+
+
+def test_train_mllm_trains_on_records_over_the_stages(recorded, captioned, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """Stages 2 and 4-1 over images, conversations, edits and documents; held-out losses; pictures encoded once, again where one changes; stage 2 without --data."""
+    (tmp_path / "more.jsonl").write_text("\n".join(json.dumps(record) for n in range(26) for record in (EDIT, STORY)) + "\n" + json.dumps(EDIT))
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(CHATS[n % 4]) for n in range(60)))
+    mixture = dict(train_mllm._EVERYTHING, edit=1.0, document=1.0, question=1.0)
+    rows = (TWO_ROWS[0], train_mllm.Row("2", ("projector", "llm"), 1e-3, 8, 4, train_mllm._UNDERSTAND), train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, mixture))
+    shrink(monkeypatch, *(replace(row, steps=4) for row in rows), evaluates=lambda stage: True)
+    monkeypatch.setattr(train_mllm, "HELD_OUT", 20)
+    flags = ["--image-folder", str(recorded), "--conversations", str(tmp_path / "chats.jsonl"), "--documents", str(tmp_path / "more.jsonl")]
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), *flags)
+    out, metrics = capsys.readouterr().out, json.load(open(tmp_path / "run/metrics.json"))
+    assert "57 of kind question (3 more held out), 26 of kind edit (1 more held out), 25 of kind document (1 more held out), 5 pictures, 0 left out" in out
+    assert {"held_out_question_text", "held_out_edit_codes", "held_out_document_text", "held_out_document_codes", "caption_retrieval"} <= metrics.keys() and "held_out_edit_text" not in metrics
+    logged = losses_logged(tmp_path / "run")
+    assert any({"text", "pixel_1"} <= line.keys() for line in logged) and any("pixel_1" in line and "text" not in line for line in logged)
+    assert 3 < metrics["held_out_question_text"] < 8 and 5 < metrics["held_out_document_codes"] < 200
+    folders = {folder: len(np.load(folder + "/pictures.npy")) for folder in glob.glob(str(tmp_path / "run/codes/*"))}
+    assert sorted(folders.values()) == [5, 6, 12]
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", "none", "--stage", "2", *flags)
+    assert {*glob.glob(str(tmp_path / "run/codes/*"))} == {*folders} and "question" in capsys.readouterr().out
+    assert {k for k in json.load(open(tmp_path / "run/stage-2/metrics.json")) if k.startswith("held")} == {"held_out_question_text"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     python train_mllm.py                                                    # a CPU, minutes: after `python train_tokenizer.py`, no download -> out/mllm
     python train_mllm.py --preset small --tokenizer out/small --out out/mllm-small          # one GPU
-    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --compile --checkpointing
+    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --compile --checkpointing \\
+        --conversations llava_v1_5_mix665k.json --documents interleaved.jsonl,edits.jsonl --image-folder images         # their form: data/records.py
     python train_mllm.py --stage 3                                          # one stage, from the one before it in --out
     python train_mllm.py --resume                                           # go on: finished stages are kept, the one under way continues
     python train_mllm.py --bench                                            # seconds per step of every stage; writes nothing
@@ -35,6 +36,8 @@ from tqdm import tqdm
 
 from data import hub, shapes
 from data.images import ImageData, start_worker
+from data.records import Image, Pictures, Records, conversation, learned
+from data.records import document as read_document
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
@@ -59,7 +62,7 @@ class Row:
 
 _ALL = ("llm", "projector", "heads")
 _UNDERSTAND = dict(caption=0.2, question=0.6, text=0.2)
-_EVERYTHING = dict(caption=0.03, question=0.17, paint=0.72, edit=0.05, text=0.03)
+_EVERYTHING = dict(caption=0.03, question=0.17, paint=0.72, edit=0.05, text=0.03, document=0.03)     # documents: where --documents are given
 # What trains, learning rates and batches are the paper's; steps and shares are not in it.
 PAPER = (
     Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0), 500),
@@ -82,6 +85,7 @@ STAGES = {"nano": NANO, "small": SMALL, **{name: PAPER for name in LLMS if name 
 # Of the loss (Eq. 6-7): text is a mean over text tokens, a stream a mean over painted positions of the sum over depths, weighed by DEPTHS.
 LOSS = {"text": 1.0, "pixel": 1.0, "semantic": 1.0}
 DEPTHS = {"nano": (1.0, 0.2, 0.1, 0.05), "small": (1.0, 0.2, 0.1, 0.05)}        # first depth, second, ...; default 1 for all, as in Eq. 7
+HELD_OUT = 50           # of each kind of record every so-manieth is held out, and at most ten times as many
 DROP = 0.1              # share of painted samples without their words, for guidance
 LATER = {"nano": 0.25}  # share of painted positions whose depths after the first are learned in a step; default 1. They are most of a head's work and little of a picture
 MUON = ("nano", "small")        # the matrices inside the transformers train with Muon: at the nano size, the loss of AdamW in less than half the steps. Else AdamW alone, as in the paper
@@ -101,29 +105,38 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--stage", default="all", help="all, or one of the preset's: 0 (text alone, for an LLM from scratch), 1, 2, 3, 4-1, 4-2")
     g.add_argument("--out", default="out/mllm", help="run folder")
     g.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
-    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 checkpoint in Hugging Face's layout, or its name on the hub; default: --preset's shape, from scratch")
-    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; default: what the tokenizer was trained on")
+    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 or SmolLM2 checkpoint in Hugging Face's layout, or its name on the hub; default: --preset's shape, from scratch")
+    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; none: only records and --text-data; default: what the tokenizer was trained on")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
+    g.add_argument("--conversations", default="", metavar="FILE[,FILE...]", help="LLaVA's JSON or JSON lines: in place of the data's own questions; see data/records.py")
+    g.add_argument("--documents", default="", metavar="FILE[,FILE...]", help="JSON lines of texts and pictures: interleaved documents, and edits in place of the data's own")
+    g.add_argument("--image-folder", default="", help="where the images of --conversations and --documents are; default: each file's own folder")
     g.add_argument("--text-data", default="", help="a plain-text file for the text share; default: the built-in world's sentences, or the captions")
     g.add_argument("--streams-in", default="pixel,semantic", help="what is read: pixel,semantic or pixel or semantic, or continuous (the teacher's features)")
     g.add_argument("--streams-out", default="pixel,semantic", help="what is painted: pixel,semantic or pixel; the other is fed back as zeros")
     g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: TOKENIZER/siglip")
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
-    g.add_argument("--vocabulary", default="", help="folder of a GPT-2 or Qwen2.5 vocabulary for an LLM from scratch; default: bytes")
+    g.add_argument("--vocabulary", default="", help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
     g = shared_flags(p)
     g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over the ranks of torchrun, where they do not fit one device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
+    g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, other records that are longer are left out; "
+                                                             "0: the LLM's context, at most 2048")
     args = p.parse_args(argv)
-    check_shared(args, text_length=2, code_dim=0)
+    check_shared(args, text_length=2, code_dim=0, max_tokens=0)
     if args.preset not in STAGES:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}")
     if args.stage not in ("all", *(row.name for row in STAGES[args.preset])):
         raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(row.name for row in STAGES[args.preset])}")
     for flag, given, wanted in (("--teacher", args.teacher, args.streams_in == "continuous"), ("--code-dim", args.code_dim, args.parameters),
-                                ("--vocabulary", args.vocabulary, (args.llm or args.preset) in LLMS)):
+                                ("--vocabulary", args.vocabulary, (args.llm or args.preset) in LLMS), ("--image-folder", args.image_folder, args.conversations or args.documents),
+                                ("--max-tokens", args.max_tokens, args.conversations or args.documents), ("--val-data", args.val_data, args.data != "none")):
         if given and not wanted:
-            raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with --parameters, --vocabulary with an LLM from scratch")
+            raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with --parameters, --vocabulary with an LLM from "
+                             "scratch, --image-folder and --max-tokens with --conversations or --documents, --val-data with images")
+    if args.data == "none" and not (args.conversations or args.documents or args.text_data):
+        raise ValueError("--data is none, and there are no --conversations, --documents or --text-data either; give some of them")
     if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not args.bench:
         raise ValueError("--steps, --lr and --batch-size are those of one stage, and --stage is all; name the stage")
     return args
@@ -234,10 +247,13 @@ def to_tensor(values: np.ndarray) -> Tensor:
 
 
 class Sequences(torch.utils.data.Dataset):
-    """Training sequences, a function of seed, step and place in the batch alone. `kinds`: those that this data has; `sequence(kind, rng)` makes one."""
+    """Training sequences, a function of seed, step and place in the batch alone. `kinds`: those that this data has; `sequence(kind, rng)` makes one. By itself,
+    data without captions, to which records are added."""
     kinds: tuple = ()
+    apart: tuple = ("edit", "document")     # kinds in steps of their own, so that nothing else is padded to their length
+    records, key, val_captions = None, {}, ()
 
-    def __init__(self, source: str, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig):
+    def __init__(self, source: str, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, *_):
         self.source, self.args, self.ranks, self.text, self.positions, self.pieces = source, args, ranks, text, config.positions, None
         longest, context = 2 * (config.positions + 2) + args.text_length + 64, config.llm.max_position_embeddings       # an edit, with what stands around it
         if longest > context:
@@ -250,6 +266,12 @@ class Sequences(torch.utils.data.Dataset):
                 raise ValueError(f"--text-data {args.text_data} cannot be read ({error}); expected a text file in UTF-8") from None
             if len(self.pieces) <= args.text_length:
                 raise ValueError(f"--text-data {args.text_data} has {len(self.pieces)} tokens, expected more than --text-length {args.text_length}")
+            self.kinds = tuple(dict.fromkeys((*self.kinds, "text")))
+
+    def add(self, records: "RecordSequences"):
+        """Their kinds, in place of this data's own."""
+        self.records, self.key, self.kinds = records, {**self.key, "records": records.key}, tuple(dict.fromkeys((*self.kinds, *records.kinds)))
+        self.apart = (*self.apart, *({"question"} & {*records.kinds}))
 
     def picture(self, index: int, paint: bool = False) -> Picture:
         return Picture(to_tensor(self.pictures[index]), paint)
@@ -260,6 +282,8 @@ class Sequences(torch.utils.data.Dataset):
 
     def make(self, kind: str, rng: random.Random) -> list:
         """The segments of one sequence of this kind."""
+        if self.records and kind in self.records.kinds:
+            return self.records.sequence(kind, rng)
         if kind == "text" and self.pieces is not None:
             start = rng.randrange(len(self.pieces) - self.args.text_length + 1)
             return [Words(self.pieces[start:start + self.args.text_length].tolist(), loss=True)]        # from anywhere to anywhere: no end mark
@@ -270,16 +294,23 @@ class Sequences(torch.utils.data.Dataset):
         return turn(self.text, [*given, "" if rng.random() < DROP else words], [self.picture(index, True)])
 
     def kinds_of(self, step: int) -> dict[str, float]:
-        """Shares of the kinds in a step's global batch. Edits, two pictures long, have steps of their own, so that nothing else is padded to their length."""
-        edits = self.mixture.get("edit", 0) / sum(self.mixture.values())
-        if int((step + 1) * edits + 1e-9) > int(step * edits + 1e-9):
-            return {"edit": 1.0}
-        return {kind: share for kind, share in self.mixture.items() if kind != "edit"}
+        """Shares of the kinds in a step's global batch: one kind of those `apart`, or all the others."""
+        rest = dict(self.mixture)
+        for kind in self.apart:
+            share = rest.get(kind, 0) / sum(rest.values())
+            before = int(step * share + 1e-9)
+            if int((step + 1) * share + 1e-9) > before:
+                return {kind: 1.0}
+            step -= before      # counted without this kind's steps
+            rest.pop(kind, None)
+        return rest
 
     def __getitem__(self, step: int) -> list:
         """This rank's micro-batches of a step: the same sequences whatever the number of ranks."""
         kinds, A = self.kinds_of(step), self.ranks.count * self.args.accumulate
         edges = np.cumsum(list(kinds.values())) / sum(kinds.values())
+        if self.records:
+            self.records.lengths = random.Random(f"{self.args.seed} {self.row.name} {step}").random()
         parts = []
         for first in range(self.ranks.rank, A, self.ranks.count):
             places = range(first, self.row.batch, A)
@@ -348,6 +379,109 @@ class WorldSequences(Sequences):
         if kind == "paint":
             return self.painted(i, words, rng)
         return document(text, [f"{words}\n{question}\n{answer}" for _, question, answer in [ask(scene, rng)]])
+
+
+class RecordSequences:
+    """Sequences of --conversations and --documents, kinds `question`, `edit` and `document`. What stays in memory: where each record is, and which pictures it shows."""
+
+    def __init__(self, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, size: int, encode):
+        context = config.llm.max_position_embeddings
+        self.text, self.positions, self.paints, self.limit, self.lengths = text, config.positions, not config.continuous, args.max_tokens or min(2048, context), 0.0
+        if self.limit > context:
+            raise ValueError(f"--max-tokens is {args.max_tokens}, but the LLM's context is {context}; choose fewer")
+        self.records = Records([(path, parse) for files, parse in ((args.conversations, conversation), (args.documents, read_document)) for path in files.split(",") if path], args.image_folder)
+        good, broken = self.read(ranks)
+        paths = sorted({path for *_, shown in good for path in shown})
+        states = ranks.gather_rows({"all": [state(path) for path in paths[ranks.rank::ranks.count]]})["all"]
+        self.key = {"size": size, "limit": self.limit, "content": hashlib.sha256("\n".join(sorted(states)).encode("utf-8", "surrogatepass")).hexdigest()}
+
+        def chunks(mine):
+            loader = torch.utils.data.DataLoader(Pictures(paths, size), 128, sampler=mine, num_workers=args.workers, worker_init_fn=start_worker, generator=torch.Generator())
+            for images, reasons in loader:
+                yield images.to(ranks.device).float() / 127.5 - 1, list(reasons)
+        self.pictures, said = extract(args, ranks, {**encode.key, **self.key, "limit": 0}, len(paths), chunks, encode) if paths else (None, [])
+        self.key["files"] = sorted(state(path) for path, _ in self.records.sources)
+        number, rows, self.shown = {path: i for i, path in enumerate(paths)}, collections.defaultdict(list), []
+        for record, kind, length, shown in good:
+            if reason := next((said[number[path]] for path in shown if said[number[path]]), ""):
+                broken.append((record, reason))
+                continue
+            rows[kind].append((length, record, len(self.shown), len(shown)))
+            self.shown += [number[path] for path in shown]
+        self.shown = np.array(self.shown, np.int32)
+        every = lambda rows: min(len(rows) + 1, max(HELD_OUT, len(rows) // (10 * HELD_OUT)))
+        self.held = {kind: np.array(sorted(of[every(of) - 1::every(of)])) for kind, of in rows.items()}
+        self.rows = {kind: np.array(sorted({*of} - {*map(tuple, self.held[kind].tolist())})) for kind, of in rows.items()}       # (records, 4), by length
+        self.kinds = tuple(kind for kind in ("question", "edit", "document") if kind in rows)
+        for record, reason in sorted(broken)[:10]:
+            ranks.say(f"  {self.records.name(record)}: {reason}")
+        ranks.say("records: " + ", ".join(f"{len(self.rows[kind]):,} of kind {kind} ({len(self.held[kind])} more held out)" for kind in self.kinds)
+                  + f", {len(paths):,} pictures, {len(broken):,} left out")
+        if not rows:
+            raise ValueError(f"none of the {len(self.records)} records in {' and '.join(path for path, _ in self.records.sources)} can be used"
+                             + (f"; the first: {min(broken)[1]}" if broken else ", expected at least one"))
+
+    def read(self, ranks: Ranks) -> tuple[list, list]:
+        """All records once, each rank its share -> (record, kind, tokens, paths of pictures) of those that can be used, (record, reason) of the others."""
+        rows, nothing = {"good": [], "broken": []}, torch.zeros(self.positions)
+        for i in tqdm(range(ranks.rank, len(self.records), ranks.count), "reading records", leave=False, disable=not ranks.first):
+            try:
+                kind, parts = self.records[i]
+                made = self.segments(kind, parts, itertools.repeat(nothing))
+                flat = [part for asked, _ in parts for part in asked] if kind == "question" else parts
+                images = [part.path for part in flat if isinstance(part, Image)]
+                rows["good"].append((i, kind, self.tokens(made), images[:sum(isinstance(s, Picture) for s in made)]))       # without those cut off
+            except ValueError as error:
+                rows["broken"].append((i, str(error)))
+        rows = ranks.gather_rows(rows)
+        return sorted(rows["good"]), rows["broken"]
+
+    def tokens(self, segments: list) -> int:
+        return sum(len(s.ids) if isinstance(s, Words) else self.positions + 2 for s in segments)
+
+    def segments(self, kind: str, parts: list, codes, drop: bool = False) -> list:
+        """A record's parts, and the codes of its pictures in their order -> segments; drop: without an edit's words. ValueError if it does not fit."""
+        picture = lambda image: Picture(next(codes), image.paint and self.paints, image.loss)
+        if kind == "question":
+            made = [s for asked, reply in parts for s in turn(self.text, [picture(part) if isinstance(part, Image) else part for part in asked], reply)]
+        elif kind == "edit":        # the prompt is that of `paint(pictures=...)`
+            *given, words, result = parts
+            made = turn(self.text, [*map(picture, given), "" if drop else words.words], [picture(result)])
+        else:
+            pieces, room = [], self.limit - 2
+            for part in parts:
+                piece = [None] * (self.positions + 2) if isinstance(part, Image) else self.text.encode(part.words)
+                room -= len(piece)
+                if room < 0:
+                    break
+                pieces.append(picture(part) if isinstance(part, Image) else Words(piece, part.loss))
+            if not learned(parts[:len(pieces)]):
+                raise ValueError(f"nothing that has a loss fits {self.limit} tokens")
+            made = document(self.text, pieces)
+        if (length := self.tokens(made)) > self.limit:
+            raise ValueError(f"{length} tokens, expected at most {self.limit}")
+        return made
+
+    def made(self, kind: str, row, drop: bool = False) -> list:
+        _, record, first, count = row.tolist()
+        codes = (to_tensor(self.pictures[i]) for i in self.shown[first:first + count])
+        return self.segments(*self.records[record], codes, drop)
+
+    def sequence(self, kind: str, rng: random.Random) -> list:
+        """Those of a step are of like length: its eighth of the records, where they are many."""
+        rows, n = self.rows[kind], 8 if len(self.rows[kind]) >= 4096 else 1
+        eighth = int(self.lengths * n)
+        row = rows[rng.randrange(eighth * len(rows) // n, (eighth + 1) * len(rows) // n)]
+        return self.made(kind, row, kind == "edit" and rng.random() < DROP)
+
+
+def state(path: str) -> str:
+    """A file's path, size and time: what tells whether it changed."""
+    try:
+        status = os.stat(path)
+        return f"{path} {status.st_size} {status.st_mtime_ns}"
+    except (OSError, ValueError):
+        return f"{path} missing"
 
 
 def ask(scene, rng: random.Random) -> tuple[str, str, str]:
@@ -503,6 +637,22 @@ def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: in
     return {"caption_retrieval": share(ranks.gather_rows({"right": right})["right"]), "caption_retrieval_chance": len(groups) / max(1, sum(map(len, groups)))}
 
 
+@torch.no_grad()
+def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds) -> dict:
+    """Mean cross entropy over the held-out records of each kind: `text` a token that has a loss, `codes` a painted position (all streams and depths)."""
+    metrics = {}
+    for kind in [kind for kind in records.kinds if kind in kinds and len(records.held[kind])]:
+        mine, sums = records.held[kind][ranks.rank::ranks.count], torch.zeros(4)
+        for i in range(0, len(mine), 8):
+            batch = pack([records.made(kind, row) for row in mine[i:i + 8]], records.text, records.positions).to(ranks.device)
+            terms = {name: float(value) for name, value in model(batch).items()}
+            text = terms.pop("text")
+            sums += torch.tensor([text, len(batch.text_target), sum(terms.values()), len(batch.learned) * records.positions])
+        text, tokens, codes, places = all_reduce(sums.to(ranks.device)).tolist()
+        metrics |= {f"held_out_{kind}_{what}": value / n for what, value, n in (("text", text, tokens), ("codes", codes, places)) if n}
+    return metrics
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a stage
 
@@ -517,7 +667,7 @@ class MLLMStage(Stage):
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, row.warmup
         pieces = "" if data.pieces is None else hashlib.sha256(data.pieces.tobytes()).hexdigest()
         self.settings = json.loads(json.dumps({
-            "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length], "row": asdict(row),
+            "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length], "row": {**asdict(row), "mixture": data.mixture},
             "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model), **common(args), "precision": self.precision}))
         model.requires_grad_(False)
         for part in row.trains:
@@ -551,7 +701,7 @@ class MLLMStage(Stage):
             what = 0 if words else 1 if depth == 1 else 2
             mean = value * self.scale[what]
             total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * mean
-            if kinds & ({"text", "caption", "question"} if words else {"paint", "edit"}):
+            if kinds & ({"text", "caption", "question", "document"} if words else {"paint", "edit", "document"}):
                 terms[name] = mean
         return total, terms
 
@@ -565,6 +715,8 @@ class MLLMStage(Stage):
         kinds = self.data.mixture.keys() if self.evaluated else ()
         self.metrics |= evaluate(model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks,
                                  os.path.join(self.folder, "samples", "painted.png"), kinds)
+        if self.data.records:
+            self.metrics |= held_out_loss(self.model, self.data.records, self.ranks, kinds)
         return self.metrics
 
     def about(self):
@@ -640,8 +792,8 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
     elif os.path.isdir(name := hub.folder(name)):
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
         sizes = llm.config
-        if max(text.end, text.turn_end or 0) >= sizes.vocab_size:
-            raise ValueError(f"the vocabulary in {name} has {text.end} tokens, its LLM {sizes.vocab_size} rows; copy both from the same model")
+        if (last := max(*text.ordinary, text.end, text.turn_end or 0)) >= sizes.vocab_size:
+            raise ValueError(f"the vocabulary in {name} has {last + 1} tokens, its LLM {sizes.vocab_size} rows; copy both from the same model")
         if text.size > sizes.vocab_size:
             say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}")
     else:
@@ -706,7 +858,10 @@ def main(argv=None):
 
     # ---- data
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
-    data = (WorldSequences if source in shapes.DIFFICULTIES else ImageSequences)(source, args, ranks, text, config, tokenizer.config.vision.image_size, encode)
+    kind_of_data, size = WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences, tokenizer.config.vision.image_size
+    data = kind_of_data(source, args, ranks, text, config, size, encode)
+    if args.conversations or args.documents:
+        data.add(RecordSequences(args, ranks, text, config, size, encode))
     rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in rows]     # of the one, or for --bench
     rows_to_run = rows if args.stage == "all" else [rows[first]]
     for row in rows_to_run:
