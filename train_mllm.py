@@ -701,9 +701,10 @@ def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
         prompt = counter.get_total_flops()
         for s, stream in enumerate(c.streams_out):
             model.heads[stream].sample(h, model.tables[s], lambda logits, d: logits.argmax(-1))
+        written = counter.get_total_flops() - prompt
         model.llm.hidden(model.project(codes, torch.ones(1, dtype=torch.bool)), cache=cache)
     position = counter.get_total_flops() - prompt
-    return prompt + c.positions * position, position
+    return prompt + c.positions * position - (position - written), position       # the last position is written, but not read
 
 
 def estimate(args, rows: list[Row]):
@@ -722,14 +723,14 @@ def estimate(args, rows: list[Row]):
         return made, next(iter(made.batches(row)(0)))[0]
     made = [(row, *data(row)) for row in rows]
 
-    with fake() as mode, torch.device("cpu"):
-        model = DualMLLM(config, text)
+    with fake() as mode:
+        model, frozen = DualMLLM(config, text), DualTokenizer(tokenizer)
 
         def maker(row, data, parts):
             there = [(Batch(*(mode.from_tensor(getattr(part, f.name)) for f in fields(part))),) for part, in parts]
-            return MLLMStage(args, ranks, row, False, DualMLLM(config, text), DualTokenizer(tokenizer), data, None), there
+            return MLLMStage(args, ranks, row, False, model, frozen, data, None), there
         print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
-        print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in DualTokenizer(tokenizer).parameters()))])
+        print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in frozen.parameters()))])
         flops = {n: painting_flops(DualMLLM(replace(config, streams_in=STREAMS[:n], streams_out=STREAMS[:n]), text), args.text_length) for n in (1, 2)}
         dry_run(args, [functools.partial(maker, *row) for row in made], count, "sequence")
     print(f"painting an image after {args.text_length} words, without guidance: {flops[2][0] / 1e9:,.0f} GFLOP with two streams, {flops[2][0] / flops[1][0]:.3f} times those with one; a position and its "

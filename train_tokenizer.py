@@ -532,8 +532,9 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's, which does not know the attention that runs on a CPU. Causal attention counts as if nothing were masked."""
+    """torch's, which does not know the attention that runs on a CPU. Causal attention counts as if nothing were masked. Not by module: that would hold on to recomputed activations."""
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker.__enter__ = counter.mod_tracker.__exit__ = lambda: None
     for way in ("", "_backward"):
         known, unknown = (getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{where}{way}") for where in ("", "_for_cpu"))
         counter.flop_registry[unknown] = counter.flop_registry[known]
@@ -656,6 +657,8 @@ def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False
         gradients(stage, few, stage.steps, {})      # a step past the end: everything is on
     for hook in hooks:
         hook.remove()
+    for module in modules:
+        module.zero_grad()      # another stage may follow with the same model
     optimisers = [x for x in vars(stage).values() if isinstance(x, torch.optim.Optimizer)]
     state = sum(p.nbytes * (1 if isinstance(x, Muon) else 2) for x in optimisers for group in x.param_groups for p in group["params"])
     trained, repeat = [p for p in model.parameters() if p.requires_grad], len(parts) / len(few)
