@@ -1642,7 +1642,7 @@ def test_train_dry_run_is_the_real_step(more):
     stage, parts = dry_stage(*more)
     stage.wrapped = stage.model
     peak = allocated(lambda: train_tokenizer.gradients(stage, parts, stage.steps, {}))
-    assert dry.gradients + dry.activations == pytest.approx(peak, rel=0.25)
+    assert dry.gradients + dry.activations == pytest.approx(peak, rel=0.15)
     train_tokenizer.take_step(stage, 1e-3)
     own = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     state = sum(x.nbytes for optimizer in (stage.optimizer, stage.gan_optimizer) for values in optimizer.state.values() for x in values.values() if x.dim())
@@ -1655,6 +1655,18 @@ def test_train_dry_run_shards_what_fsdp_shards():
         ddp, fsdp = (train_tokenizer.measure(*dry_stage(), ranks=4, fsdp=fsdp) for fsdp in (False, True))
     assert ddp.reduced == 4 * ddp.trained and fsdp.gradients == ddp.gradients / 4 and fsdp.optimiser == ddp.optimiser / 4 and fsdp.activations == ddp.activations
     assert ddp.weights / 4 < fsdp.weights < ddp.weights and 0 < fsdp.reduced < ddp.weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_train_flops_of_attention_are_counted(dtype):
+    """On a CPU too, and on tensors without memory; 4 h N N d forward, 2.5 times that backward, where scores are computed again."""
+    for place in (contextlib.nullcontext, train_tokenizer.fake):
+        with place(), train_tokenizer.flop_counter() as counter:
+            q, k, v = (torch.rand(2, 4, 10, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+            y = F.scaled_dot_product_attention(q, k, v)
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        assert forward == 4 * 2 * 4 * 10 * 10 * 8 and counter.get_total_flops() == 3.5 * forward
 
 
 def test_train_dry_run_keeps_norms_in_fp32_as_cuda_does():

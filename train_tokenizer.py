@@ -6,6 +6,7 @@
     python train_tokenizer.py --data photos --preset nano-64                      # a folder of pictures with captions
     python train_tokenizer.py --resume                                            # go on where a run stopped
     python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
+    python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run         # FLOPs, memory and time of a run on 8 GPUs; needs neither data nor weights
 
 A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the same
 for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages, main.
@@ -683,8 +684,8 @@ def dry_run(args, makers: list, ranks: int, unit: str):
     """The table of all stages. makers: functions that make (stage, micro-batches of a rank), all fake."""
     args.precision = "bf16" if args.precision == "auto" else args.precision
     fsdp, peak = getattr(args, "fsdp", False), PEAK["H100"] * args.utilisation
-    print(f"\na rank of {ranks}, {args.precision}{', FSDP' if fsdp else ', DDP' if ranks > 1 else ''}; GFLOP a {unit}, GiB a rank at the peak of a step; time at {args.utilisation:.0%} of an H100's "
-          f"{PEAK['H100'] / 1e12:.0f} TFLOP/s" + (", which fp32 has not: no time" if args.precision == "fp32" else ""))
+    print(f"\na rank of {ranks}, {args.precision}{', FSDP' if fsdp else ', DDP' if ranks > 1 else ''}; GFLOP per {unit}, GiB a rank at the peak of a step; time at {args.utilisation:.0%} "
+          f"of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s" + (", which fp32 has not: no time" if args.precision == "fp32" else ""))
     names = ("trained M", "forward", "step", "weights", "gradients", "optimiser", "gathered" if fsdp else "DDP's", "activations", "sum", "80 GB", "s/step", f"{unit}s/s", "hours")
     print(f"  {'stage':35}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in names))
     for make in makers:
