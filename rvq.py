@@ -30,11 +30,14 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
+CELLS = {"cpu": 2 ** 20}        # distances at once: on a CPU what fits a cache, elsewhere 2^26, 256 MiB
+
+
 def nearest(x: Tensor, table: Tensor) -> Tensor:
     """Index of the nearest row of table (K, E) for each row of x (M, E), by squared Euclidean distance in fp32: (M,) int64.
-    |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time: 256 MiB on a GPU, what fits a cache on a CPU."""
+    |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time."""
     norms, codes = table.square().sum(1), torch.empty(len(x), dtype=torch.int64, device=x.device)
-    rows = max(1, (2 ** 26 if x.is_cuda else 2 ** 20) // len(table))
+    rows = max(1, CELLS.get(x.device.type, 2 ** 26) // len(table))
     distances = x.new_empty(min(rows, len(x)), len(table))      # one buffer, filled again and again
     for i in range(0, len(x), rows):
         part = x[i:i + rows]

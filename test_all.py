@@ -2301,10 +2301,98 @@ def test_train_num_samples(run_folder, tmp_path, capsys):
     assert "--num-samples goes with images" in stopped(*go, "--num-samples", "3") and "--num-samples is -1" in stopped(*go, "--num-samples", "-1")
 
 
+def dry_rows(capsys, script, *argv):
+    """The printed table: stage -> {column: number or word}."""
+    capsys.readouterr()
+    script.main(["--dry-run", *argv])
+    lines = capsys.readouterr().out.splitlines()
+    head = next(n for n, line in enumerate(lines) if line.startswith("  stage "))
+    names = lines[head][37:].replace("trained M", "trained").replace("80 GB", "fits").split()
+    number = lambda x: float(x) if x[0].isdigit() else x
+    return {line[:37].strip(): dict(zip(names, map(number, line[37:].split()))) for line in lines[head + 1:] if line.startswith("  ")}
+
+
 def test_train_bench_writes_nothing(tmp_path, capsys):
     train_tokenizer.main([*TINY, "--out", str(tmp_path / "run"), "--bench"])
     out = capsys.readouterr().out
     assert out.count("waiting for data") == 2 and not os.path.exists(tmp_path / "run")
+    benched = [float(flops) for flops in re.findall(r"([\d.]+) GFLOP a step", out)]
+    a, b = (rows := dry_rows(capsys, train_tokenizer, "--batch-size", "64", "--ranks", "4", "--siglip", "nowhere", "--utilisation", "0.2")).values()
+    assert list(rows) == ["tokenizer, 16", "tokenizer, 16, checkpointing"] and 16 * a["step"] == pytest.approx(benched[1], abs=0.9) and benched[1] > 10
+    assert b["activations"] <= a["activations"] and b["step"] > a["step"] and a["fits"] == "fits" and not os.path.exists(tmp_path / "run")
+    assert a["s/step"] == pytest.approx(16e9 * a["step"] / (0.2 * 989e12), rel=0.1) and a["hours"] == pytest.approx(a["s/step"] * 560 / 3600, rel=0.02)
+
+
+def dry_stage(*argv, batch=4):
+    """The tokenizer stage of a small nano preset with everything on, and a step's micro-batches, real or, inside `fake`, not."""
+    args = train_tokenizer.flags(["--device", "cpu", "--precision", "fp32", *argv])
+    vision = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=4)
+    settings, config = replace(train_tokenizer.SETTINGS["nano"], batch=batch, gan=True), preset_config("nano", vision=vision, shallow_layer=1)
+    stage = train_tokenizer.TokenizerStage(args, train_tokenizer.Ranks("cpu"), settings, config, SimpleNamespace(source="plain"), SigLIP(config.vision, config.text))
+    size = batch // args.accumulate
+    return stage, [(torch.rand(size, 3, 32, 32) * 2 - 1, [""] * size) for _ in range(args.accumulate)]
+
+
+def allocated(run) -> int:
+    """The most bytes that run() held at once, by the allocator's own account."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(np.cumsum([size for _, size in events]))
+
+
+@pytest.mark.parametrize("more", [(), ("--checkpointing", "--accumulate", "2")])
+def test_train_dry_run_is_the_real_step(more):
+    """On tensors without memory the same FLOPs and bytes as on real ones, and these are what the allocator gave."""
+    with train_tokenizer.fake():
+        dry = train_tokenizer.measure(*dry_stage(*more))
+    real = train_tokenizer.measure(*dry_stage(*more))
+    assert dry.step == real.step > 3 * dry.forward == 3 * real.forward > 0
+    assert dry.memory == pytest.approx(real.memory, rel=0.03) and dry.activations == pytest.approx(real.activations, rel=0.03)
+    stage, parts = dry_stage(*more)
+    stage.wrapped = stage.model
+    peak = allocated(lambda: train_tokenizer.gradients(stage, parts, stage.steps, {}))
+    assert dry.gradients + dry.activations == pytest.approx(peak, rel=0.15)
+    train_tokenizer.take_step(stage, 1e-3)
+    own = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
+    state = sum(x.nbytes for optimizer in (stage.optimizer, stage.gan_optimizer) for values in optimizer.state.values() for x in values.values() if x.dim())
+    held = {x.untyped_storage().data_ptr(): x.nbytes for m in (stage.model, stage.teacher, stage.discriminator) for x in (*m.parameters(), *m.buffers())}
+    assert dry.trained == own and dry.optimiser == state and dry.weights == sum(held.values())
+
+
+def test_train_dry_run_shards_what_fsdp_shards():
+    with train_tokenizer.fake():
+        ddp, fsdp = (train_tokenizer.measure(*dry_stage(), ranks=4, fsdp=fsdp) for fsdp in (False, True))
+    assert ddp.reduced == 4 * ddp.trained and fsdp.gradients == ddp.gradients / 4 and fsdp.optimiser == ddp.optimiser / 4 and fsdp.activations == ddp.activations
+    assert ddp.weights / 4 < fsdp.weights < ddp.weights and 0 < fsdp.reduced < ddp.weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_train_flops_of_attention_are_counted(dtype):
+    """On a CPU too, and on tensors without memory; 4 h N N d forward, 2.5 times that backward, where scores are computed again."""
+    for place in (contextlib.nullcontext, train_tokenizer.fake):
+        with place(), train_tokenizer.flop_counter() as counter:
+            q, k, v = (torch.rand(2, 4, 10, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+            y = F.scaled_dot_product_attention(q, k, v)
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        assert forward == 4 * 2 * 4 * 10 * 10 * 8 and counter.get_total_flops() == 3.5 * forward
+
+
+def test_train_dry_run_keeps_norms_in_fp32_as_cuda_does():
+    for precision, dtype in (("bf16", torch.float32), ("fp32", torch.float16)):
+        with train_tokenizer.fake():
+            stage, _ = dry_stage("--precision", precision)
+            train_tokenizer.as_on_cuda(stage)
+            with stage.autocast():
+                assert stage.model.siglip_model.vision_model.post_layernorm(torch.rand(1, 64, 96).half()).dtype == dtype
+                assert stage.model.decoder.conv_in(torch.rand(1, 64, 8, 8)).dtype == (torch.float16 if precision == "bf16" else torch.float32)
+
+
+def test_train_parameters_by_part_add_up(tokenizer):
+    rows = dict(train_tokenizer.tokenizer_parts(tokenizer))
+    assert sum(count for name, count in rows.items() if "tables" not in name) == sum(p.numel() for p in tokenizer.parameters())
+    assert rows["ViT"] == sum(p.numel() for p in tokenizer.siglip_model.vision_model.parameters())
 
 
 def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
@@ -2313,7 +2401,10 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
                         (["--data", str(tmp_path / "empty")], "no images in"), (["--image-size", "30"], "30 is not a multiple of 4"),
                         (["--batch-size", "10", "--accumulate", "4"], "10 is not a multiple of 1 ranks x 4"), (["--device", "warp"], "--device warp cannot be used"),
                         (["--steps", "-3"], "--steps is -3"), (["--val-data", "x"], "goes with images"), (["--siglip", str(tmp_path / "no")], "no model in"),
-                        (["--siglip", str(run_folder)], "is no SigLIP configuration")):
+                        (["--siglip", str(run_folder)], "is no SigLIP configuration"), (["--dry-run", "--preset", "huge"], "--preset is 'huge', expected one of nano"),
+                        (["--dry-run", "--utilisation", "1.5"], "--utilisation is 1.5"), (["--dry-run", "--utilisation", "0"], "--utilisation is 0"),
+                        (["--ranks", "8"], "go with --dry-run"), (["--dry-run", "--ranks", "-1"], "--ranks is -1"), (["--dry-run", "--ranks", "7"], "not a multiple of 7 ranks"),
+                        (["--dry-run", "--init", str(run_folder)], "leave it out")):
         assert words in stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
     (tmp_path / "silent").mkdir()
     (tmp_path / "few").mkdir()
@@ -4376,9 +4467,46 @@ def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, mon
                         (["--streams-in", "continuous", "--teacher", str(tmp_path / "gone")], "no model in"), (["--streams-in", "continuous", "--stage", "3"], "--stage is '3'"),
                         (["--text-length", "1"], "--text-length is 1"), (["--teacher", "x"], "--teacher x would do nothing"), (["--code-dim", "64"], "--code-dim 64 would do nothing"),
                         (["--vocabulary", "v", "--llm", str(tmp_path / "llm")], "--vocabulary v would do nothing"), (["--data", str(tmp_path / "gone")], "no such image data"), (["--accumulate", "5"], "multiple"),
-                        (["--data", str(tmp_path / "llm")], "no images in"), (["--device", "warp"], "--device warp cannot be used")):
+                        (["--data", str(tmp_path / "llm")], "no images in"), (["--device", "warp"], "--device warp cannot be used"),
+                        (["--dry-run", "--preset", "huge"], "--preset is 'huge'"), (["--dry-run", "--utilisation", "-1"], "--utilisation is -1"), (["--ranks", "2"], "go with --dry-run"),
+                        (["--dry-run", "--llm", str(tmp_path / "llm")], "no preset"), (["--dry-run", "--streams-in", "continuous"], "leave out")):
         assert words in mllm_words(*there, *argv), argv
         assert not glob.glob(str(tmp_path / "run/**/model.safetensors"), recursive=True)
+
+
+def test_train_mllm_dry_run_is_the_real_step(monkeypatch):
+    """FLOPs, and bytes within a quarter of the allocator's own account, of a stage with all parts; and FLOPs of painting are those of `paint`."""
+    args = train_mllm.flags(["--dry-run", "--precision", "fp32", "--text-length", "40"])
+    config, text, _ = train_mllm.build(args, preset_config("nano"), 1, "", 96)
+    ranks, row = train_tokenizer.Ranks("cpu"), replace(MIXED_ROW, batch=8)
+    data = train_mllm.DrySequences("", args, ranks, text, config)
+    data.key, data.pictures = {}, np.zeros((1, 64, 2, 4), np.uint16)
+    parts = next(iter(data.batches(row)(0)))[0]
+    assert parts[0][0].ids.shape == (8, 64 + 2 + 40 + 2) and len(parts[0][0].learned) == 3      # of captions, questions, paintings and texts
+    stage = lambda: train_mllm.MLLMStage(args, ranks, row, False, DualMLLM(config, text), DualTokenizer(preset_config("nano")), data, None)
+    with train_tokenizer.fake() as mode:
+        there = [(mllm.Batch(*(mode.from_tensor(x) for x in vars(part).values())),) for part, in parts]
+        dry, painted = train_tokenizer.measure(stage(), there), train_mllm.painting_flops(DualMLLM(replace(config, positions=3), text), 9)
+    real, again = train_tokenizer.measure(stage(), parts), stage()
+    assert dry.step == real.step > 2.5 * dry.forward == 2.5 * real.forward > 0 and dry.memory == pytest.approx(real.memory, rel=0.01)
+    again.wrapped = again.model
+    assert dry.gradients + dry.activations == pytest.approx(allocated(lambda: train_tokenizer.gradients(again, parts, 0, {})), rel=0.25)
+    with train_tokenizer.flop_counter() as counter:
+        DualMLLM(replace(config, positions=3), text).paint(["1234567"], guidance=1)       # with the line break and the mark nine words
+    assert counter.get_total_flops() == pytest.approx(painted[0], rel=0.02)
+
+
+def test_train_mllm_dry_run_tells_of_every_stage(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shrink(monkeypatch, *(replace(row, batch=4) for row in train_mllm.NANO[3:5]))
+    rows = dry_rows(capsys, train_mllm, "--text-length", "32")
+    assert [name for name in rows if "check" not in name] == ["stage-3, 4", "stage-4-1, 4"] and not os.listdir(tmp_path)
+    assert all(rows[f"{name}, checkpointing"]["activations"] <= row["activations"] for name, row in rows.items() if "check" not in name)
+
+
+def test_train_mllm_parameters_by_part_add_up():
+    model = DualMLLM(MLLMConfig(llm=LLMConfig(**LLMS["nano"]), **mllm.HEADS["nano"]), TextTokenizer.bytes())
+    assert sum(n for name, n in train_mllm.parameter_table(model) if "table" not in name) == sum(p.numel() for p in model.parameters())
 
 
 def test_train_mllm_refuses_to_paint_no_stream(tokenizer_folder, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@
     python train_mllm.py --resume                                           # go on: finished stages are kept, the one under way continues
     python train_mllm.py --bench                                            # seconds per step of every stage; writes nothing
     python train_mllm.py --preset qwen2.5-3b --parameters --code-dim 1024   # the table of the paper's App. D.1; needs no weights
+    python train_mllm.py --preset qwen2.5-3b --dry-run --ranks 64           # FLOPs, memory and time of every stage; needs neither weights nor a GPU
 
 A stage is a row of a table: what trains, at which learning rate, on which mixture. Stage 0 stands in for Qwen2.5's pretraining where the LLM starts from
 scratch. Every stage writes a folder of its own, --out/stage-0 and so on, the last one --out itself: model.safetensors, config.json, state.pt (to resume),
@@ -17,6 +18,8 @@ log.jsonl, metrics.json, curves.png, samples/*.png. Read downward: settings, fla
 import argparse
 import collections.abc
 import contextlib
+import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -26,7 +29,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -39,11 +42,11 @@ from data.images import ImageData, start_worker
 from data.records import Image, Pictures, Records, conversation, learned
 from data.records import document as read_document
 from losses import frechet_distance
-from mllm import HEADS, LLM, LLMS, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
+from mllm import HEADS, LLM, LLMS, Batch, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, write_json
-from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, kept, load_part, precision, run, save_grid,
-                             shared_flags, step_or_skip, train, whole)
+from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, dry_run, fake, flop_counter, kept, load_part,
+                             precision, print_parts, run, save_grid, shared_flags, step_or_skip, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -129,15 +132,15 @@ def flags(argv=None) -> argparse.Namespace:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}")
     if args.stage not in ("all", *(row.name for row in STAGES[args.preset])):
         raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(row.name for row in STAGES[args.preset])}")
-    for flag, given, wanted in (("--teacher", args.teacher, args.streams_in == "continuous"), ("--code-dim", args.code_dim, args.parameters),
+    for flag, given, wanted in (("--teacher", args.teacher, args.streams_in == "continuous"), ("--code-dim", args.code_dim, args.parameters or args.dry_run),
                                 ("--vocabulary", args.vocabulary, (args.llm or args.preset) in LLMS), ("--image-folder", args.image_folder, args.conversations or args.documents),
                                 ("--max-tokens", args.max_tokens, args.conversations or args.documents), ("--val-data", args.val_data, args.data != "none")):
         if given and not wanted:
-            raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with --parameters, --vocabulary with an LLM from "
+            raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with --parameters or --dry-run, --vocabulary with an LLM from "
                              "scratch, --image-folder and --max-tokens with --conversations or --documents, --val-data with images")
     if args.data == "none" and not (args.conversations or args.documents or args.text_data):
         raise ValueError("--data is none, and there are no --conversations, --documents or --text-data either; give some of them")
-    if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not args.bench:
+    if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not (args.bench or args.dry_run):
         raise ValueError("--steps, --lr and --batch-size are those of one stage, and --stage is all; name the stage")
     return args
 
@@ -754,10 +757,12 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, n: int, ra
 def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
     """(part, parameters), counted as the paper's App. D.1 and RECIPES do: a head is its transformer over depth, without projector and classifiers."""
     count = lambda parts: sum(p.numel() for p in parts)
+    outside = lambda head: [head.depth, *head.code_in.parameters(), *head.norm.parameters(), *(p for n, p in head.layers.named_parameters() if "norm" in n)]
     rows = [("LLM", count(model.llm.parameters())), ("input projector", count(model.projector.parameters())), ("image marks", model.marks.numel())]
     for stream, head in model.heads.items():
         rows += [(f"{stream} head: projector from the LLM", count(head.projector.parameters())),
                  (f"{stream} head: transformer over depth", count(p for layer in head.layers for n, p in layer.named_parameters() if "norm" not in n)),
+                 (f"{stream} head: norms, codes and depths in", count(outside(head))),
                  (f"{stream} head: classifiers", head.classifiers.numel()),
                  (f"{stream} code table", model.tables[0].numel())]
     return rows
@@ -787,7 +792,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
         text, sizes = TextTokenizer.from_folder(args.vocabulary) if args.vocabulary else TextTokenizer.bytes(), LLMConfig(**LLMS[name])
         if args.vocabulary and sizes.vocab_size < 151_936:
             sizes = replace(sizes, vocab_size=math.ceil(text.size / 64) * 64)
-        if STAGES[args.preset] is PAPER and not (args.bench or args.parameters):
+        if STAGES[args.preset] is PAPER and not (args.bench or args.parameters or args.dry_run):
             raise ValueError(f"the stages of --preset {args.preset} start from a pretrained LLM; give its folder with --llm, or train --preset small from scratch")
     elif os.path.isdir(name := hub.folder(name)):
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
@@ -800,7 +805,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
         raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, or a folder with config.json, weights and vocabulary")
     c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name)
     config = MLLMConfig(llm=sizes, streams=STREAMS, streams_in=split(args.streams_in), streams_out=split(args.streams_out), positions=c.positions, depth=c.depth,
-                        codebook_size=c.codebook_size, code_dim=args.code_dim if args.parameters and args.code_dim else c.code_dim, tables=tables,
+                        codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim, tables=tables,
                         feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256, **HEADS.get(args.preset, {}))
     if not config.continuous and "pixel" not in config.streams_out:
         raise ValueError(f"--streams-out is {args.streams_out!r}, expected pixel,semantic or pixel: pictures are decoded from pixel codes")
@@ -811,17 +816,17 @@ def main(argv=None):
     args = flags(argv)
     rows = STAGES[args.preset]
     if args.parameters:
-        name = args.tokenizer if args.tokenizer in PRESETS else args.preset if args.preset in PRESETS else "siglip-l-256"
-        c = preset_config(name)
+        c = preset_config(tokenizer_preset(args))
         with torch.device("meta"):
             config, text, _ = build(args, c, 1, "", c.vision.hidden_size)
             table = parameter_table(DualMLLM(config, text))
         print(f"{args.preset} over {c.preset}, K {c.codebook_size}, E {config.code_dim}, D {c.depth}")
-        for name, value in table:
-            print(f"  {name:40} {value / 1e6:10.1f} M")
-        print(f"  {'a second stream in the projector':40} {config.code_dim * config.llm.hidden_size / 1e6:10.1f} M")
+        print_parts([*table, ("a second stream in the projector", config.code_dim * config.llm.hidden_size)])
         print("paper, App. D.1 (3B, E 1024): a head 258 M, a code table 16 M, a second stream in the projector 2.1 M")
         return
+
+    if args.dry_run:
+        return estimate(args, rows)
 
     # ---- device, tokenizer, LLM
     ranks = Ranks(args.device)
@@ -892,6 +897,68 @@ def main(argv=None):
         else:
             train(stage, batches)
             earlier[row.name] = stage.seconds
+
+
+def tokenizer_preset(args) -> str:
+    """The tokenizer whose shapes stand for one that is not there: --tokenizer, if it names a preset, else --preset, else the paper's."""
+    return args.tokenizer if args.tokenizer in PRESETS else args.preset if args.preset in PRESETS else "siglip-l-256"
+
+
+class DrySequences(Sequences):
+    """Sequences of the lengths that a dry run tells of: one picture and --text-length bytes, or the bytes alone. No edits, which are two pictures long."""
+    kinds = ("caption", "question", "paint", "text")
+
+    def sequence(self, kind, rng):
+        words = "a" * self.args.text_length
+        if kind == "text":
+            return document(self.text, [words])
+        return self.painted(0, words, rng) if kind == "paint" else turn(self.text, [self.picture(0)], [words])
+
+
+def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
+    """FLOPs of painting one image after so many words, without guidance, which does all of it twice -> (all, one position and its codes)."""
+    c, counter = model.config, flop_counter()
+    cache, codes = Cache(c.llm, 1, words + c.positions, "cpu", torch.float32), torch.zeros(1, 1, len(c.streams), c.depth, dtype=torch.int64)
+    with torch.no_grad(), counter:
+        h = model.llm.hidden(torch.empty(1, words, c.llm.hidden_size), None, cache)[:, -1]
+        prompt = counter.get_total_flops()
+        for s, stream in enumerate(c.streams_out):
+            model.heads[stream].sample(h, model.tables[s], lambda logits, d: logits.argmax(-1))
+        written = counter.get_total_flops() - prompt
+        model.llm.hidden(model.project(codes, torch.ones(1, dtype=torch.bool)), cache=cache)
+    position = counter.get_total_flops() - prompt
+    return prompt + c.positions * position - (position - written), position       # the last position is written, but not read
+
+
+def estimate(args, rows: list[Row]):
+    """What the stages of a preset cost, over the tokenizer of a preset, whose features or weights are not needed."""
+    if args.streams_in == "continuous" or (args.llm and args.llm not in LLMS) or args.vocabulary:
+        raise ValueError("--dry-run is of codes and of a preset's LLM; leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
+    tokenizer, ranks, count = preset_config(tokenizer_preset(args)), Ranks("cpu"), args.ranks or (8 if STAGES[args.preset] is PAPER else 1)
+    config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
+    many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
+    many.count, args.text_data = count, ""
+    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch) for row in rows if args.stage in ("all", row.name)]
+
+    def data(row):
+        made = DrySequences("", args, many, text, config)
+        made.key, made.pictures = {}, codes
+        return made, next(iter(made.batches(row)(0)))[0]
+    made = [(row, *data(row)) for row in rows]
+
+    with fake() as mode:
+        model, frozen = DualMLLM(config, text), DualTokenizer(tokenizer)
+
+        def maker(row, data, parts):
+            there = [(Batch(*(mode.from_tensor(getattr(part, f.name)) for f in fields(part))),) for part, in parts]
+            return MLLMStage(args, ranks, row, False, model, frozen, data, None), there
+        print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
+        print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in frozen.parameters()))])
+        flops = {n: painting_flops(DualMLLM(replace(config, streams_in=STREAMS[:n], streams_out=STREAMS[:n]), text), args.text_length) for n in (1, 2)}
+        dry_run(args, [functools.partial(maker, *row) for row in made], count, "sequence")
+    print(f"painting an image after {args.text_length} words, without guidance: {flops[2][0] / 1e9:,.0f} GFLOP with two streams, {flops[2][0] / flops[1][0]:.3f} times those with one; a position and its "
+          f"codes: {flops[2][1] / 1e9:.2f}, {flops[2][1] / flops[1][1]:.3f} times")
+    print("paper, Table 11 (3B; of what, it does not say): 337.20 GFLOP a forward with two streams, 1.025 times the 328.98 with one")
 
 
 def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:

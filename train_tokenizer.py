@@ -8,6 +8,7 @@
     python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
     python train_tokenizer.py --eval --out out/photos                             # metrics.json anew, without training
     python train_tokenizer.py --eval --init DUALTOKEN --siglip SIGLIP --out out/released --zero-shot-data imagenet/val --class-names names.txt --retrieval-data flickr8k/captions.txt
+    python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run         # FLOPs, memory and time of a run on 8 GPUs; needs neither data nor weights
 
 A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the same
 for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages, main.
@@ -27,6 +28,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
+import weakref
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 
@@ -36,15 +39,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import hub, shapes
 from data.images import SUFFIXES, ImageData, centre_crop, decode, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
-from rvq import all_reduce, histogram, usage_and_perplexity
+from rvq import CELLS, all_reduce, histogram, usage_and_perplexity
 from tokenizer import BYTES, PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, lower, preset_config, read_config, read_tensors, write_json
 
 
@@ -82,6 +89,7 @@ SETTINGS = {
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
 }
+PAPER = ("siglip-l-256", "so400m-384", "siglip2-so-256")      # the presets of the paper
 VALIDATION_SEED = 12_345            # whatever --seed is, so that numbers of different runs compare
 
 
@@ -146,6 +154,10 @@ def shared_flags(p: argparse.ArgumentParser):
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
     g.add_argument("--bench", action="store_true", help="time 20 steps of each stage, write nothing")
+    g = p.add_argument_group("dry run: what a run would cost, before there are data, weights or a GPU")
+    g.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and time of each stage, with and without --checkpointing; train and write nothing")
+    g.add_argument("--ranks", type=int, default=0, help="GPUs that it is for; 0: 8 in the paper's presets, 1 in ours")
+    g.add_argument("--utilisation", type=float, default=0.4, help="share of an H100's dense bf16 FLOP/s that is reached")
     g = p.add_argument_group("optimisation (0: the preset's)")
     g.add_argument("--steps", type=int, default=0, help="steps of the tokenizer stage, or of the --stage that is named")
     g.add_argument("--batch-size", type=int, default=0, help="samples a step over all ranks")
@@ -158,12 +170,16 @@ def shared_flags(p: argparse.ArgumentParser):
 
 def check_shared(args, **more: int):
     """ValueError for a flag below its least value; more: those of one script, by name."""
-    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1, eval_images=2, lr=0)
+    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1, eval_images=2, lr=0, ranks=0)
     for name, value in {**least, **more}.items():
         if not getattr(args, name) >= value:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {value}")
     if not args.clip > 0:
         raise ValueError(f"--clip is {args.clip}, expected more than 0")
+    if not 0 < args.utilisation <= 1:
+        raise ValueError(f"--utilisation is {args.utilisation}, expected a share above 0 and up to 1")
+    if (args.ranks or args.utilisation != 0.4) and not args.dry_run:
+        raise ValueError("--ranks and --utilisation are those of an estimate; they go with --dry-run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,9 +609,18 @@ def commit() -> str:
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}      # dense bf16 FLOP/s, for model FLOPs utilisation
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's, which does not know the attention that runs on a CPU. Causal attention counts as if nothing were masked. Not by module: that would hold on to recomputed activations."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker.__enter__ = counter.mod_tracker.__exit__ = lambda: None
+    for way in ("", "_backward"):
+        known, unknown = (getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{where}{way}") for where in ("", "_for_cpu"))
+        counter.flop_registry[unknown] = counter.flop_registry[known]
+    return counter
+
+
 def bench(stage: Stage, batches, steps: int = 20, warmup: int = 3):
     """Time some steps of a stage and print what they take; writes nothing."""
-    from torch.utils.flop_counter import FlopCounterMode
     device, stream = stage.ranks.device, iter(batches(0))
     stage.wrapped = stage.ranks.wrap(stage.model)
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
@@ -608,7 +633,7 @@ def bench(stage: Stage, batches, steps: int = 20, warmup: int = 3):
         take_step(stage, stage.lr)
         return waited
 
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with counter:
         one()
     for _ in range(warmup):
@@ -622,6 +647,143 @@ def bench(stage: Stage, batches, steps: int = 20, warmup: int = 3):
     used = f", {counter.get_total_flops() / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""
     stage.ranks.say(f"{stage.name}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} {stage.unit}/s, {counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
                     f"{used}, {waited / steps / seconds:.2%} of it waiting for data, peak memory {peak_memory_gib(device):.2f} GiB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dry run, shared with train_mllm.py. A stage's own step runs once on fake tensors, which have shapes and dtypes but no memory, so that nothing here repeats
+# what a model computes. Not in the estimate: what the allocator loses between blocks, workspaces of kernels, NCCL's buffers, the CUDA context
+# (about a GiB in all, often more), data loading, evaluation, and the optimiser's own temporaries.
+
+@contextlib.contextmanager
+def fake():
+    """Tensors made in it have no memory. They lie on a CPU, and their modules stay there, since torch cannot move them; quantizers take as many distances at once as on a GPU."""
+    moves, nn.Module.to, cells = nn.Module.to, lambda module, *_: module, CELLS.pop("cpu")
+    try:
+        with FakeTensorMode() as mode, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")       # which copy.deepcopy does
+            mode.__deepcopy__ = lambda _: mode      # a copied tensor would take its own mode along
+            yield mode
+    finally:
+        nn.Module.to, CELLS["cpu"] = moves, cells
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that are alive: `now`, and at the `peak`, where `gradients` of them were those of parameters."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages, self.owners, self.now, self.peak, self.done, self.gradients = set(), set(), 0, 0, 0, 0
+        for x in tensors:
+            self.add(x)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.add(x)
+        return out
+
+    def add(self, x: Tensor):
+        storage = x.untyped_storage()
+        if id(storage) not in self.storages:        # a view, or changed in place
+            self.storages.add(id(storage))
+            weakref.finalize(storage, self.drop, id(storage), storage.nbytes()).atexit = False
+            self.now += storage.nbytes()
+            if self.now > self.peak:
+                self.peak, self.gradients = self.now, self.done
+
+    def drop(self, name: int, size: int):
+        self.storages.remove(name)
+        self.now -= size
+
+    def accumulated(self, p: nn.Parameter):
+        """The hook of a parameter whose gradient is there."""
+        self.done += p.grad.nbytes if id(p) not in self.owners else 0
+        self.owners.add(id(p))
+
+
+@dataclass
+class Cost:
+    """Of one rank's step; bytes are those at its peak."""
+    trained: int            # parameters
+    forward: float          # FLOPs of the model, without backward pass, teacher and discriminator
+    step: float             # FLOPs of everything, recomputation included
+    weights: float
+    gradients: float
+    optimiser: float
+    reduced: float          # DDP's second copy of the gradients, or the layers and tables that FSDP gathers
+    activations: float      # and what a backward pass needs besides
+
+    @property
+    def memory(self) -> float:
+        return self.weights + self.gradients + self.optimiser + self.reduced + self.activations
+
+
+def tensors(*modules: nn.Module) -> list[Tensor]:
+    return [x for module in modules for x in (*module.parameters(), *module.buffers())]
+
+
+def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False) -> Cost:
+    """One step's forward and backward over these micro-batches, of which two stand for all: the second finds the gradients of the first."""
+    few, counter, marks, model = parts[:2], flop_counter(), [], stage.model
+    modules = [x for x in vars(stage).values() if isinstance(x, nn.Module)]
+    live, stage.wrapped = Live(tensors(*modules)), model
+    weights, own = live.now, sum({x.untyped_storage()._cdata: x.nbytes for x in tensors(model)}.values())
+    hooks = [p.register_post_accumulate_grad_hook(live.accumulated) for x in modules for p in x.parameters() if p.requires_grad]
+    hooks += [register(lambda *_: marks.append(counter.get_total_flops())) for register in (model.register_forward_pre_hook, model.register_forward_hook)]
+    with live, counter:
+        gradients(stage, few, stage.steps, {})      # a step past the end: everything is on
+    for hook in hooks:
+        hook.remove()
+    for module in modules:
+        module.zero_grad()      # another stage may follow with the same model
+    optimisers = [x for x in vars(stage).values() if isinstance(x, torch.optim.Optimizer)]
+    state = sum(p.nbytes * (1 if isinstance(x, Muon) else 2) for x in optimisers for group in x.param_groups for p in group["params"])
+    trained, repeat = [p for p in model.parameters() if p.requires_grad], len(parts) / len(few)
+    reduced, divisor = sum(p.nbytes for p in trained) if ranks > 1 else 0, 1
+    if fsdp:        # layers are gathered one after the other, the next while one computes; what is in no layer stays gathered
+        layers = [sum(p.nbytes for p in x.parameters()) for x in model.modules() if type(x).__name__ in LAYERS]
+        reduced, divisor = own - sum(layers) + 2 * max(layers), ranks
+    return Cost(sum(p.numel() for p in trained), repeat * (sum(marks[1::2]) - sum(marks[::2])), repeat * counter.get_total_flops(), weights - own + own / divisor,
+                live.gradients / divisor, state / divisor, reduced, live.peak - weights - live.gradients)
+
+
+def as_on_cuda(stage: Stage):
+    """Fake tensors lie on a CPU; this makes autocast there keep what CUDA's keeps: norms in fp32. fp16 has the bytes of bf16, and the kernel of attention that CUDA has."""
+    if stage.precision == "bf16":
+        stage.autocast = lambda: torch.autocast("cpu", torch.float16)
+        for module in [m for x in vars(stage).values() if isinstance(x, nn.Module) for m in x.modules()]:
+            if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+                module.register_forward_pre_hook(lambda _, x: (x[0].float(),))
+
+
+def dry_run(args, makers: list, ranks: int, unit: str):
+    """The table of all stages. makers: functions that make (stage, micro-batches of a rank), all fake."""
+    args.precision = "bf16" if args.precision == "auto" else args.precision
+    fsdp, peak = getattr(args, "fsdp", False), PEAK["H100"] * args.utilisation
+    print(f"\na rank of {ranks}, {args.precision}{', FSDP' if fsdp else ', DDP' if ranks > 1 else ''}; GFLOP per {unit}, GiB a rank at the peak of a step; time at {args.utilisation:.0%} "
+          f"of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s" + (", which fp32 has not: no time" if args.precision == "fp32" else ""))
+    names = ("trained M", "forward", "step", "weights", "gradients", "optimiser", "gathered" if fsdp else "DDP's", "activations", "sum", "80 GB", "s/step", f"{unit}s/s", "hours")
+    print(f"  {'stage':35}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in names))
+    for make in makers:
+        for args.checkpointing in (False, True):
+            stage, parts = make()
+            as_on_cuda(stage)
+            cost = measure(stage, parts, ranks, fsdp)
+            share, seconds = stage.batch // ranks, cost.step / peak
+            gib = [x / 2 ** 30 for x in (cost.weights, cost.gradients, cost.optimiser, cost.reduced, cost.activations, cost.memory)]
+            fits = "fits" if gib[-1] < 0.9 * 79 else "tight" if gib[-1] < 79 else "no"      # of the 79 GiB that such a device has, a tenth for what is not counted
+            row = [f"{cost.trained / 1e6:.1f}", *(f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)), *(f"{x:.2f}" for x in gib), fits]
+            row += ["-"] * 3 if args.precision == "fp32" else [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}", f"{stage.steps * seconds / 3600:.3g}"]
+            title = f"{stage.name}, {share}{f' in {args.accumulate}' if args.accumulate > 1 else ''}{', checkpointing' if args.checkpointing else ''}"
+            print(f"  {title:35}" + "".join(f"{x:>{max(9, len(name) + 2)}}" for x, name in zip(row, names)), flush=True)
+    print("not counted: fragmentation, workspaces of kernels, NCCL's buffers, waiting for data and for other ranks, evaluation")
+
+
+def print_parts(rows: list[tuple[str, int]]):
+    """Parameters by part, and their sum."""
+    for name, count in rows:
+        print(f"  {name:40} {count / 1e6:10.1f} M")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -953,11 +1115,14 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
 # ---------------------------------------------------------------------------------------------------------------------
 # the two stages
 
+LAYERS = ("Layer", "Block", "EvaBlock", "LLMLayer", "DepthLayer")       # the classes of transformer layers, ours and timm's
+
+
 def compile_parts(*modules: nn.Module):
     """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they are too."""
     for module in modules:
         for part in module.modules():
-            if type(part).__name__ in ("Layer", "Block", "EvaBlock", "Decoder", "LLMLayer", "DepthLayer"):
+            if type(part).__name__ in ("Decoder", *LAYERS):
                 part.compile()
 
 
@@ -967,8 +1132,10 @@ def common(args) -> dict:
 
 
 def digest(model: nn.Module) -> str:
-    """SHA-256 of all weights."""
+    """SHA-256 of all weights; of a dry run's, which have no values, nothing."""
     sha = hashlib.sha256()
+    if any(isinstance(value, FakeTensor) for value in model.parameters()):
+        return ""
     for value in model.state_dict().values():
         sha.update(whole(value).detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
@@ -1171,6 +1338,11 @@ def main(argv=None):
                 gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
     changes = {name: getattr(args, name) for name in ("shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer == "quarter" else {}
+    if args.dry_run:
+        if args.init:
+            raise ValueError("--dry-run is of a preset's sizes, and --init brings its own; leave it out")
+        with fake():
+            return estimate(args, s, preset_config(args.preset, args.image_size, **changes))
     args.siglip, args.init = args.siglip and hub.folder(args.siglip), args.init or (args.out if args.eval else "")
     init = load_init(args, changes) if args.init else None
     side = init.config.vision.image_size if init else args.image_size
@@ -1233,6 +1405,40 @@ def main(argv=None):
     else:
         train(stage, data.batches(stage.batch))
         ranks.say(f"pictures: {os.path.join(stage.folder, 'samples', 'reconstructions.png')}, {os.path.join(stage.folder, 'curves.png')}")
+
+
+def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
+    """(part, parameters) of a tokenizer; code tables are no parameters, and come last."""
+    count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
+    siglip, projections = model.siglip_model, [x for name, x in model.named_children() if name.split("_")[0] in ("prequant", "postquant")]
+    return [("ViT", count(siglip.vision_model)), ("text tower, frozen", count(siglip.text_model)), ("scale and bias, frozen", 2), ("projections", count(*projections)),
+            ("decoder", count(model.post_quant_conv, model.decoder)), ("code tables, not by gradient", sum(x.codebook.numel() for x in model.quantizers.values()))]
+
+
+def estimate(args, s: Settings, config):
+    """What the stages of a preset cost; with --siglip, which is not read, the tokenizer's alone; with --vgg, which is not read either, LPIPS too."""
+    vgg, args.vgg, ranks, count, side = args.vgg, "", Ranks("cpu"), args.ranks or (8 if args.preset in PAPER else 1), config.vision.image_size
+    data = argparse.Namespace(source=s.data)
+
+    def parts(batch):
+        many = copy.copy(ranks)
+        many.count = count
+        check_batch(batch, many, args.accumulate)
+        size = batch // count // args.accumulate
+        return [(torch.empty(size, 3, side, side), [""] * size) for _ in range(args.accumulate)]
+
+    def tokenizer_stage():
+        stage = TokenizerStage(args, ranks, s, config, data, SigLIP(config.vision, config.text))
+        stage.perceptual = LPIPS() if vgg else None
+        return stage, parts(s.batch)
+
+    stage = tokenizer_stage()[0]
+    rows = tokenizer_parts(stage.model) + [("teacher, frozen", sum(p.numel() for p in stage.teacher.parameters()))]
+    rows += [("discriminator", sum(p.numel() for p in stage.discriminator.parameters()))] if s.gan else []
+    print(f"dry run of {args.preset}: {side} px, {config.positions} positions, D {config.depth}, K {config.codebook_size}, E {config.code_dim}, {'with' if vgg else 'without'} LPIPS")
+    print_parts(rows)
+    first = [] if args.siglip else [lambda: (SigLIPStage(args, ranks, s, config, data), parts(s.siglip_batch))]
+    dry_run(args, [*first, tokenizer_stage], count, "image")
 
 
 def load_init(args, changes: dict) -> DualTokenizer:
