@@ -79,7 +79,7 @@ NANO = (
     Row("1", ("projector",), 2.5e-3, 64, 40, dict(caption=1.0)),
     Row("2", ("projector", "llm"), 2.5e-3, 64, 350, _UNDERSTAND),
     Row("3", ("heads",), 2.5e-3, 32, 100, dict(paint=1.0)),
-    Row("4-1", _ALL, 2.5e-3, 32, 3600, _EVERYTHING),
+    Row("4-1", _ALL, 2.5e-3, 32, 4200, _EVERYTHING),
     Row("4-2", _ALL, 1.5e-3, 32, 800, _EVERYTHING),
 )
 SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in zip(
@@ -552,7 +552,7 @@ SKILLS = ("single", "relation", "count", "differ", "compare", "negate", "univers
 
 
 class Validation:
-    """Held-out scenes of the built-in world, the same for every run: a question about each of `n`, and prompts for painting, n // 16 of each skill that
+    """Held-out scenes of the built-in world, the same for every run: a question about each of `n`, and prompts for painting, n // 8 of each skill that
     this world has (`compare` speaks of sizes, and plain shapes have one)."""
 
     def __init__(self, source: str, size: int, n: int):
@@ -565,7 +565,7 @@ class Validation:
             split, said = ("held_out", "single") if skill == "held_out" else ("val", skill)
             world = shapes.World(source, size, VALIDATION_SEED + 1, split, single=float(said == "single"))
             true = ((scene, [claim for claim in shapes.claims(scene) if claim.skill == said]) for scene in world.scenes(range(n)))
-            self.claims += itertools.islice(((skill, rng.choice(claims), scene) for scene, claims in true if claims), max(1, n // 16))
+            self.claims += itertools.islice(((skill, rng.choice(claims), scene) for scene, claims in true if claims), max(1, n // 8))
 
     def render(self, scenes: list, device) -> Tensor:
         return shapes.render(shapes.pack(scenes), self.size, device)
@@ -733,7 +733,7 @@ class MLLMStage(Stage):
 
 @torch.no_grad()
 def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, n: int, ranks: Ranks, grid: str, kinds, how: dict = SAMPLING) -> dict:
-    """What these kinds of sequences teach, on n held-out pictures, half of them painted; `grid`: where a picture of these goes. Called on all ranks."""
+    """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; `grid`: where a picture of these goes. Called on all ranks."""
     was_training, metrics = model.training, {}
     model.eval()
     if data.source in shapes.DIFFICULTIES:

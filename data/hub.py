@@ -4,7 +4,7 @@ A checkpoint by its folder or by its name on the Hugging Face hub:
     folder("checkpoints/siglip")                        the folder itself
     folder("google/siglip-so400m-patch14-384")          in Hugging Face's cache; else in torch's, downloaded once
 
-What is downloaded: config.json, the weights as safetensors (one file, or an index and its shards), and the vocabulary. A file gets its name only when it
+What is downloaded: config.json, the weights as safetensors (one file, or an index and its shards), the vocabulary, and the pixels' mean and deviation. A file gets its name only when it
 is whole, so that a broken connection leaves nothing that looks finished; what is whole is not fetched again.
 """
 import json
@@ -15,7 +15,7 @@ import urllib.request
 
 import torch
 
-VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt")     # of which a model has some
+BESIDES = ("tokenizer.json", "vocab.json", "merges.txt", "preprocessor_config.json")     # of which a model has some
 
 
 def folder(name: str) -> str:
@@ -70,7 +70,7 @@ def _downloaded(name: str) -> str:
         for file in _weights(found):
             if not _fetch(url, found, file):
                 raise ValueError(f"{url} lacks {file}, which its index names; try again, or name another model")
-        for file in VOCABULARY:
+        for file in BESIDES:
             _fetch(url, found, file)
     return found
 
