@@ -668,11 +668,11 @@ def fake():
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors that are alive: `now`, and at the `peak`, where `gradients` of them were those of parameters."""
+    """Bytes of all tensors that are alive: `now`, and at the `peak`, where `gradients` of them were those of parameters, of which a rank holds one of `shards`."""
 
-    def __init__(self, tensors):
+    def __init__(self, tensors, shards: int = 1):
         super().__init__()
-        self.storages, self.owners, self.now, self.peak, self.done, self.gradients = set(), set(), 0, 0, 0, 0
+        self.shards, self.storages, self.owners, self.now, self.peak, self.done, self.gradients = shards, set(), set(), 0, 0, 0, 0
         for x in tensors:
             self.add(x)
 
@@ -689,8 +689,9 @@ class Live(TorchDispatchMode):
             self.storages.add(id(storage))
             weakref.finalize(storage, self.drop, id(storage), storage.nbytes()).atexit = False
             self.now += storage.nbytes()
-            if self.now > self.peak:
-                self.peak, self.gradients = self.now, self.done
+            held = self.now - self.done + self.done / self.shards
+            if held > self.peak:
+                self.peak, self.gradients = held, self.done / self.shards
 
     def drop(self, name: int, size: int):
         self.storages.remove(name)
@@ -727,7 +728,7 @@ def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False
     """One step's forward and backward over these micro-batches, of which two stand for all: the second finds the gradients of the first."""
     few, counter, marks, model = parts[:2], flop_counter(), [], stage.model
     modules = [x for x in vars(stage).values() if isinstance(x, nn.Module)]
-    live, stage.wrapped = Live(tensors(*modules)), model
+    live, stage.wrapped = Live(tensors(*modules), ranks if fsdp else 1), model
     weights, own = live.now, sum({x.untyped_storage()._cdata: x.nbytes for x in tensors(model)}.values())
     hooks = [p.register_post_accumulate_grad_hook(live.accumulated) for x in modules for p in x.parameters() if p.requires_grad]
     hooks += [register(lambda *_: marks.append(counter.get_total_flops())) for register in (model.register_forward_pre_hook, model.register_forward_hook)]
@@ -745,7 +746,7 @@ def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False
         layers = [sum(p.nbytes for p in x.parameters()) for x in model.modules() if type(x).__name__ in LAYERS]
         reduced, divisor = own - sum(layers) + 2 * max(layers), ranks
     return Cost(sum(p.numel() for p in trained), repeat * (sum(marks[1::2]) - sum(marks[::2])), repeat * counter.get_total_flops(), weights - own + own / divisor,
-                live.gradients / divisor, state / divisor, reduced, live.peak - weights - live.gradients)
+                live.gradients, state / divisor, reduced, live.peak - weights - live.gradients)
 
 
 def as_on_cuda(stage: Stage):
