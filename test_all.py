@@ -18,6 +18,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import string
 import struct
@@ -2052,38 +2053,39 @@ def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, mo
 
 
 def test_train_two_ranks_are_one_process(tmp_path):
-    """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch."""
+    """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch; also where two ranks begin and one process goes on."""
     code = ("import os, sys, torch, train_tokenizer as t\n"
             "fit = t.fit\n"
             "def kept(stage, *a):\n"
             "    fit(stage, *a)\n"
             "    if stage.name == 'tokenizer': torch.save(stage.model.state_dict(), sys.argv[1] + '/rank' + os.environ.get('RANK', '0') + '.pt')\n"
-            "t.fit = kept\n"
+            "t.fit, write = kept, t.write_log\n"
+            "def stops(stage, line, broken):\n"
+            "    write(stage, line, broken)\n"
+            "    if stage.name == 'tokenizer' and str(line['step']) == os.environ.get('STOPS'): raise KeyboardInterrupt\n"
+            "t.write_log = stops\n"
             "t.cosine = lambda step, steps, warmup: (step + 1) / 50\n"       # the beginning of a long run
             "t.run(lambda: t.main(sys.argv[2:]))\n")
     (tmp_path / "script.py").write_text(code)
     argv = [str(tmp_path / "script.py")]
     environment = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
     flags = [*TINY, "--steps", "20", "--gan", "--gan-start", "0.8"]
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"])):
-        os.mkdir(tmp_path / name)
-        done = subprocess.run([sys.executable, *launch, *argv, str(tmp_path / name), *flags, "--out", str(tmp_path / name / "run")], cwd=HERE, env=environment,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launch, stops, more in (("one", [], "", []), ("two", torchrun, "", []), ("both", torchrun, "14", []), ("both", [], "", ["--resume"])):
+        os.makedirs(tmp_path / name, exist_ok=True)
+        done = subprocess.run([sys.executable, *launch, *argv, str(tmp_path / name), *flags, *more, "--out", str(tmp_path / name / "run")], cwd=HERE,
+                              env={**environment, "STOPS": stops}, capture_output=True, text=True)
+        assert (done.returncode == 0) != bool(stops), done.stderr
+    assert "tokenizer: resumed at step 12 of 20" in done.stdout
     first, second = (torch.load(tmp_path / f"two/rank{r}.pt", weights_only=True) for r in range(2))
     assert equal(first, second)
     metrics = [json.load(open(tmp_path / name / "run/metrics.json")) for name in ("one", "two")]
     assert metrics[0]["images"] == metrics[1]["images"] == 24 and metrics[1]["ranks"] == 2
     assert all(abs(metrics[0][k] - metrics[1][k]) < 0.01 * abs(metrics[0][k]) for k in ("psnr", "ssim", "fd"))
     for stage in ("run/siglip", "run"):
-        curves = [[line["loss"] for line in log(tmp_path / name / stage) if "loss" in line] for name in ("one", "two")]
-        assert len(curves[0]) == (6 if "siglip" in stage else 20) and np.abs(np.subtract(*curves)).max() < 1e-5 * max(1, np.abs(curves[0]).max())
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        for other in ("two", "both"):
+            curves = [[line["loss"] for line in log(tmp_path / name / stage) if "loss" in line] for name in ("one", other)]
+            assert len(curves[0]) == (6 if "siglip" in stage else 20) and np.abs(np.subtract(*curves)).max() < 1e-5 * max(1, np.abs(curves[0]).max())
 
 
 def test_train_accumulation_is_the_whole_batch(run_folder, tmp_path):
@@ -4109,12 +4111,18 @@ t.run(t.main)
 
 
 def run_ranks(folder, tokenizer_folder, ranks, *flags, restarts=0, dies=""):
-    """torchrun over so many gloo processes, all stages -> the finished process."""
+    """torchrun over so many gloo processes, all stages -> exit status, what was printed, and errors."""
     os.makedirs(folder, exist_ok=True)
     (Path(folder) / "script.py").write_text(SCRIPT)
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", f"{folder}/script.py",
-                           *TINY_MLLM, "--eval-images", "16", "--tokenizer", str(tokenizer_folder), "--out", f"{folder}/run", *flags],
-                          cwd=HERE, env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "DIES": dies}, capture_output=True, text=True, timeout=240)
+    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", f"{folder}/script.py",
+                                 *TINY_MLLM, "--eval-images", "16", "--tokenizer", str(tokenizer_folder), "--out", f"{folder}/run", *flags], cwd=HERE, start_new_session=True,
+                                env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "DIES": dies}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        printed, errors = torchrun.communicate(timeout=240)
+        return torchrun.returncode, printed, errors
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(torchrun.pid, signal.SIGKILL)     # the ranks too, which would wait for each other for ever
 
 
 @pytest.fixture(scope="module")
@@ -4142,11 +4150,11 @@ def assert_same_training(one, other):
     assert np.array_equal(*(np.load(glob.glob(str(run / "codes/*/pictures.npy"))[0]) for run in (one, other)))
 
 
-@pytest.mark.parametrize("ranks, flags", [(2, []), (2, ["--fsdp"]), (4, ["--fsdp", "--checkpointing"])])
+@pytest.mark.parametrize("ranks, flags", [(2, []), (2, ["--fsdp", "--accumulate", "2"]), (4, ["--fsdp", "--checkpointing"])])
 def test_train_mllm_several_ranks_are_one_process(one_process, tokenizer_folder, tmp_path, ranks, flags):
     """Every stage, the weights copied (DDP) or shared (FSDP)."""
-    done = run_ranks(tmp_path, tokenizer_folder, ranks, *flags)
-    assert done.returncode == 0, done.stderr
+    status, _, errors = run_ranks(tmp_path, tokenizer_folder, ranks, *flags)
+    assert status == 0, errors
     assert_same_training(one_process, tmp_path / "run")
     digests = {(tmp_path / f"digest-{rank}").read_text() for rank in range(ranks)}
     assert len(digests) == 1 and digests.pop().count("\n") == len(EVERY_ROW)        # equal on all ranks
@@ -4158,14 +4166,14 @@ def test_train_mllm_several_ranks_are_one_process(one_process, tokenizer_folder,
 
 def test_train_mllm_a_killed_rank_comes_back(one_process, tokenizer_folder, tmp_path):
     """torchrun starts all ranks again, and they go on from the last checkpoint."""
-    done = run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", "--resume", restarts=1, dies="stage-4-1 3")
-    assert done.returncode == 0 and "stage-4-1: resumed at step 2 of 3" in done.stdout, done.stderr
+    status, printed, errors = run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", "--resume", restarts=1, dies="stage-4-1 3")
+    assert status == 0 and "stage-4-1: resumed at step 2 of 3" in printed, errors
     assert_same_training(one_process, tmp_path / "run")
 
 
 def test_train_mllm_goes_on_with_another_number_of_ranks(one_process, tokenizer_folder, tmp_path, monkeypatch, capsys):
     """Begun by two that share the weights, finished by one."""
-    assert run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", dies="stage-4-1 3").returncode != 0
+    assert run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", dies="stage-4-1 3")[0] != 0
     shrink(monkeypatch, *EVERY_ROW, evaluates=lambda stage: stage.row.name == "4-2")
     capsys.readouterr()
     train_tiny(tmp_path / "run", tokenizer_folder, "--eval-images", "16", "--resume")
