@@ -19,7 +19,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import string
 import struct
 import subprocess
