@@ -30,7 +30,7 @@ from rvq import all_reduce
 from tokenizer import DualTokenizer, read_config, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate
 from train_mllm import flags as train_flags
-from train_tokenizer import VALIDATION_SEED, Ranks, report, run, save_grid, to_picture
+from train_tokenizer import VALIDATION_SEED, Ranks, read_lines, report, run, save_grid, to_picture
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -140,14 +140,6 @@ def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device,
         path = os.path.join(args.out, f"{name}-{slug(args.edit)}.png")
         save_grid([torch.cat([images[i:i + 1], tokenizer.decode(codes)])], path, cell=256 if n == 1 else 96)
         print(path)
-
-
-def read_lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); expected a text file in UTF-8") from None
 
 
 def batches(items: list, args, ranks: Ranks, what: str):

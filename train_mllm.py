@@ -38,8 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import hub, shapes
-from data.images import ImageData, start_worker
-from data.records import Image, Pictures, Records, conversation, learned
+from data.images import ImageData, Pictures, start_worker
+from data.records import Image, Records, conversation, learned
 from data.records import document as read_document
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Batch, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
@@ -399,7 +399,7 @@ class RecordSequences:
         self.key = {"size": size, "limit": self.limit, "content": hashlib.sha256("\n".join(sorted(states)).encode("utf-8", "surrogatepass")).hexdigest()}
 
         def chunks(mine):
-            loader = torch.utils.data.DataLoader(Pictures(paths, size), 128, sampler=mine, num_workers=args.workers, worker_init_fn=start_worker, generator=torch.Generator())
+            loader = torch.utils.data.DataLoader(Pictures(paths, size), CHUNK, sampler=mine, num_workers=args.workers, worker_init_fn=start_worker, generator=torch.Generator())
             for images, reasons in loader:
                 yield images.to(ranks.device).float() / 127.5 - 1, list(reasons)
         self.pictures, said = extract(args, ranks, {**encode.key, **self.key, "limit": 0}, len(paths), chunks, encode) if paths else (None, [])

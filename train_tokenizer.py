@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import hub, shapes
-from data.images import SUFFIXES, ImageData, centre_crop, decode, start_worker
+from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import CELLS, all_reduce, histogram, usage_and_perplexity
@@ -980,13 +980,18 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
     return metrics
 
 
-def lines(path: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises ValueError for none, or other bytes than UTF-8."""
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file. Raises ValueError for none, or other bytes than UTF-8."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            found = [line.strip() for line in file if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}); save it as such") from None
+            return file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); expected a text file in UTF-8") from None
+
+
+def told(path: str) -> list[str]:
+    """Its lines that say something. Raises ValueError where there are none."""
+    found = [line.strip() for line in read_lines(path) if line.strip()]
     if not found:
         raise ValueError(f"{path} is empty, expected something on each line")
     return found
@@ -997,11 +1002,11 @@ def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], li
     if not os.path.isdir(folder):
         raise ValueError(f"--zero-shot-data {folder!r} is no folder; expected one that holds a folder of pictures for each class")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    words = [line.split(",")[0].strip() for line in lines(names)] if names else [name.replace("_", " ") for name in classes]
+    words = [line.split(",")[0].strip() for line in told(names)] if names else [name.replace("_", " ") for name in classes]
     if len(classes) < 2 or len(words) != len(classes):
         raise ValueError(f"{folder} has {len(classes)} folders, and {f'{names} names' if names else 'there are'} {len(words)} classes; "
                          "expected at least 2 folders, and a line for each, in sorted order")
-    prompts = lines(templates) if templates else ["a photo of a {}."]
+    prompts = told(templates) if templates else ["a photo of a {}."]
     if wrong := [line for line in prompts if "{}" not in line]:
         raise ValueError(f"{templates}: {wrong[0]!r} has no {{}}, where the class's name goes; correct that line")
     paths, labels = [], []
@@ -1042,19 +1047,6 @@ def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[in
     return [os.path.join(folder, name) for name in there], [words for _, words in rows], [there[name] for name, _ in rows], [name for name in names if name not in there]
 
 
-class Pictures:
-    """Image files by path -> (number, (3, size, size) uint8, cropped to the middle square, report); the report of a broken one says what is wrong with it."""
-
-    def __init__(self, paths: list[str], size: int):
-        self.paths, self.size = paths, size
-
-    def __getitem__(self, n):       # what DataLoader calls
-        try:
-            return n, centre_crop(decode(self.paths[n], near=self.size), self.size), ""
-        except (OSError, ValueError) as error:
-            return n, torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
-
-
 def text_vectors(siglip: SigLIP, groups: list[list[str]], ranks: Ranks, what: str) -> Tensor:
     """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, made a unit vector again. Ranks take turns."""
     mine, step, rows = range(ranks.rank, len(groups), ranks.count), max(1, 256 // len(groups[0])), []
@@ -1072,12 +1064,12 @@ def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, 
     ranks, rows, broken = data.ranks, [], []
     if len(paths) < ranks.count:
         raise ValueError(f"{what}: {len(paths)} pictures for {ranks.count} ranks; add pictures, or start fewer")
-    mine = torch.utils.data.Subset(Pictures(paths, data.size), range(ranks.rank, len(paths), ranks.count))
-    loader = torch.utils.data.DataLoader(mine, 64, num_workers=data.args.workers, worker_init_fn=start_worker, generator=torch.Generator())
-    for numbers, images, reports in tqdm(loader, what, disable=not ranks.first):
-        whole, images = torch.tensor([not report for report in reports]), data._signed(images)
+    mine = torch.arange(ranks.rank, len(paths), ranks.count)
+    loader = torch.utils.data.DataLoader(Pictures(paths, data.size), 64, sampler=mine.tolist(), num_workers=data.args.workers, worker_init_fn=start_worker, generator=torch.Generator())
+    for numbers, (images, reports) in zip(mine.split(64), tqdm(loader, what, disable=not ranks.first)):
+        good, images = torch.tensor([not report for report in reports]), data._signed(images)
         broken += filter(None, reports)
-        rows.append(keep(numbers[whole], *(F.normalize(pool(images).float(), dim=-1).cpu()[whole] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))))
+        rows.append(keep(numbers[good], *(F.normalize(pool(images).float(), dim=-1).cpu()[good] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))))
     rows = ranks.gather_rows({**{name: torch.cat([row[name] for row in rows]) for name in rows[0]}, "broken": broken})
     for report in rows["broken"]:
         ranks.say(f"  left out: {report}")

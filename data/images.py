@@ -474,6 +474,19 @@ class ImageData:
         return data
 
 
+class Pictures(torch.utils.data.Dataset):
+    """Image files by their paths: ((3, size, size) uint8, the largest square in the middle, and why it cannot be read, or "")."""
+
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
+
+    def __getitem__(self, i):
+        try:
+            return centre_crop(decode(self.paths[i], near=self.size), self.size), ""
+        except (OSError, ValueError) as error:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
+
+
 class _Batches:
     """What DataLoader draws batches from: the positions of each step."""
 

@@ -20,9 +20,6 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-import torch
-
-from data.images import centre_crop, decode
 
 TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{},]', re.DOTALL)      # of JSON, those by which its outermost list falls into records
 SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
@@ -96,19 +93,6 @@ def _spans(path: str, lists: bool):
                 depth -= 1
         if depth:
             raise ValueError("its list has no end")
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Pictures by their paths, cropped in the middle as in sampling: ((3, size, size) uint8, why it cannot be read or "")."""
-
-    def __init__(self, paths: list[str], size: int):
-        self.paths, self.size = paths, size
-
-    def __getitem__(self, i):
-        try:
-            return centre_crop(decode(self.paths[i], near=self.size), self.size), ""
-        except (OSError, ValueError) as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
 
 
 def _check(right: bool, what: str):
