@@ -2574,7 +2574,7 @@ def test_train_bad_evaluation_files_end_in_a_sentence(class_folders, tmp_path):
     classes = ["--zero-shot-data", class_folders]
     assert "has 3 folders, and" in words(*classes, "--class-names", written("a\nb\n")) and "names 2 classes" in words(*classes, "--class-names", written("a\nb\n"))
     assert "'a photo' has no {}" in words(*classes, "--templates", written("{}\na photo")) and "is empty" in words(*classes, "--templates", written("\n"))
-    assert "no text in UTF-8" in words(*classes, "--class-names", written(b"\xff\xfe\0")) and "is no folder" in words("--zero-shot-data", written("x"))
+    assert "expected a text file in UTF-8" in words(*classes, "--class-names", written(b"\xff\xfe\0")) and "is no folder" in words("--zero-shot-data", written("x"))
     assert "go with --zero-shot-data" in words("--templates", written("{}")) and "--retrieval-images with" in words("--retrieval-images", str(tmp_path))
     for text, expected in (("picture,caption\na,b", "another first line"), ("image,caption\na.png\n", "line 2: got ['a.png']"), ("image,caption\na.png,x\nb.png,y,z\n", "line 3"),
                            ('image,caption\na.png,"never closed', "cannot be read"), ("a.png#0\tx\nb.png x\n", "line 2"), ("a.png\tx\n", "line 1"), (b"image,caption\na,\xff", "cannot be read"),
