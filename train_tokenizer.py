@@ -1411,7 +1411,7 @@ def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
 def estimate(args, s: Settings, config):
     """What the stages of a preset cost; with --siglip, which is not read, the tokenizer's alone; with --vgg, which is not read either, LPIPS too."""
     vgg, args.vgg, ranks, count, side = args.vgg, "", Ranks("cpu"), args.ranks or (8 if args.preset in PAPER else 1), config.vision.image_size
-    data = argparse.Namespace(source=s.data)
+    data = argparse.Namespace(source=s.data, drawn=s.data)
 
     def parts(batch):
         many = copy.copy(ranks)
