@@ -2329,7 +2329,7 @@ def dry_stage(*argv, batch=4):
     args = train_tokenizer.flags(["--device", "cpu", "--precision", "fp32", *argv])
     vision = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=4)
     settings, config = replace(train_tokenizer.SETTINGS["nano"], batch=batch, gan=True), preset_config("nano", vision=vision, shallow_layer=1)
-    stage = train_tokenizer.TokenizerStage(args, train_tokenizer.Ranks("cpu"), settings, config, SimpleNamespace(source="plain"), SigLIP(config.vision, config.text))
+    stage = train_tokenizer.TokenizerStage(args, train_tokenizer.Ranks("cpu"), settings, config, SimpleNamespace(source="plain", drawn="plain"), SigLIP(config.vision, config.text))
     size = batch // args.accumulate
     return stage, [(torch.rand(size, 3, 32, 32) * 2 - 1, [""] * size) for _ in range(args.accumulate)]
 

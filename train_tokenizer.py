@@ -226,12 +226,6 @@ class Ranks:
         for part in [*parts, model]:
             fully_shard(part, mesh=mesh, shard_placement_fn=along)
 
-    def synchronised(self, wrapped: nn.Module, last: bool):
-        """Around a micro-batch: gradients are averaged over ranks at the last one of a step."""
-        if isinstance(wrapped, FSDPModule):
-            wrapped.set_requires_gradient_sync(last)
-        return contextlib.nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync()
-
     def gather_rows(self, rows: dict) -> dict:
         """Per-rank {name: tensor or list} -> the same of all ranks, concatenated in rank order, tensors on the CPU."""
         rows = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in rows.items()}
@@ -388,7 +382,8 @@ def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tenso
     """Forward and backward of one step's micro-batches. Adds to `sums` a row (sum, finite values, others) for the loss and each of its terms."""
     stage.before_step(parts)
     for n, part in enumerate(parts):
-        with stage.ranks.synchronised(stage.wrapped, n == len(parts) - 1):
+        # DDP averages at the last micro-batch alone; FSDP at each, since between them whole gradients would have to stay.
+        with stage.wrapped.no_sync() if n < len(parts) - 1 and hasattr(stage.wrapped, "no_sync") else contextlib.nullcontext():
             with stage.autocast():
                 total, terms = stage.loss(*part, step=step)
             (total / len(parts)).backward()
@@ -1480,6 +1475,8 @@ def run(main):
     """A script's entry: what a user can put right ends in one sentence and exit status 1, not in a traceback."""
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()      # a rank that leaves while others work may be taken for one that died
     except (ValueError, OSError) as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")       # of an error in a worker, torch gives the traceback too
     except torch.OutOfMemoryError:
