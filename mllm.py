@@ -37,7 +37,6 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tiktoken._educational import SimpleBytePairEncoding
 from torch import Tensor
 from tqdm import tqdm
 
@@ -127,6 +126,7 @@ class TextTokenizer:
         if not self.lacking or max(ids, default=0) < self.size:
             return ids
         # What stands around it in its piece is merged without it. tiktoken tells no pieces; the pattern by which its teaching version finds them is the same.
+        from tiktoken._educational import SimpleBytePairEncoding
         pieces = SimpleBytePairEncoding(pat_str=self.encoding._pat_str, mergeable_ranks={})._pat.findall(text)
         kept = (bytes(b for b in piece.encode("utf-8", "replace") if b not in self.lacking) for piece in pieces)
         return [id for piece in kept if piece for id in self.encoding._encode_single_piece(piece)]
@@ -653,8 +653,6 @@ class DualMLLM(nn.Module):
         for stream, head in self.heads.items():
             s = self.config.streams.index(stream)
             for rows, depths in ((batch.all_depths, D), (batch.first_depth, 1)):
-                if len(batch.learned) and not len(rows):
-                    continue
                 target = codes[rows, s, :depths]                                                        # (M, depths)
                 logits = head(h[before[rows]], self.vectors(target, s)).float()                         # (depths, M, K)
                 for d in range(depths):

@@ -240,6 +240,8 @@ def main(argv=None):
         data, grid = SimpleNamespace(source=run_config.get("data")), os.path.join(args.out, "painted.png")
         if not data.source:
             raise ValueError(f"{args.mllm}/config.json does not say what the model was trained on, so there is nothing to evaluate it on; name a run folder of train_mllm.py")
+        if data.source == "none":
+            raise ValueError(f"{args.mllm} was trained on records alone, and none are held out for this script; its metrics.json has what training measured")
         os.makedirs(args.out, exist_ok=True)
         if data.source not in shapes.DIFFICULTIES:
             more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])

@@ -4094,7 +4094,7 @@ def test_train_mllm_accumulation_is_the_whole_batch(tokenizer_folder, tmp_path, 
 EVERY_ROW = tuple(replace(row, steps=3, batch=8) for row in train_mllm.NANO)
 SCRIPT = """import os, signal, train_mllm as t, train_tokenizer
 Row, t.SCENES['nano'] = t.Row, 24
-t.STAGES['nano'] = %r
+t.STAGES['nano'], t.LATER = %r, %r
 write, train = train_tokenizer.write_log, t.train
 def dies(stage, line, broken):
     write(stage, line, broken)
@@ -4106,16 +4106,16 @@ def told(stage, batches):
         file.write(stage.name + ' ' + t.digest(stage.model) + '\\n')
 train_tokenizer.write_log, t.train = dies, told
 t.run(t.main)
-""" % (EVERY_ROW,)
+"""
 
 
-def run_ranks(folder, tokenizer_folder, ranks, *flags, restarts=0, dies=""):
+def run_ranks(folder, tokenizer_folder, ranks, *flags, restarts=0, dies="", rows=EVERY_ROW, later=train_mllm.LATER):
     """torchrun over so many gloo processes, all stages -> exit status, what was printed, and errors."""
     os.makedirs(folder, exist_ok=True)
-    (Path(folder) / "script.py").write_text(SCRIPT)
+    (Path(folder) / "script.py").write_text(SCRIPT % (rows, later))
     torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", f"{folder}/script.py",
                                  *TINY_MLLM, "--eval-images", "16", "--tokenizer", str(tokenizer_folder), "--out", f"{folder}/run", *flags], cwd=HERE, start_new_session=True,
-                                env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "DIES": dies}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "DIES": dies, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         printed, errors = torchrun.communicate(timeout=240)
         return torchrun.returncode, printed, errors
@@ -4161,6 +4161,18 @@ def test_train_mllm_several_ranks_are_one_process(one_process, tokenizer_folder,
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     alone = torch.load(one_process / "state.pt", weights_only=True)
     assert state.keys() == alone.keys() and state["optimizer"]["state"].keys() == alone["optimizer"]["state"].keys()
+
+
+def test_train_mllm_shares_weights_where_one_rank_paints_and_the_other_does_not(tokenizer_folder, tmp_path, monkeypatch):
+    """Every forward pass gathers the same weights in the same order on all ranks."""
+    rows = (train_mllm.Row("4-2", PARTS, 1e-3, 2, 3, dict(caption=0.5, paint=0.5)),)
+    status, _, errors = run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", rows=rows, later={})
+    assert status == 0, errors
+    shrink(monkeypatch, *rows)
+    monkeypatch.setattr(train_mllm, "LATER", {})
+    train_tiny(tmp_path / "one", tokenizer_folder)
+    one, two = ([line["loss"] for line in log(tmp_path / name) if "loss" in line] for name in ("one", "run"))
+    assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)
 
 
 def test_train_mllm_a_killed_rank_comes_back(one_process, tokenizer_folder, tmp_path):

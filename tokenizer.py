@@ -954,6 +954,11 @@ def write_json(path: str, content):
     os.replace(path + ".tmp", path)
 
 
+def read_json(path: str):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 def read_config(folder: str, name: str = "config.json") -> dict:
     """config.json of a folder, or another. Raises ValueError if there is none or it is no JSON object."""
     path = os.path.join(folder, name)

@@ -28,7 +28,6 @@ import os
 import random
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -44,7 +43,7 @@ from data.records import document as read_document
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Batch, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
-from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, write_json
+from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
 from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, dry_run, fake, flop_counter, kept, load_part,
                              precision, print_parts, run, save_grid, shared_flags, step_or_skip, train, whole)
 
@@ -122,7 +121,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
     g.add_argument("--vocabulary", default="", help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
     g = shared_flags(p)
-    g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over the ranks of torchrun, where they do not fit one device")
+    g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over the ranks of torchrun; an evaluation still needs all weights on each device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
     g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, other records that are longer are left out; "
                                                              "0: the LLM's context, at most 2048")
@@ -154,30 +153,27 @@ CHUNK = 128             # pictures encoded at a time
 def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, "Texts"]:
     """Codes or features of `count` pictures, and what is said of them, kept in --out/codes/KEY, so that another tokenizer or other data never finds them.
     chunks(mine) yields (images, texts), CHUNK at a time, for a range of pictures: this rank's share, or what a stopped extraction by as many ranks left of it.
-    encode(images) -> (b, ...). -> memory map (count, ...), texts. For --bench the first few stand for all, and nothing is written."""
+    encode(images) -> (b, ...). -> memory map (count, ...), texts. For --bench the first stands for all, and nothing is written."""
     if args.bench:
-        images, texts = next(iter(chunks(range(min(count, 64)))))
-        values = encode(images.to(ranks.device)).cpu().numpy()
-        return np.resize(values.astype(np.uint16 if values.dtype == np.int64 else np.float16), (count, *values.shape[1:])), (texts * count)[:count]
+        images, texts = next(iter(chunks(range(min(count, CHUNK)))))
+        values = kept_form(encode(images[:1].to(ranks.device)))
+        return np.broadcast_to(values, (count, *values.shape[1:])), [next(filter(None, texts), "")] * count
     folder = os.path.join(args.out, "codes", hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16])
     if not os.path.exists(folder):
         if count < ranks.count:
             raise ValueError(f"{count} pictures for {ranks.count} ranks, expected at least one each; add images or start fewer ranks")
         temporary, mine = f"{folder}.{ranks.count}.tmp", range(ranks.rank, count, ranks.count)
-        path, said = os.path.join(temporary, "pictures.npy"), os.path.join(temporary, "said-{}.jsonl")
+        own = lambda rank: [os.path.join(temporary, f"{name}-{rank}.{end}") for name, end in (("pictures", "npy"), ("said", "jsonl"))]     # files: ranks may be on several nodes
         os.makedirs(temporary, exist_ok=True)
-        done = keep_whole_chunks(said.format(ranks.rank))
-        with open(said.format(ranks.rank), "a", encoding="utf-8") as file, tqdm(total=len(mine), initial=done, desc="extracting codes", leave=False, disable=not ranks.first) as bar:
+        path, said = own(ranks.rank)
+        done = keep_whole_chunks(said)
+        with open(said, "a", encoding="utf-8") as file, tqdm(total=len(mine), initial=done, desc="extracting codes", leave=False, disable=not ranks.first) as bar:
             for images, texts in chunks(mine[done:]) if done < len(mine) else ():
-                values = encode(images.to(ranks.device)).cpu()
-                values = values.numpy().astype(np.uint16 if values.dtype == torch.int64 else np.float16)
-                if not os.path.exists(path) and ranks.first:
-                    np.lib.format.open_memmap(path + ".tmp", "w+", values.dtype, (count, *values.shape[1:])).flush()
-                    os.rename(path + ".tmp", path)
-                while not os.path.exists(path):     # the first rank's first chunk is under way
-                    time.sleep(0.1)
+                values = kept_form(encode(images.to(ranks.device)))
+                if not done:
+                    np.lib.format.open_memmap(path, "w+", values.dtype, (len(mine), *values.shape[1:])).flush()
                 rows = np.load(path, mmap_mode="r+")
-                rows[mine[done:done + len(values)]] = values
+                rows[done:done + len(values)] = values
                 rows.flush()
                 file.writelines(json.dumps(text) + "\n" for text in texts)
                 file.flush()
@@ -186,12 +182,26 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
         if ranks.count > 1:
             dist.barrier()
         if ranks.first:
-            Texts.merge([said.format(rank) for rank in range(ranks.count)], count, temporary)
+            parts = [own(rank) for rank in range(ranks.count)]
+            shares = [np.load(pictures, mmap_mode="r") for pictures, _ in parts]
+            rows = np.lib.format.open_memmap(os.path.join(temporary, "pictures.npy"), "w+", shares[0].dtype, (count, *shares[0].shape[1:]))
+            for rank, values in enumerate(shares):
+                rows[rank::ranks.count] = values
+            rows.flush()
+            Texts.merge([said for _, said in parts], count, temporary)
             write_json(os.path.join(temporary, "key.json"), key)
             os.rename(temporary, folder)
+            for name in sum(parts, []):
+                os.remove(os.path.join(folder, os.path.basename(name)))
         if ranks.count > 1:
             dist.barrier()
     return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), Texts(folder)
+
+
+def kept_form(values: Tensor) -> np.ndarray:
+    """Codes in 16 bits, features in half precision; `to_tensor` is the way back."""
+    values = values.cpu().numpy()
+    return values.astype(np.uint16 if values.dtype == np.int64 else np.float16)
 
 
 def keep_whole_chunks(path: str) -> int:
@@ -223,8 +233,6 @@ class Texts(collections.abc.Sequence):
                 whole.write(line)
                 ends[i + 1] = ends[i] + len(line)
         np.save(os.path.join(folder, "said.npy"), ends)
-        for part in parts:
-            os.remove(part)
 
     def __len__(self):
         return len(self.ends) - 1
@@ -237,11 +245,6 @@ class Texts(collections.abc.Sequence):
         with open(self.path, "rb") as file:
             file.seek(self.ends[i])
             return json.loads(file.read(self.ends[i + 1] - self.ends[i]))
-
-
-def read_json(path: str):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def to_tensor(values: np.ndarray) -> Tensor:
@@ -404,6 +407,7 @@ class RecordSequences:
                 yield images.to(ranks.device).float() / 127.5 - 1, list(reasons)
         self.pictures, said = extract(args, ranks, {**encode.key, **self.key, "limit": 0}, len(paths), chunks, encode) if paths else (None, [])
         self.key["files"] = sorted(state(path) for path, _ in self.records.sources)
+        said = list(said)       # mostly ""
         number, rows, self.shown = {path: i for i, path in enumerate(paths)}, collections.defaultdict(list), []
         for record, kind, length, shown in good:
             if reason := next((said[number[path]] for path in shown if said[number[path]]), ""):
@@ -535,7 +539,7 @@ class ImageSequences(Sequences):
             reports = list(dict.fromkeys(ranks.gather_rows({"reports": reports})["reports"]))
             for report in reports[:10]:
                 ranks.say(f"  {report}")
-            ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(reports)} broken")
+            ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(reports)} broken among those read now")
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
@@ -709,17 +713,16 @@ class MLLMStage(Stage):
         return total, terms
 
     def evaluate(self):
-        model = self.model
-        if self.args.fsdp:      # a whole one: ranks generate texts of different lengths, so they cannot gather weights together
+        model, kinds = self.model, self.data.mixture.keys() if self.evaluated else ()
+        if self.args.fsdp and kinds:        # a whole one: ranks generate texts of different lengths, so they cannot gather weights together
             with torch.device("meta"):
                 model = DualMLLM(self.model.config, self.model.text)
             model.load_state_dict({name: whole(value) for name, value in self.model.state_dict().items()}, assign=True)
         self.metrics = {"streams_in": list(self.model.config.streams_in), "streams_out": list(self.model.config.streams_out)}
-        kinds = self.data.mixture.keys() if self.evaluated else ()
         self.metrics |= evaluate(model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks,
                                  os.path.join(self.folder, "samples", "painted.png"), kinds)
         if self.data.records:
-            self.metrics |= held_out_loss(self.model, self.data.records, self.ranks, kinds)
+            self.metrics |= held_out_loss(model, self.data.records, self.ranks, kinds)
         return self.metrics
 
     def about(self):
@@ -859,7 +862,7 @@ def main(argv=None):
     else:
         model = DualMLLM(config, text, llm)
         model.take_tables(tables)
-    model.to(ranks.device).train()
+    model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     # ---- data
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)

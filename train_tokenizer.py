@@ -40,8 +40,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,7 +50,7 @@ from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import CELLS, all_reduce, histogram, usage_and_perplexity
-from tokenizer import BYTES, PRESETS, STREAMS, DualTokenizer, SigLIP, VisionConfig, load_weights, lower, preset_config, read_config, read_tensors, write_json
+from tokenizer import BYTES, PRESETS, STREAMS, DualTokenizer, SigLIP, TimmTower, VisionConfig, load_weights, lower, preset_config, read_config, read_json, read_tensors, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def flags(argv=None) -> argparse.Namespace:
         raise ValueError(f"--gan-start is {args.gan_start}, expected a share from 0 to 1, or -1")
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
         raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data; add that, or leave them out")
-    idle = [name for name in ("bench", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile", "checkpointing") if args.eval and getattr(args, name)]
+    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile", "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
     if idle:
         raise ValueError(f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
     return args
@@ -199,11 +197,11 @@ class Ranks:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, or a device that this torch sees") from None
         if "RANK" in os.environ:
-            # Two hours: at the end of a long extraction or evaluation ranks wait for each other. A rank that died is noticed by torchrun, at once; when it then starts
-            # all of them again, they must not find the addresses of those before in the store.
-            store, *_ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2), rank=self.rank, world_size=self.count,
-                                    store=dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))
+            if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, "
+                                 "so that each start has a store of its own, or leave out --max-restarts")
+            # Two hours: at the end of a long extraction or evaluation ranks wait for each other. A rank that died is noticed by torchrun, at once.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         self.first = self.rank == 0
 
     def say(self, *words):
@@ -213,13 +211,16 @@ class Ranks:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """DDP where there are several ranks, unless they share the weights. Buffers are not broadcast: codebooks are equal because every rank computes the same update."""
-        if self.count == 1 or isinstance(model, FSDPModule):
+        if self.count == 1 or hasattr(model, "reshard"):
             return model
         return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False)
 
     def shard(self, model: nn.Module, parts: list[nn.Module]):
         """FSDP: every rank keeps a share of the weights, gradients and optimiser state; a part's weights are gathered when it computes, what belongs to no part
         stays gathered from the forward to the backward pass. In fp32, as DDP would hold them, so that the results are the same."""
+        from torch.distributed.fsdp import fully_shard      # a second of importing, for those who need it
+        from torch.distributed.tensor import Shard
+
         def along(p):       # whichever dimension divides evenly: the first of a head's is its few depths
             return Shard(next((d for d, size in enumerate(p.shape) if size % self.count == 0), 0))
         mesh = dist.init_device_mesh(self.device.type, (self.count,))
@@ -238,12 +239,15 @@ class Ranks:
 
 def whole(x):
     """A tensor that ranks share, gathered on each of them; anything else as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def share_of(x: Tensor, like: Tensor) -> Tensor:
     """This rank's share of a whole tensor that every rank has, in the manner of `like`; without one, the tensor itself."""
-    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else x
+    if not hasattr(like, "placements"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole_state(state, first: bool):
@@ -738,7 +742,7 @@ def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False
     trained, repeat = [p for p in model.parameters() if p.requires_grad], len(parts) / len(few)
     reduced, divisor = sum(p.nbytes for p in trained) if ranks > 1 else 0, 1
     if fsdp:        # layers are gathered one after the other, the next while one computes; what is in no layer stays gathered
-        layers = [sum(p.nbytes for p in x.parameters()) for x in model.modules() if type(x).__name__ in LAYERS]
+        layers = [sum(p.nbytes for p in x.parameters()) for x in model.modules() if type(x).__name__ in ("Layer", "LLMLayer", "VisualHead")]
         reduced, divisor = own - sum(layers) + 2 * max(layers), ranks
     return Cost(sum(p.numel() for p in trained), repeat * (sum(marks[1::2]) - sum(marks[::2])), repeat * counter.get_total_flops(), weights - own + own / divisor,
                 live.gradients, state / divisor, reduced, live.peak - weights - live.gradients)
@@ -1103,15 +1107,16 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
 # ---------------------------------------------------------------------------------------------------------------------
 # the two stages
 
-LAYERS = ("Layer", "Block", "EvaBlock", "LLMLayer", "DepthLayer")       # the classes of transformer layers, ours and timm's
 
 
 def compile_parts(*modules: nn.Module):
     """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they are too."""
     for module in modules:
         for part in module.modules():
-            if type(part).__name__ in ("Decoder", *LAYERS):
+            if type(part).__name__ in ("Layer", "Decoder", "LLMLayer", "DepthLayer"):
                 part.compile()
+            for block in part.model.blocks if isinstance(part, TimmTower) else ():
+                block.compile()
 
 
 def common(args) -> dict:
@@ -1248,7 +1253,7 @@ class TokenizerStage(Stage):
         return evaluate_files(self.model, self.teacher, self.data, *self.files)
 
     def save(self, weights):
-        self.model.save_pretrained(self.folder, data=self.data.source)
+        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data)
         if self.pictures is None:
             self.pictures = torch.cat([images for images, _ in itertools.islice(self.data.validation(8), 2)])
         images = self.pictures
@@ -1274,12 +1279,15 @@ def finish(stage: Stage):
     about = {"preset": args.preset, "design": "dual", "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
              "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
              f"{stage.unit}_per_second": round(stage.per_second, 1), **machine(ranks), **stage.about()}
-    if not ranks.first:
-        return
-    path = os.path.join(stage.folder, "metrics.json")
-    write_json(path, {**stage.metrics, **about, "settings": stage.settings})
+    if ranks.first:
+        tell(os.path.join(stage.folder, "metrics.json"), {**stage.metrics, **about}, settings=stage.settings)
+
+
+def tell(path: str, metrics: dict, **more):
+    """A file of metrics and more, and a table of the metrics on the screen."""
+    write_json(path, {**metrics, **more})
     print(f"\n{path}")
-    report({**stage.metrics, **about})
+    report(metrics)
 
 
 def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP, data: Data, files: tuple):
@@ -1289,8 +1297,7 @@ def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP,
     begun, path, facts = time.time(), os.path.join(args.out, "metrics.json"), {"preset": tokenizer.config.preset, "design": "dual", "streams": list(STREAMS)}
     if os.path.exists(path):
         try:
-            with open(path, encoding="utf-8") as file:
-                facts = {name: value for name, value in json.load(file).items() if name in FACTS}
+            facts = {name: value for name, value in read_json(path).items() if name in FACTS}
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no JSON object ({error}), so that what it says of training cannot be kept; mend or delete it") from None
     tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
@@ -1298,9 +1305,7 @@ def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP,
     about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data, "seconds": round(time.time() - begun, 1), **machine(ranks)}
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
-        write_json(path, {**metrics, **facts, "evaluated": about})
-        print(f"\n{path}")
-        report({**metrics, **about})
+        tell(path, metrics, **facts, evaluated=about)
 
 
 def report(metrics: dict):
@@ -1327,8 +1332,8 @@ def main(argv=None):
     changes = {name: getattr(args, name) for name in ("shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer == "quarter" else {}
     if args.dry_run:
-        if args.init:
-            raise ValueError("--dry-run is of a preset's sizes, and --init brings its own; leave it out")
+        if args.init or args.backbone:
+            raise ValueError("--dry-run is of a preset's sizes, and --init and --backbone bring their own; leave them out")
         with fake():
             return estimate(args, s, preset_config(args.preset, args.image_size, **changes))
     args.siglip, args.init = args.siglip and hub.folder(args.siglip), args.init or (args.out if args.eval else "")
@@ -1341,7 +1346,8 @@ def main(argv=None):
     if not siglip:
         config.text.vocab_size = BYTES      # a SigLIP of its own reads bytes, whatever the preset's pretrained one reads
     if args.eval:
-        s = replace(s, data=args.data or read_config(args.init).get("data") or s.data)
+        trained = read_config(args.init)
+        s, args.val_data = replace(s, data=args.data or trained.get("data") or s.data), args.val_data or ("" if args.data else trained.get("val_data", ""))
     files = (read_classes(args.zero_shot_data, args.class_names, args.templates) if args.zero_shot_data else (),
              read_captions(args.retrieval_data, args.retrieval_images) if args.retrieval_data else ())
 
@@ -1448,8 +1454,7 @@ def kept(stage: Stage) -> bool:
     path = os.path.join(stage.folder, "metrics.json")
     if not os.path.exists(path) or not os.path.exists(os.path.join(stage.folder, "model.safetensors")):
         return False
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("settings") == stage.settings
+    return read_json(path).get("settings") == stage.settings
 
 
 def train(stage: Stage, batches):
