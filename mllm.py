@@ -196,13 +196,17 @@ class Batch:
     painted: Tensor         # (M,) bool
     learned: Tensor         # (P,) indices into the M pictures: those painted, with a loss
     all_depths: Tensor      # (Q,) indices into their P * N positions: where all depths are learned
-    first_depth: Tensor     # (P * N - Q,) where the first depth alone is
+    first_depth: Tensor | None      # (P * N - Q,) where the first depth alone is; None where all are always learned
 
     def to(self, device) -> "Batch":
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return self.map(Tensor.pin_memory)
+
+    def map(self, function) -> "Batch":
+        """The same of other tensors."""
+        return Batch(*(x if x is None else function(x) for x in (getattr(self, f.name) for f in fields(self))))
 
 
 def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = False, limit: int | None = None, later: float = 1.0, rngs: list = ()) -> Batch:
@@ -242,7 +246,7 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
     long = lambda values: torch.tensor(values, dtype=torch.int64)
     pictures = torch.stack(data) if data else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
     pictures = pictures if pictures.is_floating_point() else pictures.long()
-    first_depth = torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, long(all_depths), False).nonzero()[:, 0]
+    first_depth = None if later == 1 else torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, long(all_depths), False).nonzero()[:, 0]
     return Batch(ids, mask, long(places), long(targets), pictures, long(at), torch.tensor(painted, dtype=torch.bool), long(learned), long(all_depths), first_depth)
 
 
@@ -652,7 +656,9 @@ class DualMLLM(nn.Module):
         codes = batch.pictures[batch.learned].flatten(0, 1) if len(batch.learned) else batch.ids.new_zeros(0, len(self.config.streams), D)
         for stream, head in self.heads.items():
             s = self.config.streams.index(stream)
-            for rows, depths in ((batch.all_depths, D), (batch.first_depth, 1)):
+            for rows, depths in ((batch.all_depths, D), (batch.first_depth, 1)):       # also where they are empty: with FSDP, each call gathers weights on all ranks
+                if rows is None:
+                    continue
                 target = codes[rows, s, :depths]                                                        # (M, depths)
                 logits = head(h[before[rows]], self.vectors(target, s)).float()                         # (depths, M, K)
                 for d in range(depths):

@@ -28,7 +28,7 @@ import os
 import random
 import re
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from data.images import ImageData, Pictures, start_worker
 from data.records import Image, Records, conversation, learned
 from data.records import document as read_document
 from losses import frechet_distance
-from mllm import HEADS, LLM, LLMS, Batch, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
+from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
 from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, dry_run, fake, flop_counter, kept, load_part,
@@ -953,7 +953,7 @@ def estimate(args, rows: list[Row]):
         model, frozen = DualMLLM(config, text), DualTokenizer(tokenizer)
 
         def maker(row, data, parts):
-            there = [(Batch(*(mode.from_tensor(getattr(part, f.name)) for f in fields(part))),) for part, in parts]
+            there = [(part.map(mode.from_tensor),) for part, in parts]
             return MLLMStage(args, ranks, row, False, model, frozen, data, None), there
         print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
         print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in frozen.parameters()))])
