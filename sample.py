@@ -27,10 +27,10 @@ from data.images import ImageData, centre_crop, decode
 from losses import Moments, frechet_distance, psnr, ssim
 from mllm import DualMLLM, code_tables
 from rvq import all_reduce
-from tokenizer import DualTokenizer, read_config, write_json
+from tokenizer import DualTokenizer, read_config, read_json, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate
 from train_mllm import flags as train_flags
-from train_tokenizer import VALIDATION_SEED, Ranks, read_lines, report, run, save_grid, to_picture
+from train_tokenizer import VALIDATION_SEED, Ranks, digest, read_lines, report, run, save_grid, to_picture
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -155,6 +155,11 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
     prompts, n = read_lines(args.paint_file), args.n or 1
     wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts) if prompt.strip() for k in range(n)]
     missing = [item for item in wanted if not os.path.exists(item[2])]
+    path, asked = os.path.join(args.out, "asked.json"), {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model), **how}
+    if os.path.exists(path) and read_json(path) != asked:
+        raise ValueError(f"{args.out} holds pictures of other prompts, or of another model, seed or sampling; name another --out")
+    if ranks.first:
+        write_json(path, asked)
     ranks.say(f"{len(wanted)} pictures, {len(wanted) - len(missing)} of them already in {args.out}")
     for part in batches(missing, args, ranks, "painting"):
         codes = model.paint([prompts[i].strip() for i, _, _ in part], seeds=[args.seed + i * n + k for i, k, _ in part], **how)
@@ -185,6 +190,8 @@ def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: 
             answers = model.answer(encode(torch.cat(images).to(ranks.device)), [question for *_, question in whose])
             done |= {number: {**record, "answer": answer} for (number, record, *_), answer in zip(whose, answers)}
     rows = ranks.gather_rows({"done": list(done.items()), "broken": broken})
+    if not rows["done"]:
+        raise ValueError(f'{args.answer_file} has no record that can be answered, such as {{"image": "a.png", "question": "what is this?"}}' + "".join(f"; the first: {b}" for b in rows["broken"][:1]))
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
         path = os.path.join(args.out, "answers.jsonl")

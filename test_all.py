@@ -2610,6 +2610,10 @@ def test_train_evaluates_alone_and_keeps_what_was_said_of_training(run_folder, c
     assert all(there[name] == trained[name] for name in trained if name not in train_tokenizer.FACTS)
     assert {name for name in trained if name in train_tokenizer.FACTS} == set(train_tokenizer.FACTS)
     assert "9.jpg" in capsys.readouterr().out
+    train_tokenizer.main(["--eval", "--out", str(tmp_path / "trained"), "--device", "cpu", "--eval-images", "24"])       # its teacher is remembered
+    assert json.load(open(tmp_path / "trained/metrics.json"))["psnr"] == trained["psnr"]
+    config = json.load(open(tmp_path / "trained/config.json"))
+    (tmp_path / "trained/config.json").write_text(json.dumps({**config, "teacher": ""}))
     assert "--steps would do nothing" in stopped("--eval", "--steps", "3") and "without the SigLIP" in stopped("--eval", "--out", str(tmp_path / "trained"))
     assert "holds another tokenizer" in stopped("--eval", "--init", str(run_folder), "--out", str(tmp_path / "trained"))
     (tmp_path / "run/metrics.json").write_text("[1")
@@ -4636,7 +4640,7 @@ def test_train_mllm_records_are_batches_by_hand(recorded, tokenizer_folder, tmp_
     assert story.ids[0, 5] == GEN_START and story.ids[0, 74] == START and story.ids[0, 206 - 1] == GEN_END
 
 
-def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokenizer_folder, tmp_path, capsys):
+def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokenizer_folder, tmp_path, capsys, monkeypatch):
     bad = {"expected an object": 7, "unknown speaker": {"conversations": [{"from": "system", "value": "x"}, {"from": "gpt", "value": "y"}]}, "no list": {"conversations": "x"},
            '"image" is': chat([3], "<image>", "y"), "2 <image> marks for 1 images": chat("0.png", "<image><image>", "y"), "0 <image> marks for 1": chat("0.png", "x", "y"),
            "a reply has an <image>": chat("0.png", "x", "<image>"), "no reply": chat(None, "x", " "), "do not take turns": chat(None, "x", "y", "z"),
@@ -4653,6 +4657,7 @@ def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokeniz
     out = capsys.readouterr().out
     assert f"{len(bad) + len(documents)} left out" in out and {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 1, "edit": 1}
     assert len([line for line in out.splitlines() if ", record " in line]) == 10
+    monkeypatch.setitem(train_mllm.STAGES, "nano", train_mllm.NANO[:1])
     for n, (words, record) in enumerate(bad.items()):
         (tmp_path / "one.jsonl").write_text(json.dumps(record))
         assert words in mllm_words("--tokenizer", str(tokenizer_folder), "--data", "none", "--out", str(tmp_path / "run"), *flags, str(tmp_path / "one.jsonl"))
@@ -4663,7 +4668,10 @@ def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokeniz
             record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--max-tokens", "300", "--documents", str(tmp_path / "one.jsonl"))
 
 
-def test_train_mllm_records_files_and_flags_end_in_a_sentence(recorded, tokenizer_folder, tmp_path):
+def test_train_mllm_records_files_and_flags_end_in_a_sentence(recorded, tokenizer_folder, tmp_path, monkeypatch):
+    asked = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--data", "none", "--conversations", str(recorded / "chats.json")]
+    assert "stage 1 is of captioned images, and --data is none" in mllm_words(*asked) and not os.path.exists(tmp_path / "run/codes")
+    monkeypatch.setitem(train_mllm.STAGES, "nano", train_mllm.NANO[:1])
     there = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--data", "none"]
     (tmp_path / "cut.json").write_text(json.dumps(CHATS)[:-20])
     (tmp_path / "empty.json").write_text("")
@@ -4826,13 +4834,14 @@ def test_sample_paints_a_file_and_goes_on(there, tmp_path, monkeypatch, capsys):
     argv, out = ["--paint-file", str(tmp_path / "prompts.txt"), *there, "--out", str(tmp_path / "out"), "--guidance", "1", "--n", "2"], tmp_path / "out"
     sample.main([*argv, "--batch-size", "3"])
     names = ["00000-0.png", "00000-1.png", "00002-0.png", "00002-1.png"]
-    assert sorted(os.listdir(out)) == names
+    assert sorted(os.listdir(out)) == [*names, "asked.json"]
     before = {name: (out / name).read_bytes() for name in names}
     assert len(set(before.values())) == 4 and Image.open(out / names[0]).size == (32, 32)
     os.remove(out / names[2])
     sample.main([*argv, "--batch-size", "1"])       # what is missing, the same in another batch
     assert {name: (out / name).read_bytes() for name in names} == before and "4 pictures, 3 of them already" in capsys.readouterr().out
     assert "cannot be read" in sample_words("--paint-file", str(tmp_path / "none.txt"), *there)
+    assert "holds pictures of other prompts, or of another model, seed or sampling" in sample_words(*argv, "--seed", "1")
 
 
 def test_sample_answers_a_file(there, photo, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
     python train_mllm.py                                                    # a CPU, minutes: after `python train_tokenizer.py`, no download -> out/mllm
     python train_mllm.py --preset small --tokenizer out/small --out out/mllm-small          # one GPU
-    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --compile --checkpointing \\
+    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --fsdp --accumulate 8 --compile --checkpointing \\
         --conversations llava_v1_5_mix665k.json --documents interleaved.jsonl,edits.jsonl --image-folder images         # their form: data/records.py
     python train_mllm.py --stage 3                                          # one stage, from the one before it in --out
     python train_mllm.py --resume                                           # go on: finished stages are kept, the one under way continues
@@ -422,11 +422,11 @@ class RecordSequences:
         self.kinds = tuple(kind for kind in ("question", "edit", "document") if kind in rows)
         for record, reason in sorted(broken)[:10]:
             ranks.say(f"  {self.records.name(record)}: {reason}")
-        ranks.say("records: " + ", ".join(f"{len(self.rows[kind]):,} of kind {kind} ({len(self.held[kind])} more held out)" for kind in self.kinds)
+        ranks.say("records: " + (", ".join(f"{len(self.rows[kind]):,} of kind {kind} ({len(self.held[kind])} more held out)" for kind in self.kinds) or "none")
                   + f", {len(paths):,} pictures, {len(broken):,} left out")
         if not rows:
             raise ValueError(f"none of the {len(self.records)} records in {' and '.join(path for path, _ in self.records.sources)} can be used"
-                             + (f"; the first: {min(broken)[1]}" if broken else ", expected at least one"))
+                             + (f"; the first: {min(broken)[1]} (--image-folder says where pictures are)" if broken else ", expected at least one"))
 
     def read(self, ranks: Ranks) -> tuple[list, list]:
         """All records once, each rank its share -> (record, kind, tokens, paths of pictures) of those that can be used, (record, reason) of the others."""
@@ -805,7 +805,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
         if text.size > sizes.vocab_size:
             say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}")
     else:
-        raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, or a folder with config.json, weights and vocabulary")
+        raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a folder with config.json, weights and vocabulary, or a name on the hub such as Qwen/Qwen2.5-3B")
     c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name)
     config = MLLMConfig(llm=sizes, streams=STREAMS, streams_in=split(args.streams_in), streams_out=split(args.streams_out), positions=c.positions, depth=c.depth,
                         codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim, tables=tables,
@@ -865,6 +865,9 @@ def main(argv=None):
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     # ---- data
+    for row in rows if args.stage == "all" else [rows[first]]:
+        if args.data == "none" and not {*row.mixture} - {"caption", "paint"}:
+            raise ValueError(f"stage {row.name} is of captioned images, and --data is none; name some with --data, or another --stage")
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
     kind_of_data, size = WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences, tokenizer.config.vision.image_size
     data = kind_of_data(source, args, ranks, text, config, size, encode)

@@ -2,7 +2,7 @@
 
     python train_tokenizer.py                                                     # a CPU, minutes, the built-in world -> out/tokenizer
     python train_tokenizer.py --preset small                                      # one GPU, textured world
-    torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip google/siglip-so400m-patch14-384 --data "cc12m/{00000..01242}.tar" --workers 8 --compile --checkpointing
+    torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip google/siglip-so400m-patch14-384 --data "cc12m/{00000..01242}.tar" --workers 8 --compile --checkpointing --accumulate 2
     python train_tokenizer.py --data photos --preset nano-64                      # a folder of pictures with captions
     python train_tokenizer.py --resume                                            # go on where a run stopped
     python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
@@ -1022,6 +1022,8 @@ def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], li
 def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[int], list[str]]:
     """--retrieval-data, --retrieval-images -> the pictures' paths, captions, the picture of each, and the names of pictures that are missing. Raises ValueError,
     with the line's number, for another form than Kaggle's Flickr8k (CSV with the header image,caption) or the original one (image#number, a tab, caption)."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--retrieval-data {path!r} is no file; expected captions as Flickr8k has them")
     home = os.path.dirname(path)
     folder = folder or next((f for f in (os.path.join(home, "Images"), os.path.join(home, "images")) if os.path.isdir(f)), home)
     rows, expected = [], "expected the header image,caption and such lines, or lines of image#number, a tab and a caption"
@@ -1253,7 +1255,7 @@ class TokenizerStage(Stage):
         return evaluate_files(self.model, self.teacher, self.data, *self.files)
 
     def save(self, weights):
-        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data)
+        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data, teacher=self.args.siglip or self.args.backbone)
         if self.pictures is None:
             self.pictures = torch.cat([images for images, _ in itertools.islice(self.data.validation(8), 2)])
         images = self.pictures
@@ -1334,8 +1336,10 @@ def main(argv=None):
     if args.dry_run:
         if args.init or args.backbone:
             raise ValueError("--dry-run is of a preset's sizes, and --init and --backbone bring their own; leave them out")
+        config = preset_config(args.preset, args.image_size, **changes)
+        config.text.vocab_size = config.text.vocab_size if args.siglip else BYTES
         with fake():
-            return estimate(args, s, preset_config(args.preset, args.image_size, **changes))
+            return estimate(args, s, config)
     args.siglip, args.init = args.siglip and hub.folder(args.siglip), args.init or (args.out if args.eval else "")
     init = load_init(args, changes) if args.init else None
     side = init.config.vision.image_size if init else args.image_size
@@ -1442,8 +1446,10 @@ def load_init(args, changes: dict) -> DualTokenizer:
     ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
     if args.eval and os.path.realpath(args.init) != os.path.realpath(args.out) and os.path.exists(os.path.join(args.out, "model.safetensors")):
         raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; name another --out")
-    if ours and not teacher and os.path.isdir(os.path.join(args.init, "siglip")):
-        teacher = args.siglip = os.path.join(args.init, "siglip")
+    if ours and not teacher:
+        beside = os.path.join(args.init, "siglip")
+        teacher = beside if os.path.isdir(beside) else read_config(args.init).get("teacher", "")
+        args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
     if not teacher:
         raise ValueError(f"{args.init} holds a tokenizer without the SigLIP that it is compared with; give it with --siglip")
     return DualTokenizer.from_pretrained(args.init) if ours else DualTokenizer.from_released(args.init, args.siglip)

@@ -128,6 +128,7 @@ def document(record, folder: str) -> tuple[str, list]:
     parts = []
     for part in record:
         _check(isinstance(part, dict) and ("text" in part) != ("image" in part), f'{str(part)[:40]!r} is neither {{"text": words}} nor {{"image": path}}')
+        _check(not set(part) - {"text", "image", "loss", "paint"}, f'{str(part)[:60]!r} has other names than "text" or "image", "loss" and "paint"')
         for flag in ("loss", "paint"):
             _check(isinstance(part.get(flag, True), bool), f'"{flag}" is {str(part.get(flag))[:40]!r}, expected true or false')
         words, path, loss = part.get("text"), part.get("image"), part.get("loss", True)
