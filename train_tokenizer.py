@@ -19,6 +19,7 @@ import collections
 import contextlib
 import copy
 import csv
+import gc
 import hashlib
 import itertools
 import json
@@ -1496,6 +1497,7 @@ def run(main):
         sys.exit("interrupted; --resume goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
+            gc.collect()        # what shards a model holds the process group in cycles, and its threads must end before the interpreter does
             dist.destroy_process_group()
 
 
