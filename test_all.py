@@ -2315,6 +2315,15 @@ def dry_rows(capsys, script, *argv):
     return {line[:37].strip(): dict(zip(names, map(number, line[37:].split()))) for line in lines[head + 1:] if line.startswith("  ")}
 
 
+def test_train_evaluates_alone_on_the_held_out_images_of_the_run(run_folder, captioned, tmp_path):
+    """Not on a share of those that it was trained on."""
+    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "2", "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), "--workers", "0")
+    before = json.load(open(tmp_path / "metrics.json"))
+    train_tokenizer.main(["--eval", "--out", str(tmp_path), "--device", "cpu", "--workers", "0"])
+    after = json.load(open(tmp_path / "metrics.json"))
+    assert after["evaluated"]["val_data"] == str(captioned / "val") and after["images"] == before["images"] == 6 and after["psnr"] == before["psnr"]
+
+
 def test_train_bench_writes_nothing(tmp_path, capsys):
     train_tokenizer.main([*TINY, "--out", str(tmp_path / "run"), "--bench"])
     out = capsys.readouterr().out
@@ -4358,7 +4367,7 @@ def test_train_mllm_stopped_extraction_goes_on(captioned, tokenizer_folder, tmp_
     if stops_at == 3:       # killed while it wrote a caption: what follows the last whole chunk does not count
         part, = glob.glob(str(tmp_path / "stopped/codes/*.tmp/said-0.jsonl"))
         with open(part, "a") as file:
-            file.write('"half a cap')
+            file.write('"a caption of the chunk that was being written"\n"half a cap')
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(DualTokenizer, "encode", lambda self, images: calls.append(len(images)) or encode(self, images))
