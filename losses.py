@@ -22,7 +22,8 @@ class Weights:
     adversarial: float = 0.75   # times the adaptive weight                                 Eq. 3
     deep: float = 5.0           # MSE - cos at the deep layer, against the teacher          Eq. 4
     pooled: float = 1.0         # the same at the pooled embedding                          release
-    commitment: float = 5.0     # of both streams                                           Eq. 1, 2
+    cosine: float = 1.0         # 1 - cos at the deep layer, in place of the two before     MUSE-VL
+    commitment: float = 5.0     # of all streams                                            Eq. 1, 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,14 +35,13 @@ def distance(x: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(x, target) - F.cosine_similarity(x, target, dim=-1).mean()
 
 
-def tokenizer_losses(features, images: Tensor, teacher: tuple[Tensor, Tensor], perceptual=None) -> dict[str, Tensor]:
-    """The unweighted terms of Eq. 2 but the adversarial one. features: what DualTokenizer returns; images (B, 3, H, W) in [-1, 1]; teacher: deep
-    feature (B, N, C) and pooled embedding (B, C) of the frozen ViT; perceptual: (reconstruction, original) -> scalar, or None."""
-    terms = {"pixel": F.mse_loss(features.images.float(), images), "deep": distance(features.deep, teacher[0]),
-             "pooled": distance(features.pooled, teacher[1]), "commitment": sum(features.commitment.values())}
-    if perceptual is not None:
-        terms["perceptual"] = perceptual(features.images.float(), images)
-    return terms
+def tokenizer_losses(features, images: Tensor, teacher: tuple[Tensor, Tensor], names: tuple, perceptual=None) -> dict[str, Tensor]:
+    """The unweighted terms of Eq. 2 but the adversarial one, those of `names`, a design's. features: what DualTokenizer returns; images (B, 3, H, W) in [-1, 1];
+    teacher: deep feature (B, N, C) and pooled embedding (B, C) of the frozen ViT; perceptual: (reconstruction, original) -> scalar, or None."""
+    every = {"pixel": lambda: F.mse_loss(features.images.float(), images), "deep": lambda: distance(features.deep, teacher[0]),
+             "pooled": lambda: distance(features.pooled, teacher[1]), "cosine": lambda: 1 - F.cosine_similarity(features.deep.float(), teacher[0].float(), dim=-1).mean(),
+             "commitment": lambda: sum(features.commitment.values()), **({} if perceptual is None else {"perceptual": lambda: perceptual(features.images.float(), images)})}
+    return {name: term() for name, term in every.items() if name in names}
 
 
 def weighted(terms: dict[str, Tensor], weights: Weights) -> Tensor:

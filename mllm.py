@@ -552,7 +552,7 @@ class MLLMConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     streams: tuple = ("pixel", "semantic")      # of the tokenizer
     streams_in: tuple = ("pixel", "semantic")   # what is read; or ("continuous",): features (N, C) in place of codes
-    streams_out: tuple = ("pixel", "semantic")  # what is painted; one that is read, but not painted, is fed back as zeros
+    streams_out: tuple = ("pixel", "semantic")  # what is painted, if anything; one that is read, but not painted, is fed back as zeros
     positions: int = 256                        # N
     depth: int = 4                              # D
     codebook_size: int = 16384                  # K
@@ -684,7 +684,7 @@ class DualMLLM(nn.Module):
         guidance s: u + s (c - u) on all logits, u being those without the words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone."""
         c, n, guided = self.config, len(prompts), guidance != 1
         if not self.heads:
-            raise ValueError("this model paints no stream: it reads continuous features; train one on codes")
+            raise ValueError("this model paints nothing: it was trained to read alone; train one with --streams-out")
         start = [Words([self.text.marks["<image_gen_start>"]])]
         given = [[] if pictures is None else [Picture(p)] for p in (prompts if pictures is None else pictures.cpu())]
         rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)] + [turn(self.text, [*g, ""]) + start for g in given if guided]
@@ -761,6 +761,6 @@ class DualMLLM(nn.Module):
 
 
 def code_tables(tokenizer) -> tuple[Tensor, str]:
-    """A DualTokenizer's code tables (S, 1 or D, K, E), and their SHA-256: codes of another tokenizer mean something else."""
-    tables = torch.stack([quantizer.codebook for quantizer in tokenizer.quantizers.values()]).detach().float().cpu()
+    """A tokenizer's code tables (S, 1 or D, K, E), and their SHA-256: codes of another tokenizer mean something else."""
+    tables = torch.stack([quantizer.full_tables() for quantizer in tokenizer.quantizers.values()]).detach().float().cpu()
     return tables, hashlib.sha256(tables.numpy().tobytes()).hexdigest()

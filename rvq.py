@@ -162,6 +162,10 @@ class ResidualVQ(nn.Module):
         self._draws = None       # to be read again from `updates`
         super()._load_from_state_dict(*args, **kwargs)
 
+    def full_tables(self) -> Tensor:
+        """The tables as a language model reads them, (1 or D, K, E)."""
+        return self.codebook
+
     def vectors(self, codes: Tensor) -> Tensor:
         """Codes (B, N, D) -> their code vectors (B, N, D, E), whose sum over D is `embed`. Raises ValueError for another D or a code outside 0..K-1
         (on a CPU; on CUDA such a code is an indexing error, since looking would cost a synchronisation)."""
@@ -176,6 +180,9 @@ class ResidualVQ(nn.Module):
     def embed(self, codes: Tensor) -> Tensor:
         """Codes (B, N, D) -> quantized vectors (B, N, E)."""
         return self.vectors(codes).sum(-2)
+
+
+QUANTIZERS = {"rvq": ResidualVQ}
 
 
 def histogram(codes: Tensor, codebook_size: int) -> Tensor:

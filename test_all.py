@@ -49,7 +49,7 @@ from losses import (Discriminator, Moments, Weights, adaptive_weight, discrimina
                     tokenizer_losses, weighted)
 from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import ResidualVQ, histogram, usage_and_perplexity
-from tokenizer import ACTIVATIONS, DualTokenizer, Projection, SigLIP, TextConfig, TextVocabulary, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers
+from tokenizer import ACTIVATIONS, DESIGNS, DualTokenizer, Projection, SigLIP, TextConfig, TextVocabulary, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("NANODUALTOKEN_SHARED", "/nowhere")
@@ -1262,7 +1262,7 @@ def test_tokenizer_matches_the_release():
     with torch.no_grad():
         pixel, semantic = model.latents(io_["image"].float())
         out = model(io_["image"].float())
-        edited = model._decode(model.quantizer_pix.embed(io_["code_pix_edited"].flatten(1, 2)))
+        edited = model._decode(model.postquant_pix(model.quantizer_pix.embed(io_["code_pix_edited"].flatten(1, 2))))
         text = model.siglip_model.text_model(io_["text_ids"])
     assert torch.equal(out.codes[:, :, 0], io_["code_pix"].flatten(1, 2)) and torch.equal(out.codes[:, :, 1], io_["code_sem"].flatten(1, 2))
     for ours, theirs, tolerance in ((pixel, "latent_pix", 5e-6), (semantic, "latent_sem", 5e-6), (out.deep, "z_q_sem", 5e-6), (out.pooled, "image_pooled", 5e-6),
@@ -1349,8 +1349,70 @@ def test_tokenizer_presets_have_the_papers_sizes(name, positions, layers, depth)
     assert (c.positions, (c.shallow_layer, c.deep_layer, c.vision.num_hidden_layers), c.depth) == (positions, layers, depth)
     with torch.device("meta"):      # shapes without memory
         model = DualTokenizer(c)
-        x = torch.zeros(1, c.positions, c.code_dim)
+        x = torch.zeros(1, c.positions, c.vision.hidden_size)
         assert model._decode(x).shape == (1, 3, c.vision.image_size, c.vision.image_size)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_tokenizer_designs_are_what_their_row_says(pictures, tmp_path, design):
+    """Codes of the row's streams; what the losses do not reach is not trained, and everything else is; a file gives the same codes and images; what a design cannot do
+    ends in a sentence."""
+    torch.manual_seed(0)
+    c, row = preset_config("nano", design=design), DESIGNS[design]
+    model = DualTokenizer(c)
+    model.set_trainable()
+    features = model.train()(pictures)
+    terms = tokenizer_losses(features, pictures, (torch.randn(len(pictures), c.positions, 96), torch.randn(len(pictures), 96)), row.losses)
+    assert {*terms} | {"perceptual", "adversarial"} >= {*row.losses} and {*terms} <= {*row.losses}
+    assert (features.images is None) == (not row.paints) and (features.deep is None) == (not row.means)
+    weighted(terms, Weights()).backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (p.grad is not None), name        # DDP would wait for a gradient that never comes
+    trained = {name.split(".encoder.layers.")[-1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad and "vision_model.encoder.layers" in name}
+    assert len(trained) == {"dual": 6, "naive": 6, "recon-deep": 5, "recon-shallow": 2, "sde": 5}.get(design, 0)
+    model.eval().save_pretrained(tmp_path)
+    again, codes = DualTokenizer.from_pretrained(str(tmp_path)), model.encode(pictures)
+    assert codes.shape == (len(pictures), 64, len(row.streams), row.sizes.get("depth", 4)) and torch.equal(again.encode(pictures), codes)
+    assert again.embed(codes).shape == (len(pictures), 64, 32 * len(row.streams))
+    for function, able, words in ((lambda: again.decode(codes), row.paints, "no decoder"), (lambda: again.pool_codes(codes), row.means, "no semantics")):
+        if able:
+            assert function().isfinite().all()
+        else:
+            with pytest.raises(ValueError, match=words):
+                function()
+
+
+def test_tokenizer_designs_take_their_streams_from_the_right_place(pictures):
+    """Perturbing a layer moves exactly the streams that lie behind it."""
+    moved = {}
+    for design in DESIGNS:
+        torch.manual_seed(0)
+        model = DualTokenizer(preset_config("nano", design=design)).eval()
+        vit, before = model.siglip_model.vision_model, model.latents(pictures)
+        for layer in (1, 4):
+            with torch.no_grad():
+                for p in vit.encoder.layers[layer - 1].mlp.parameters():
+                    p.add_(torch.randn_like(p))
+            moved[design, layer] = [not torch.equal(a, b) for a, b in zip(before, model.latents(pictures))]
+            before = model.latents(pictures)
+    two, one = {"dual": ([True, True], [False, True]), "recon-shallow": ([True], [False]), "dual-encoder": ([False, True], [False, True])}, [True]
+    for design in DESIGNS:
+        assert (moved[design, 1], moved[design, 4]) == two.get(design, (one, one)), design
+    torch.manual_seed(0)
+    model = DualTokenizer(preset_config("nano", design="sde"))
+    found = model.sources(pictures)
+    torch.testing.assert_close(found["teacher"], found["deep"])          # until the ViT has learned
+    torch.testing.assert_close(model.latents(pictures)[0], model.prequant_uni(2 * found["deep"]))
+
+
+def test_tokenizer_sizes_of_designs():
+    c = preset_config("so400m-384", design="sde")
+    assert (c.codebook_size, c.code_dim, c.depth) == (32_768, 8, 1) and preset_config("so400m-384", design="sde", depth=2).depth == 2
+    for changes, words in ((dict(design="triple"), "no design 'triple'"), (dict(quantizer="lfq"), "no quantizer 'lfq'"), (dict(quantizer="mcq", depth=5), "multiple of the depth 5"),
+                           (dict(code_dim=7), "not a multiple of the code dimension"), (dict(design="naive", shortcut_layer=1), "shortcut"), (dict(depth=-1), "depth is -1"),
+                           (dict(shallow_layer=7), "no shallow layer 7")):
+        with pytest.raises(ValueError, match=words):
+            preset_config("nano", **changes)
 
 
 def test_tokenizer_files_round_trip_and_raise(tokenizer, pictures, tmp_path):
@@ -1591,7 +1653,7 @@ def test_tokenizer_presets_take_patches_of_any_size(vision, grids):
     c = preset_config("siglip-l-256", vision=vars(small_clip(**vision, num_hidden_layers=9)), text=dict(num_hidden_layers=1, vocab_size=9), codebook_size=64, decoder_channels=8, decoder_groups=8, decoder_in=8)
     assert (c.vision.grid, c.latent_grid, c.shallow_layer) == (*grids, 2)
     with torch.no_grad():
-        assert DualTokenizer(c)._decode(torch.zeros(1, c.positions, 32)).shape == (1, 3, c.vision.image_size, c.vision.image_size)
+        assert DualTokenizer(c)._decode(torch.zeros(1, c.positions, c.vision.hidden_size)).shape == (1, 3, c.vision.image_size, c.vision.image_size)
     for width in (768, 1024, 1152, 1280):       # CLIP-B, -L, SigLIP So400m, CLIP-H
         assert preset_config("siglip-l-256", vision=vars(small_clip(**vision, hidden_size=width, num_attention_heads=8))).vision.hidden_size == width
     with pytest.raises(ValueError, match="378 is not a multiple of 16 pixels"):
@@ -1889,9 +1951,9 @@ def test_losses_lpips_bad_files_end_in_a_sentence(lpips_files, tmp_path):
 def test_losses_perceptual_slot_is_used(tokenizer, pictures):
     with torch.no_grad():
         out, teacher = tokenizer(pictures), tokenizer.siglip_model.vision_model(pictures)
-        terms = tokenizer_losses(out, pictures, teacher, perceptual=lambda a, b: (a - b).abs().mean())
+        terms = tokenizer_losses(out, pictures, teacher, tokenizer.design.losses, lambda a, b: (a - b).abs().mean())
     torch.testing.assert_close(terms["perceptual"], (out.images - pictures).abs().mean())
-    assert "perceptual" not in tokenizer_losses(out, pictures, teacher)
+    assert "perceptual" not in tokenizer_losses(out, pictures, teacher, tokenizer.design.losses)
 
 
 def test_losses_sigmoid_contrastive_is_every_pair():
@@ -3723,7 +3785,7 @@ def test_mllm_streams_must_fit():
     for more in (dict(streams_in=("pixel",), streams_out=("semantic",)), dict(streams_in=()), dict(streams_in=("depth",)), dict(streams_out=("depth",))):
         with pytest.raises(ValueError, match="streams"):
             MLLMConfig(**more)
-    with pytest.raises(ValueError, match="paints no stream"):
+    with pytest.raises(ValueError, match="paints nothing"):
         small_mllm(streams_in=("continuous",)).paint(["red"])
     model = small_mllm(streams_in=("continuous",))
     features = torch.randn(2, 4, 10)
@@ -4497,7 +4559,7 @@ def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, mon
                         (["--llm", str(tmp_path / "llm")], "config.json cannot be read"), (["--steps", "3"], "name the stage"),
                         (["--stage", "3"], "stage 2 is not finished"), (["--tokenizer", str(tmp_path / "nowhere")], "no model in"),
                         (["--streams-in", "pixel", "--streams-out", "semantic"], "streams"), (["--streams-in", "depth"], "streams"), (["--streams-out", "depth"], "streams"),
-                        (["--streams-in", ""], "streams"),
+                        (["--until", "9"], "--until is '9'"), (["--until", "2", "--stage", "1"], "--stage all"), (["--until", "3", "--streams-out", "none"], "there is only 0, 1, 2, 4-1, 4-2"),
                         (["--streams-in", "continuous", "--teacher", str(tmp_path / "gone")], "no model in"), (["--streams-in", "continuous", "--stage", "3"], "--stage is '3'"),
                         (["--text-length", "1"], "--text-length is 1"), (["--teacher", "x"], "--teacher x would do nothing"), (["--code-dim", "64"], "--code-dim 64 would do nothing"),
                         (["--vocabulary", "v", "--llm", str(tmp_path / "llm")], "--vocabulary v would do nothing"), (["--data", str(tmp_path / "gone")], "no such image data"), (["--accumulate", "5"], "multiple"),
@@ -4543,10 +4605,41 @@ def test_train_mllm_parameters_by_part_add_up():
     assert sum(n for name, n in train_mllm.parameter_table(model) if "table" not in name) == sum(p.numel() for p in model.parameters())
 
 
-def test_train_mllm_refuses_to_paint_no_stream(tokenizer_folder, tmp_path, monkeypatch):
-    """Stage 3 would have nothing to train."""
-    shrink(monkeypatch, TWO_ROWS[0], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)))
-    assert "streams" in mllm_words("--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--streams-out", "")
+@pytest.fixture(scope="module")
+def design_folders(tmp_path_factory):
+    """An untrained tokenizer of every design -> {design: folder}."""
+    folders = {}
+    for design in DESIGNS:
+        torch.manual_seed(0)
+        model = DualTokenizer(preset_config("nano", design=design))
+        folders[design] = tmp_path_factory.mktemp("design") / design
+        model.save_pretrained(folders[design], data="plain")
+        model.siglip_model.save_pretrained(folders[design] / "siglip")
+    return folders
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_train_mllm_takes_a_tokenizer_of_any_design(design_folders, tmp_path, monkeypatch, design):
+    """S = 1 or 2: it trains on its codes, resumes from a file, answers, and paints what the tokenizer decodes; without a decoder it has no heads and no stage 3."""
+    shrink(monkeypatch, TWO_ROWS[0], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)), train_mllm.Row("4-1", PARTS, 1e-3, 4, 1, MIXED))
+    out = train_tiny(tmp_path / "run", design_folders[design])
+    model, tokenizer = DualMLLM.from_pretrained(str(out)), DualTokenizer.from_pretrained(str(design_folders[design]))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["design"], tuple(metrics["streams"])) == (design, tokenizer.config.streams)
+    codes = tokenizer.encode(shapes.World("plain", 32).batch(range(2), "cpu")[0])
+    assert codes.shape[2] == len(tokenizer.config.streams) and len(model.answer(codes, ["what?", "why?"], longest=2)) == 2
+    if tokenizer.design.paints:
+        assert tokenizer.decode(model.paint(["red"], guidance=1)).shape == (1, 3, 32, 32) and {*model.heads} == {*tokenizer.config.streams}
+    else:
+        assert not model.heads and not (out / "stage-3").exists()
+        assert "has no decoder" in mllm_words("--tokenizer", str(design_folders[design]), "--out", str(tmp_path / "no"), "--streams-out", "unified")
+
+
+def test_train_mllm_until_a_stage(tokenizer_folder, tmp_path, monkeypatch):
+    shrink(monkeypatch, TWO_ROWS[0], TWO_ROWS[1], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)))
+    out = train_tiny(tmp_path / "run", tokenizer_folder, "--until", "2", "--streams-out", "none", "--streams-in", "semantic")
+    assert json.loads((out / "config.json").read_text())["stage"] == "2" and (out / "stage-1").exists() and not (out / "stage-3").exists()
+    assert DualMLLM.from_pretrained(str(out)).config.streams_out == ()
 
 
 def parameters_printed(capsys, *argv):

@@ -10,12 +10,15 @@
     vectors = tokenizer.embed(codes)            # (B, N, S*E), what a language model reads
     pooled = tokenizer.pool(images)             # (B, C), through the semantic codes
 
-Papers: DualToken (ICLR 2026) §3.2 and Appendix B; SigLIP (Zhai et al. 2023). SigLIP's parameters have Hugging Face's names, the rest has the names of the
+That is the design `dual`. The others that the papers compare it with are rows of a table, DESIGNS: which features feed which stream, and which losses apply.
+
+Papers: DualToken (ICLR 2026) §3.2, Appendices B and F.4; SigLIP (Zhai et al. 2023); MUSE-VL (Xie et al. 2025). SigLIP's parameters have Hugging Face's names, the rest has the names of the
 authors' released checkpoints, so loading is nearly the identity. In SigLIP's place there can be CLIP (Radford et al. 2021), or a ViT of the timm package.
 
 Letters: B batch, N image positions, C width, E code dimension, D depth, K codebook size, S streams, L layers, T text length, V vocabulary.
 """
 
+import copy
 import functools
 import importlib.util
 import json
@@ -32,15 +35,52 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rvq import ResidualVQ
-
-STREAMS = ("pixel", "semantic")
+from rvq import QUANTIZERS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration and presets
 
 ACTIVATIONS = {"gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which features each stream's codes are made of, and which losses apply (names as in `losses.Weights`). The first stream is decoded to images where there is a
+    loss of pixels; the last one becomes the deep state where there is a semantic loss. Features, of which several are added at width C:
+    shallow, deep   the ViT's patches after that layer
+    encoder         those of a convolutional encoder of its own, with no ViT
+    teacher         patches after the deep layer of a frozen copy of the ViT
+    """
+    streams: dict
+    losses: tuple
+    vit: bool = True                # whether the ViT trains; if not, it stays as it was pretrained
+    semantic_layers: int = 0        # of a transformer between the codes and the deep state
+    sizes: dict = field(default_factory=dict)           # in place of the preset's
+    paper_sizes: dict = field(default_factory=dict)     # the same, in the papers' presets
+
+    @property
+    def paints(self) -> bool:
+        return "pixel" in self.losses
+
+    @property
+    def means(self) -> bool:
+        return "deep" in self.losses or "cosine" in self.losses
+
+
+_PIXELS, _MEANING = ("pixel", "perceptual", "adversarial", "commitment"), ("deep", "pooled", "commitment")
+_SDE = dict(losses=("cosine", "commitment"), semantic_layers=3, sizes=dict(depth=1), paper_sizes=dict(codebook_size=32_768, code_dim=8))     # layers: BEiT v2's, which MUSE-VL follows
+DESIGNS = {
+    "dual": Design(dict(pixel=("shallow",), semantic=("deep",)), _PIXELS + _MEANING),                                   # DualToken, Table 3 (d)
+    "naive": Design(dict(unified=("deep",)), _PIXELS + _MEANING),                                                       # Table 3 (a), in the manner of VILA-U
+    "recon-deep": Design(dict(unified=("deep",)), _PIXELS),                                                             # (b)
+    "recon-shallow": Design(dict(unified=("shallow",)), _PIXELS),                                                       # (c)
+    "quantised": Design(dict(unified=("deep",)), _MEANING, vit=False),                                                  # "initial state, quantized"
+    "dual-encoder": Design(dict(pixel=("encoder",), semantic=("deep",)), _PIXELS + _MEANING, vit=False),                # App. F.4, Table 6
+    "sde": Design(dict(unified=("deep", "teacher")), **_SDE | dict(losses=_PIXELS + ("cosine",))),                      # MUSE-VL
+    "sde-semantic": Design(dict(unified=("deep",)), **_SDE, vit=False),                                                 # its Table 6, the semantic branch alone
+}
+SHORT = {"pixel": "pix", "semantic": "sem", "unified": "uni"}       # of the streams, in the names of weights
 
 
 @dataclass
@@ -91,6 +131,7 @@ class TokenizerConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     preset: str = ""                    # what it was made from, for the record
+    design: str = "dual"                # row of DESIGNS
     shallow_layer: int = 0              # pixel stream leaves after this layer, counted from 1; 0: a quarter of the layers (paper App. B)
     deep_layer: int = 0                 # semantic stream leaves after this one; 0: the last but one
     shortcut_layer: int = 0             # release: 0.6 x its projection is added to the pixel branch; 0: none (paper)
@@ -98,7 +139,8 @@ class TokenizerConfig:
     codebook_size: int = 16384          # K, each stream
     depth: int = 4                      # D
     code_dim: int = 32                  # E
-    shared_codebook: bool = True        # one table for all depths of a stream
+    quantizer: str = "rvq"              # residual, or mcq: a table for each of D chunks of E
+    shared_codebook: bool = True        # one table for all depths of a stream; not with mcq
     decoder_channels: int = 128         # of the finest level
     decoder_multipliers: tuple = (1, 1, 4, 4, 8)    # per level, finest first; the side doubles between levels
     decoder_blocks: int = 2             # residual blocks a level, plus one
@@ -107,6 +149,9 @@ class TokenizerConfig:
     latent_grid: int = 0                # side that the latent is resized to before the decoder; 0: the ViT's grid
 
     def __post_init__(self):
+        for what, got, known in (("design", self.design, DESIGNS), ("quantizer", self.quantizer, QUANTIZERS)):
+            if got not in known:
+                raise ValueError(f"there is no {what} {got!r}; expected one of {', '.join(known)}")
         self.decoder_multipliers = tuple(self.decoder_multipliers)
         layers, width = self.vision.num_hidden_layers, self.vision.hidden_size
         self.shallow_layer = self.shallow_layer or max(1, layers // 4)
@@ -118,8 +163,16 @@ class TokenizerConfig:
         if not 1 <= self.shallow_layer <= self.deep_layer <= layers or not 0 <= self.shortcut_layer <= self.deep_layer:
             raise ValueError(f"shallow layer {self.shallow_layer}, deep layer {self.deep_layer}, shortcut layer {self.shortcut_layer}: expected "
                              f"1 <= shallow <= deep <= {layers} and 0 <= shortcut <= deep")
+        for name in ("codebook_size", "depth", "code_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if width % self.code_dim:
             raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: the projections average width / E heads")
+        if self.quantizer == "mcq" and self.code_dim % self.depth:
+            raise ValueError(f"the code dimension {self.code_dim} is not a multiple of the depth {self.depth}: mcq splits a vector into as many equal chunks; choose another --code-dim or --depth")
+        self.shared_codebook &= self.quantizer != "mcq"
+        if self.shortcut_layer and self.design != "dual":
+            raise ValueError(f"a shortcut layer goes with the design dual, got {self.design}; leave it out")
         for channels in (self.decoder_in, *(self.decoder_channels * m for m in self.decoder_multipliers)):
             if channels % self.decoder_groups:
                 raise ValueError(f"{channels} decoder channels are not a multiple of {self.decoder_groups} normalisation groups")
@@ -127,6 +180,15 @@ class TokenizerConfig:
     @property
     def positions(self) -> int:
         return self.vision.grid ** 2    # N
+
+    @property
+    def streams(self) -> tuple:
+        return tuple(DESIGNS[self.design].streams)
+
+    @property
+    def image_stream(self) -> str:
+        """The one that is decoded; "": none."""
+        return self.streams[0] if DESIGNS[self.design].paints else ""
 
 
 def _sizes(width, mlp, layers, heads, **more):
@@ -156,12 +218,16 @@ PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and 
 }
 
 
+PAPER = ("siglip-l-256", "so400m-384", "siglip2-so-256")      # the presets of the paper
+
+
 def preset_config(name: str, image_size: int = 0, **changes) -> TokenizerConfig:
-    """The configuration of a preset, at another resolution if image_size is given, with other changes by field name.
-    Raises ValueError for an unknown preset or sizes that do not fit together."""
+    """The configuration of a preset, at another resolution if image_size is given, with the sizes of a design that has its own, and with other changes by field name.
+    Raises ValueError for an unknown preset or design, or sizes that do not fit together."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
-    row = PRESETS[name] | changes
+    design = DESIGNS.get(changes.get("design", "dual"), DESIGNS["dual"])
+    row = PRESETS[name] | design.sizes | (design.paper_sizes if name in PAPER else {}) | changes
     vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}))
     side, scale = vision["image_size"], 2 ** (len(row.get("decoder_multipliers", TokenizerConfig.decoder_multipliers)) - 1)
     if side < 16:
@@ -358,6 +424,10 @@ class VisionTower(nn.Module):
         x = self.post_layernorm(x)
         return self.head(x[:, 0] if self.prefix else x)
 
+    def up_to(self, layer: int) -> list[nn.Parameter]:
+        """What the state after a layer depends on."""
+        return [*self.embeddings.parameters(), *self.encoder.layers[:layer].parameters()]
+
     def patches(self, x: Tensor) -> Tensor:
         """A state without what stands before the patches: (B, N, C)."""
         return x[:, self.prefix:] if self.prefix else x     # even an empty slice would change the order in which gradients are added
@@ -539,6 +609,11 @@ def _waves(grid: int, width: int) -> Tensor:
     return torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, 0)], 1)[:, :width]
 
 
+def resized(x: Tensor, side: int) -> Tensor:
+    """A feature map (B, C, g, g) -> (B, C, side, side), itself where that is the same."""
+    return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
+
 def lower(x: Tensor) -> Tensor:
     """To autocast's precision, once; autocast itself would do it again for every product that reads x."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
@@ -602,6 +677,10 @@ class TimmTower(VisionTower):
             more = {} if rope is None else {"rope": rope[n] if getattr(self.model, "rope_mixed", False) else rope}
             x = recomputed(self.checkpointing, functools.partial(self.model.blocks[n], **more), x)
         return x
+
+    def up_to(self, layer: int) -> list[nn.Parameter]:
+        later = ("blocks", "norm", "fc_norm", "attn_pool", "head")
+        return [*(p for name, p in self.model.named_parameters() if name.split(".")[0] not in later), *self.model.blocks[:layer].parameters()]
 
     def pool(self, x: Tensor) -> Tensor:
         return self.model.forward_head(self.model.norm(x), pre_logits=True)
@@ -735,61 +814,114 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+class ConvEncoder(nn.Module):
+    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g)."""
+
+    def __init__(self, c: TokenizerConfig):
+        super().__init__()
+        widths, groups = [c.decoder_channels * m for m in c.decoder_multipliers], c.decoder_groups
+        top = len(widths) - 1
+        self.checkpointing = False
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(nn.Sequential(Level(widths[max(n - 1, 0)], widths[n], c, n == top, finest=True),      # finest: it does not double the side
+                                                nn.Identity() if n == top else nn.Conv2d(widths[n], widths[n], 3, stride=2, padding=1)) for n in range(top + 1))
+        self.mid = nn.Sequential(ResBlock(widths[-1], widths[-1], groups), AttnBlock(widths[-1], groups), ResBlock(widths[-1], widths[-1], groups))
+        self.norm_out, self.conv_out = nn.GroupNorm(groups, widths[-1], eps=1e-6), nn.Conv2d(widths[-1], c.vision.hidden_size, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = recomputed(self.checkpointing, level, x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the tokenizer
 
 @dataclass
 class Features:
-    """What a training forward returns."""
-    images: Tensor          # (B, 3, H, W) reconstructions, not clamped
-    deep: Tensor            # (B, N, C) quantized deep feature, projected back
-    pooled: Tensor          # (B, C) pooled embedding after the remaining layers
+    """What a training forward returns; None where the design has no such thing."""
+    images: Tensor | None   # (B, 3, H, W) reconstructions, not clamped
+    deep: Tensor | None     # (B, N, C) quantized deep feature, projected back
+    pooled: Tensor | None   # (B, C) pooled embedding after the remaining layers
     commitment: dict        # stream -> scalar (Eq. 1)
     codes: Tensor           # (B, N, S, D)
 
 
 class DualTokenizer(nn.Module):
-    """One ViT, two codebooks (paper §3.2, Fig. 2 right)."""
+    """One ViT, two codebooks (paper §3.2, Fig. 2 right), or another row of DESIGNS."""
 
     def __init__(self, config: TokenizerConfig, siglip: SigLIP | None = None):
         super().__init__()
         c = self.config = config
-        width = c.vision.hidden_size
+        width, self.design = c.vision.hidden_size, DESIGNS[c.design]
         self.siglip_model = siglip or SigLIP(c.vision, c.text)
         if self.siglip_model.vision_config != c.vision:
             raise ValueError(f"the SigLIP's sizes are {self.siglip_model.vision_config}, expected {c.vision}; train or name another SigLIP")
-        self.prequant_pix, self.prequant_sem = Projection(width, c.code_dim), Projection(width, c.code_dim)
+        features = {name for stream in self.design.streams.values() for name in stream}
+        for stream in c.streams:
+            setattr(self, f"prequant_{SHORT[stream]}", Projection(width, c.code_dim))
         self.prequant_shortcut = Projection(width, c.code_dim) if c.shortcut_layer else None
-        self.postquant_pix, self.postquant_sem = Projection(c.code_dim, width), Projection(c.code_dim, width)
-        self.quantizer_pix, self.quantizer_sem = (ResidualVQ(c.code_dim, c.codebook_size, c.depth, shared=c.shared_codebook, seed=n) for n in range(2))
-        self.post_quant_conv = ResBlock(width, c.decoder_in, c.decoder_groups, first_kernel=1)
-        self.decoder = Decoder(c)
+        for stream in c.streams:
+            setattr(self, f"postquant_{SHORT[stream]}", Projection(c.code_dim, width))
+        for n, stream in enumerate(c.streams):
+            more = {} if c.quantizer == "mcq" else {"shared": c.shared_codebook}
+            setattr(self, f"quantizer_{SHORT[stream]}", QUANTIZERS[c.quantizer](c.code_dim, c.codebook_size, c.depth, seed=n, **more))
+        self.post_quant_conv = ResBlock(width, c.decoder_in, c.decoder_groups, first_kernel=1) if self.design.paints else None
+        self.decoder = Decoder(c) if self.design.paints else None
+        self.encoder = ConvEncoder(c) if "encoder" in features else None
+        self.semantic_decoder = nn.Sequential(*(Layer(c.vision) for _ in range(self.design.semantic_layers)))
+        self.semantic_decoder.apply(_init)
+        self.teacher = copy.deepcopy(self.siglip_model.vision_model).requires_grad_(False) if "teacher" in features else None
+
+    def _of(self, part: str) -> list[nn.Module]:
+        """prequant, postquant or quantizer of each stream."""
+        return [getattr(self, f"{part}_{SHORT[stream]}") for stream in self.config.streams]
 
     @property
-    def quantizers(self) -> dict[str, ResidualVQ]:
-        return {"pixel": self.quantizer_pix, "semantic": self.quantizer_sem}
+    def quantizers(self) -> dict[str, nn.Module]:
+        return dict(zip(self.config.streams, self._of("quantizer")))
+
+    def set_trainable(self):
+        """Which weights training changes: the text tower stays, and so does what no loss reaches."""
+        c, vit, features = self.config, self.siglip_model.vision_model, {name for stream in self.design.streams.values() for name in stream}
+        self.siglip_model.requires_grad_(False)
+        if self.design.vit and "pooled" in self.design.losses:
+            vit.requires_grad_(True)
+        elif self.design.vit:
+            for p in vit.up_to(max({"shallow": c.shallow_layer, "deep": c.deep_layer}.get(name, 0) for name in features)):
+                p.requires_grad_(True)
 
     def checkpointing(self, on: bool = True):
-        """Trade compute for memory: recompute ViT layers and decoder levels in the backward pass. Quantizers stay outside, so they count once."""
-        self.siglip_model.vision_model.checkpointing = self.decoder.checkpointing = on
+        """Trade compute for memory: recompute ViT layers and levels of the convolutions in the backward pass. Quantizers stay outside, so they count once."""
+        for part in (self.siglip_model.vision_model, self.decoder, self.encoder):
+            if part is not None:
+                part.checkpointing = on
 
-    def latents(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) -> what the quantizers receive: pixel (B, N, E), semantic (B, N, E). Raises ValueError for another size."""
-        c, vit = self.config, self.siglip_model.vision_model
-        side = c.vision.image_size
+    def sources(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) -> the features that feed the streams, by the names that `Design` explains, (B, N, C) each. Raises ValueError for another size."""
+        c, vit, side = self.config, self.siglip_model.vision_model, self.config.vision.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {side}, {side}): resize and crop them first")
-        x, taken, shortcut, pixel = vit.embeddings(images), 0, None, None
-        for n in sorted({c.shallow_layer, c.deep_layer} | ({c.shortcut_layer} - {0})):
+        wanted, found = {name for stream in self.design.streams.values() for name in stream} | {"shortcut"}, {}
+        at = {name: n for name, n in (("shallow", c.shallow_layer), ("deep", c.deep_layer), ("shortcut", c.shortcut_layer)) if n and name in wanted}
+        x, taken = vit.embeddings(images) if at else None, 0
+        for n in sorted({*at.values()}):
             x, taken = vit.run(x, taken + 1, n), n
-            patches = vit.patches(x)
-            if n == c.shortcut_layer:
-                shortcut = self.prequant_shortcut(patches)
-            if n == c.shallow_layer:
-                pixel = self.prequant_pix(patches)
-        if shortcut is not None:
-            pixel = pixel + c.shortcut_weight * shortcut         # in code space, before quantising (release)
-        return pixel, self.prequant_sem(patches)
+            found |= {name: vit.patches(x) for name in at if at[name] == n}
+        if self.teacher is not None:
+            found["teacher"] = self.teacher.patches(self.teacher.run(self.teacher.embeddings(images), 1, c.deep_layer))
+        if self.encoder is not None:
+            found["encoder"] = resized(self.encoder(images), c.vision.grid).flatten(2).transpose(1, 2)
+        return found
+
+    def latents(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) -> what the quantizers receive, (B, N, E) each."""
+        found = self.sources(images)
+        latents = [prequant(sum(found[name] for name in names)) for prequant, names in zip(self._of("prequant"), self.design.streams.values())]
+        if self.prequant_shortcut is not None:
+            latents[0] = latents[0] + self.config.shortcut_weight * self.prequant_shortcut(found["shortcut"])       # in code space, before quantising (release)
+        return latents
 
     def _pool(self, deep: Tensor) -> Tensor:
         """Quantized deep feature (B, N, C) -> pooled embedding (B, C): it *becomes* the state of the remaining layers, of which a class token, or what else
@@ -797,48 +929,50 @@ class DualTokenizer(nn.Module):
         vit = self.siglip_model.vision_model
         return vit.pool(vit.run(vit.reset(deep), self.config.deep_layer + 1, self.config.vision.num_hidden_layers))
 
-    def _decode(self, z_q: Tensor) -> Tensor:
-        """Quantized pixel vectors (B, N, E) -> images (B, 3, H, W)."""
+    def _decode(self, x: Tensor) -> Tensor:
+        """Quantized features of the image stream, projected back (B, N, C) -> images (B, 3, H, W)."""
         c = self.config
-        x = self.postquant_pix(z_q).transpose(1, 2).unflatten(2, (c.vision.grid, c.vision.grid))              # (B, C, g, g)
-        if c.latent_grid != c.vision.grid:
-            x = F.interpolate(x, size=(c.latent_grid, c.latent_grid), mode="bilinear", align_corners=False)   # 27 -> 24
+        x = resized(x.transpose(1, 2).unflatten(2, (c.vision.grid, c.vision.grid)), c.latent_grid)            # (B, C, g, g), such as 27 -> 24
         return self.decoder(self.post_quant_conv(x))
 
     def forward(self, images: Tensor) -> Features:
-        """The training pass: both streams, quantized straight-through."""
-        pixel, semantic = self.latents(images)
-        pixel_q, pixel_codes, pixel_commitment = self.quantizer_pix(pixel)
-        semantic_q, semantic_codes, semantic_commitment = self.quantizer_sem(semantic)
-        deep = self.postquant_sem(semantic_q)
-        return Features(self._decode(pixel_q), deep, self._pool(deep), {"pixel": pixel_commitment, "semantic": semantic_commitment},
-                        torch.stack([pixel_codes, semantic_codes], 2))
+        """The training pass: all streams, quantized straight-through."""
+        quantized, codes, commitment = zip(*(quantizer(z) for quantizer, z in zip(self._of("quantizer"), self.latents(images))))
+        features = [postquant(z_q) for postquant, z_q in zip(self._of("postquant"), quantized)]               # (B, N, C) each
+        deep = self.semantic_decoder(features[-1]) if self.design.means else None
+        return Features(self._decode(features[0]) if self.design.paints else None, deep, self._pool(deep) if "pooled" in self.design.losses else None,
+                        dict(zip(self.config.streams, commitment)), torch.stack(codes, 2))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> codes (B, N, S, D) int64, pixel stream first."""
-        return torch.stack([quantizer.encode(z) for quantizer, z in zip(self.quantizers.values(), self.latents(images))], 2)
+        return torch.stack([quantizer.encode(z) for quantizer, z in zip(self._of("quantizer"), self.latents(images))], 2)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codes (B, N, S, D) -> code vectors summed over depth, streams side by side: (B, N, S*E). Raises ValueError for other shapes or codes."""
         self._check(codes)
-        return torch.cat([quantizer.embed(codes[:, :, s]) for s, quantizer in enumerate(self.quantizers.values())], -1)
+        return torch.cat([quantizer.embed(codes[:, :, s]) for s, quantizer in enumerate(self._of("quantizer"))], -1)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, S, D) -> images (B, 3, H, W) in [-1, 1]; only the pixel stream is looked at."""
+    def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
+        """Codes (B, N, S, D) -> images (B, 3, H, W) in [-1, 1], by the first `depth` codes or all; only the image stream is looked at. Raises ValueError for a design
+        that has none."""
         self._check(codes)
-        return self._decode(self.quantizer_pix.embed(codes[:, :, 0])).clamp(-1, 1)
+        if not self.design.paints:
+            raise ValueError(f"the design {self.config.design} has no decoder: its codes stand for meaning alone; take a tokenizer of another design")
+        return self._decode(self._of("postquant")[0](self._of("quantizer")[0].vectors(codes[:, :, 0])[:, :, :depth].sum(2))).clamp(-1, 1)
 
     def pool_codes(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised; only the semantic stream is looked at."""
+        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised; only the last stream is looked at. Raises ValueError for a design without a semantic loss."""
         self._check(codes)
-        return self._pool(self.postquant_sem(self.quantizer_sem.embed(codes[:, :, 1])))
+        if not self.design.means:
+            raise ValueError(f"the design {self.config.design} learns no semantics, so that its codes are not pooled; take a tokenizer of another design")
+        return self._pool(self.semantic_decoder(self._of("postquant")[-1](self._of("quantizer")[-1].embed(codes[:, :, -1]))))
 
     def pool(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> pooled embedding (B, C) through the semantic codes, for zero-shot; not normalised."""
         return self.pool_codes(self.encode(images))
 
     def _check(self, codes: Tensor):
-        shape = (self.config.positions, len(STREAMS), self.config.depth)
+        shape = (self.config.positions, len(self.config.streams), self.config.depth)
         if codes.dim() != 4 or tuple(codes.shape[1:]) != shape:
             raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, N, S, D) = (B, {', '.join(map(str, shape))})")
 

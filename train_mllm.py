@@ -43,7 +43,7 @@ from data.records import document as read_document
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
-from tokenizer import PRESETS, STREAMS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
+from tokenizer import PRESETS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
 from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, dry_run, fake, flop_counter, kept, load_part,
                              precision, print_parts, run, save_grid, shared_flags, step_or_skip, train, whole)
 
@@ -85,7 +85,7 @@ SMALL = tuple(replace(row, steps=steps, batch=128, lr=lr) for row, steps, lr in 
     NANO, (500, 200, 1500, 500, 4000, 1000), (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 3e-4)))
 STAGES = {"nano": NANO, "small": SMALL, **{name: PAPER for name in LLMS if name not in ("nano", "small")}}
 # Of the loss (Eq. 6-7): text is a mean over text tokens, a stream a mean over painted positions of the sum over depths, weighed by DEPTHS.
-LOSS = {"text": 1.0, "pixel": 1.0, "semantic": 1.0}
+LOSS = {"text": 1.0, "pixel": 1.0, "semantic": 1.0, "unified": 1.0}
 DEPTHS = {"nano": (1.0, 0.2, 0.1, 0.05), "small": (1.0, 0.2, 0.1, 0.05)}        # first depth, second, ...; default 1 for all, as in Eq. 7
 HELD_OUT = 50           # of each kind of record every so-manieth is held out, and at most ten times as many
 DROP = 0.1              # share of painted samples without their words, for guidance
@@ -105,6 +105,7 @@ def flags(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and stages: {', '.join(STAGES)}")
     g.add_argument("--stage", default="all", help="all, or one of the preset's: 0 (text alone, for an LLM from scratch), 1, 2, 3, 4-1, 4-2")
+    g.add_argument("--until", default="", metavar="STAGE", help="with --stage all: the last stage to run; default: all of them")
     g.add_argument("--out", default="out/mllm", help="run folder")
     g.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
     g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 or SmolLM2 checkpoint in Hugging Face's layout, or its name on the hub; default: --preset's shape, from scratch")
@@ -114,9 +115,9 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--documents", default="", metavar="FILE[,FILE...]", help="JSON lines of texts and pictures: interleaved documents, and edits in place of the data's own")
     g.add_argument("--image-folder", default="", help="where the images of --conversations and --documents are; default: each file's own folder")
     g.add_argument("--text-data", default="", help="a plain-text file for the text share; default: the built-in world's sentences, or the captions")
-    g.add_argument("--streams-in", default="pixel,semantic", help="what is read: pixel,semantic or pixel or semantic, or continuous (the teacher's features)")
-    g.add_argument("--streams-out", default="pixel,semantic", help="what is painted: pixel,semantic or pixel; the other is fed back as zeros")
-    g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: TOKENIZER/siglip")
+    g.add_argument("--streams-in", default="", help="what is read: pixel,semantic or one of them, or continuous (the teacher's features); default: all streams of the tokenizer")
+    g.add_argument("--streams-out", default="", help="what is painted: pixel,semantic, or pixel (the other is fed back as zeros), or none; default: all, none where the tokenizer has no decoder")
+    g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: TOKENIZER/siglip, or what the tokenizer was trained from")
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
     g.add_argument("--vocabulary", default="", help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
@@ -131,6 +132,8 @@ def flags(argv=None) -> argparse.Namespace:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}")
     if args.stage not in ("all", *(row.name for row in STAGES[args.preset])):
         raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(row.name for row in STAGES[args.preset])}")
+    if args.until and (args.stage != "all" or args.until not in [row.name for row in STAGES[args.preset]]):
+        raise ValueError(f"--until is {args.until!r} and --stage {args.stage!r}: expected --stage all, and --until one of {', '.join(row.name for row in STAGES[args.preset])}")
     for flag, given, wanted in (("--teacher", args.teacher, args.streams_in == "continuous"), ("--code-dim", args.code_dim, args.parameters or args.dry_run),
                                 ("--vocabulary", args.vocabulary, (args.llm or args.preset) in LLMS), ("--image-folder", args.image_folder, args.conversations or args.documents),
                                 ("--max-tokens", args.max_tokens, args.conversations or args.documents), ("--val-data", args.val_data, args.data != "none")):
@@ -392,7 +395,7 @@ class RecordSequences:
 
     def __init__(self, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, size: int, encode):
         context = config.llm.max_position_embeddings
-        self.text, self.positions, self.paints, self.limit, self.lengths = text, config.positions, not config.continuous, args.max_tokens or min(2048, context), 0.0
+        self.text, self.positions, self.paints, self.limit, self.lengths = text, config.positions, bool(config.streams_out), args.max_tokens or min(2048, context), 0.0
         if self.limit > context:
             raise ValueError(f"--max-tokens is {args.max_tokens}, but the LLM's context is {context}; choose fewer")
         self.records = Records([(path, parse) for files, parse in ((args.conversations, conversation), (args.documents, read_document)) for path in files.split(",") if path], args.image_folder)
@@ -670,6 +673,7 @@ class MLLMStage(Stage):
     def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, data: Sequences, encode):
         super().__init__(args, ranks)
         self.name, self.row, self.model, self.tokenizer, self.data, self.encode = f"stage-{row.name}", row, model, tokenizer, data, encode
+        self.design, self.streams = tokenizer.config.design, tokenizer.config.streams
         self.folder = args.out if last else os.path.join(args.out, self.name)
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, row.warmup
         pieces = "" if data.pieces is None else hashlib.sha256(data.pieces.tobytes()).hexdigest()
@@ -775,9 +779,13 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 # main
 
 def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
-    """-> function from images (B, 3, H, W) to what the model reads: codes, or the deep features of the teacher, by default the SigLIP beside the tokenizer.
+    """-> function from images (B, 3, H, W) to what the model reads: codes, or the deep features of the teacher, by default the tokenizer's.
     Its `key` tells kept codes of different encoders apart."""
-    model = SigLIP.from_pretrained(hub.folder(teacher) if teacher else os.path.join(folder, "siglip"), tokenizer.config.vision.image_size).vision_model.eval().to(tokenizer.quantizer_pix.codebook.device) if config.continuous else tokenizer
+    model = tokenizer
+    if config.continuous:
+        beside = os.path.join(folder, "siglip")
+        teacher = teacher or (beside if os.path.isdir(beside) else read_config(folder).get("teacher") or beside)
+        model = SigLIP.from_pretrained(hub.folder(teacher), tokenizer.config.vision.image_size).vision_model.eval().to(next(tokenizer.parameters()).device)
 
     @torch.no_grad()
     def encode(images):
@@ -806,12 +814,13 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
             say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}")
     else:
         raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a folder with config.json, weights and vocabulary, or a name on the hub such as Qwen/Qwen2.5-3B")
-    c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name)
-    config = MLLMConfig(llm=sizes, streams=STREAMS, streams_in=split(args.streams_in), streams_out=split(args.streams_out), positions=c.positions, depth=c.depth,
+    c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name not in ("", "none"))
+    config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=split(args.streams_in) or c.streams, streams_out=split(args.streams_out or ",".join(c.streams if c.image_stream else ())), positions=c.positions, depth=c.depth,
                         codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim, tables=tables,
                         feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256, **HEADS.get(args.preset, {}))
-    if not config.continuous and "pixel" not in config.streams_out:
-        raise ValueError(f"--streams-out is {args.streams_out!r}, expected pixel,semantic or pixel: pictures are decoded from pixel codes")
+    if config.streams_out and c.image_stream not in config.streams_out:
+        raise ValueError(f"--streams-out is {args.streams_out!r}: " + (f"expected none, or {c.image_stream} among them, since pictures are decoded from its codes" if c.image_stream else
+                         f"expected none, since the tokenizer's design, {c.design}, has no decoder"))
     return config, text, llm
 
 
@@ -845,13 +854,17 @@ def main(argv=None):
     tokenizer.to(ranks.device).requires_grad_(False)
     tables, sha256 = code_tables(tokenizer)
     config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size, ranks.say)
-    if config.continuous:
-        ranks.say("continuous features are read alone: nothing is painted, and stage 3 is left out")
+    if not config.streams_out:
+        ranks.say("pictures are read alone: nothing is painted, and stage 3 is left out")
         rows = [row for row in rows if row.name != "3"]
         rows = [replace(row, mixture={k: v for k, v in row.mixture.items() if k not in ("paint", "edit")}) for row in rows]
     if llm:
         rows = [row for row in rows if row.name != "0"]
     names = [row.name for row in rows]
+    if args.until:
+        rows = rows[:names.index(args.until) + 1] if args.until in names else []
+    if not rows:
+        raise ValueError(f"--until is {args.until!r}, but with these flags there is only {', '.join(names)}")
     if args.stage not in ("all", *names):
         raise ValueError(f"--stage is {args.stage!r}, but with these flags there is only {', '.join(names)}")
 
@@ -960,7 +973,7 @@ def estimate(args, rows: list[Row]):
             return MLLMStage(args, ranks, row, False, model, frozen, data, None), there
         print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
         print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in frozen.parameters()))])
-        flops = {n: painting_flops(DualMLLM(replace(config, streams_in=STREAMS[:n], streams_out=STREAMS[:n]), text), args.text_length) for n in (1, 2)}
+        flops = {n: painting_flops(DualMLLM(replace(config, streams_in=config.streams[:n], streams_out=config.streams[:n]), text), args.text_length) for n in (1, 2)}
         dry_run(args, [functools.partial(maker, *row) for row in made], count, "sequence")
     print(f"painting an image after {args.text_length} words, without guidance: {flops[2][0] / 1e9:,.0f} GFLOP with two streams, {flops[2][0] / flops[1][0]:.3f} times those with one; a position and its "
           f"codes: {flops[2][1] / 1e9:.2f}, {flops[2][1] / flops[1][1]:.3f} times")

@@ -50,8 +50,8 @@ from data import hub, shapes
 from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
-from rvq import CELLS, all_reduce, histogram, usage_and_perplexity
-from tokenizer import BYTES, PRESETS, STREAMS, DualTokenizer, SigLIP, TimmTower, VisionConfig, load_weights, lower, preset_config, read_config, read_json, read_tensors, write_json
+from rvq import CELLS, QUANTIZERS, all_reduce, histogram, usage_and_perplexity
+from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, load_weights, lower, preset_config, read_config, read_json, read_tensors, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,6 @@ SETTINGS = {
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
 }
-PAPER = ("siglip-l-256", "so400m-384", "siglip2-so-256")      # the presets of the paper
 VALIDATION_SEED = 12_345            # whatever --seed is, so that numbers of different runs compare
 
 
@@ -105,6 +104,11 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; its sizes, not the preset's, count")
     g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip or --backbone, whose position embeddings are interpolated for another size")
     g = p.add_argument_group("model")
+    g.add_argument("--design", default="", choices=("", *DESIGNS), metavar="NAME", help=f"{', '.join(DESIGNS)}; default: dual. tokenizer.DESIGNS says what each is")
+    g.add_argument("--quantizer", default="", choices=("", *QUANTIZERS), metavar="NAME", help="rvq (residual) or mcq (UniTok's: E in D chunks, a table each); default: rvq")
+    g.add_argument("--codebook-size", type=int, default=0, help="K of each stream; 0: the preset's")
+    g.add_argument("--depth", type=int, default=0, help="D, codes of a position and stream; 0: the preset's")
+    g.add_argument("--code-dim", type=int, default=0, help="E; 0: the preset's")
     g.add_argument("--shallow-layer", type=lambda word: word if word == "quarter" else int(word), default=0, help="layer the pixel stream leaves after, or quarter: a quarter of all; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
     g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
@@ -122,7 +126,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
     args = p.parse_args(argv)
-    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0)
+    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, codebook_size=0, depth=0, code_dim=0)
     if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
         raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
     if bool(args.vgg) != bool(args.lpips):
@@ -344,7 +348,7 @@ def precision(args, ranks: Ranks, on_cpu: bool = False) -> str:
 class Stage:
     """A step of the recipe, as `fit` sees it: `name`, `folder`, `model`, `optimizer`, `steps`, `batch` (samples of all ranks), `lr`, `warmup`, and
     `settings`, a dict that must not change when a run resumes. What is fitted, and how, is in the methods."""
-    unit, streams = "images", STREAMS       # what a batch is counted in; for the record
+    unit, design, streams = "images", "", ()        # what a batch is counted in; for the record
     cpu_bf16 = False                        # whether --precision auto means bf16 on a CPU that multiplies it natively
 
     def __init__(self, args, ranks: Ranks):
@@ -943,38 +947,40 @@ def evaluate_siglip(siglip: SigLIP, data: Data) -> dict:
 
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data) -> dict:
-    """Everything measured on codes and reconstructions; fd is the Frechet distance of the teacher's pooled features, on `images` samples. Without the text
-    tower's vocabulary, what needs text is left out."""
+    """Everything measured on codes and reconstructions, as far as the design has them; fd is the Frechet distance of the teacher's pooled features, on `images`
+    samples. Without the text tower's vocabulary, what needs text is left out."""
     was_training, siglip = tokenizer.training, tokenizer.siglip_model
     tokenizer.eval()
-    device, c, reads = data.ranks.device, tokenizer.config, not siglip.vocabulary.lacking
-    rows = {name: [] for name in ("psnr", "ssim", "real", "fake", "image") + ("text",) * reads}
-    counts, words = {s: torch.zeros(c.depth, c.codebook_size, device=device) for s in STREAMS}, []
+    device, c = data.ranks.device, tokenizer.config
+    paints, streams = tokenizer.design.paints, c.streams
+    reads = tokenizer.design.means and not siglip.vocabulary.lacking
+    rows = {name: [] for name in ("real",) + ("psnr", "ssim", "fake") * paints + ("image", "text") * reads}
+    counts, words = {s: torch.zeros(c.depth, c.codebook_size, device=device) for s in streams}, []
     for images, captions in data.validation():
         codes = tokenizer.encode(images)
-        rebuilt = tokenizer.decode(codes)
-        rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images))
-        rows["real"].append(teacher(images, c.deep_layer)[1].float()), rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
-        rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(), dim=-1))
+        rows["real"].append(teacher(images, c.deep_layer)[1].float())
+        if paints:
+            rebuilt = tokenizer.decode(codes)
+            rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images)), rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
         if reads:
-            rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
+            rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(), dim=-1)), rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
         words += captions
-        for s, stream in enumerate(STREAMS):
+        for s, stream in enumerate(streams):
             counts[stream] += histogram(codes[:, :, s], c.codebook_size)
     rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items()}, "captions": words})
     metrics = {"retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
                "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"])} if reads else {}
-    metrics |= {"psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"]),
-                "images": len(rows["captions"])}
+    metrics |= {"psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"])} if paints else {}
+    metrics["images"] = len(rows["captions"])
     for what, index in (("usage", 0), ("perplexity", 1)):
-        by_depth = {s: usage_and_perplexity(all_reduce(counts[s].clone()))[index].tolist() for s in STREAMS}
-        over_all = {s: usage_and_perplexity(all_reduce(counts[s].clone()).sum(0))[index].item() for s in STREAMS}
+        by_depth = {s: usage_and_perplexity(all_reduce(counts[s].clone()))[index].tolist() for s in streams}
+        over_all = {s: usage_and_perplexity(all_reduce(counts[s].clone()).sum(0))[index].item() for s in streams}
         metrics |= {what: over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()}, f"{what}_by_depth": by_depth}
     if data.worlds and reads:
         metrics |= {"zero_shot": zero_shot(tokenizer.pool, siglip, data, "val"), "teacher_zero_shot": zero_shot(lambda x: teacher(x)[1], siglip, data, "val"),
                     "zero_shot_held_out": zero_shot(tokenizer.pool, siglip, data, "held_out"),
                     "teacher_zero_shot_held_out": zero_shot(lambda x: teacher(x)[1], siglip, data, "held_out")}
-    if data.worlds:
+    if data.worlds and paints:
         metrics["reader_originals"], metrics["reader_accuracy"] = reader_accuracy(tokenizer, data)
     tokenizer.train(was_training)
     return metrics
@@ -1192,29 +1198,29 @@ class TokenizerStage(Stage):
         torch.manual_seed(args.seed)
         started = {"init": digest(init)} if init else {}
         self.model = (init or DualTokenizer(config, siglip)).to(ranks.device).train()
-        siglip = self.model.siglip_model
-        for name, p in siglip.named_parameters():
-            p.requires_grad_(name.startswith("vision_model."))
+        self.design, self.streams = config.design, config.streams
+        self.model.set_trainable()
         self.model.checkpointing(args.checkpointing)
-        self.perceptual = load_lpips(args.vgg, args.lpips).to(ranks.device) if args.vgg else None
+        gan = settings.gan and self.model.design.paints
+        self.perceptual = load_lpips(args.vgg, args.lpips).to(ranks.device) if args.vgg and self.model.design.paints else None
         if args.compile:
             compile_parts(self.model, self.teacher)
         self.optimizer = adamw([self.model], self.lr, settings.betas, settings.weight_decay)
-        self.gan_from = round(settings.gan_start * self.steps) if settings.gan else self.steps + 1
-        if settings.gan:
+        self.gan_from = round(settings.gan_start * self.steps) if gan else self.steps + 1
+        if gan:
             self.discriminator = Discriminator(settings.gan_width, settings.gan_layers).to(ranks.device)
             self.gan_lr = settings.gan_lr
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.gan_steps, self.gan_skipped, self.codes, self.pictures = 0, torch.zeros((), device=ranks.device), None, None
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
-                         "lr": self.lr, "gan": settings.gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
-                         "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if args.vgg else {}), **common(args)}
+                         "lr": self.lr, "gan": gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
+                         "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args)}
 
     def loss(self, images, captions, *, step):
         features = self.wrapped(images)
         with torch.no_grad():
-            target = self.teacher(images, self.model.config.deep_layer)
-        terms = tokenizer_losses(features, images, target, self.perceptual)
+            target = self.teacher(images, self.model.config.deep_layer) if self.model.design.means else (None, None)
+        terms = tokenizer_losses(features, images, target, self.model.design.losses, self.perceptual)
         total, more = weighted(terms, self.weights), {}
         self.codes = features.codes
         if step >= self.gan_from:
@@ -1244,9 +1250,9 @@ class TokenizerStage(Stage):
 
     def log(self):
         c = self.model.config
-        usage = (usage_and_perplexity(all_reduce(histogram(self.codes[:, :, s], c.codebook_size).sum(0)))[0].item() for s in range(len(STREAMS)))
+        usage = (usage_and_perplexity(all_reduce(histogram(self.codes[:, :, s], c.codebook_size).sum(0)))[0].item() for s in range(len(self.streams)))
         skipped, self.gan_skipped = self.gan_skipped.item(), torch.zeros_like(self.gan_skipped)
-        return {f"usage_{stream}": value for stream, value in zip(STREAMS, usage)} | ({"discriminator_skipped": skipped} if skipped else {})
+        return {f"usage_{stream}": value for stream, value in zip(self.streams, usage)} | ({"discriminator_skipped": skipped} if skipped else {})
 
     def evaluate(self):
         self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
@@ -1257,6 +1263,8 @@ class TokenizerStage(Stage):
 
     def save(self, weights):
         self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data, teacher=self.args.siglip or self.args.backbone)
+        if not self.model.design.paints:
+            return
         if self.pictures is None:
             self.pictures = torch.cat([images for images, _ in itertools.islice(self.data.validation(8), 2)])
         images = self.pictures
@@ -1279,7 +1287,7 @@ def machine(ranks: Ranks) -> dict:
 def finish(stage: Stage):
     """metrics.json of a run, and a table on the screen. Of training it says FACTS, the rest is evaluation."""
     args, ranks = stage.args, stage.ranks
-    about = {"preset": args.preset, "design": "dual", "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
+    about = {"preset": args.preset, "design": stage.design, "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
              "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
              f"{stage.unit}_per_second": round(stage.per_second, 1), **machine(ranks), **stage.about()}
     if ranks.first:
@@ -1297,7 +1305,7 @@ def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP,
     """Evaluate a tokenizer against its teacher. metrics.json in --out keeps what it says of training; the numbers of its evaluation are replaced, all of them."""
     if siglip.vision_config != tokenizer.config.vision:
         raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {tokenizer.config.vision}; name the SigLIP that it was trained from with --siglip")
-    begun, path, facts = time.time(), os.path.join(args.out, "metrics.json"), {"preset": tokenizer.config.preset, "design": "dual", "streams": list(STREAMS)}
+    begun, path, facts = time.time(), os.path.join(args.out, "metrics.json"), {"preset": tokenizer.config.preset, "design": tokenizer.config.design, "streams": list(tokenizer.config.streams)}
     if os.path.exists(path):
         try:
             facts = {name: value for name, value in read_json(path).items() if name in FACTS}
@@ -1332,7 +1340,7 @@ def main(argv=None):
     s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, siglip_batch=args.batch_size or s.siglip_batch,
                 lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
                 gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
-    changes = {name: getattr(args, name) for name in ("shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
+    changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer == "quarter" else {}
     if args.dry_run:
         if args.init or args.backbone:
@@ -1348,6 +1356,8 @@ def main(argv=None):
     if siglip:
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
     config = init.config if init else preset_config(args.preset, args.image_size, **changes)
+    if (args.zero_shot_data or args.retrieval_data) and not DESIGNS[config.design].means:
+        raise ValueError(f"the design {config.design} learns no semantics, so that --zero-shot-data and --retrieval-data measure nothing; leave them out")
     if not siglip:
         config.text.vocab_size = BYTES      # a SigLIP of its own reads bytes, whatever the preset's pretrained one reads
     if args.eval:
@@ -1403,15 +1413,17 @@ def main(argv=None):
         bench(stage, data.batches(stage.batch))
     else:
         train(stage, data.batches(stage.batch))
-        ranks.say(f"pictures: {os.path.join(stage.folder, 'samples', 'reconstructions.png')}, {os.path.join(stage.folder, 'curves.png')}")
+        paths = ["curves.png", *([os.path.join("samples", "reconstructions.png")] if stage.model.design.paints else [])]
+        ranks.say("pictures: " + ", ".join(os.path.join(stage.folder, path) for path in paths))
 
 
 def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
     """(part, parameters) of a tokenizer; code tables are no parameters, and come last."""
     count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
     siglip, projections = model.siglip_model, [x for name, x in model.named_children() if name.split("_")[0] in ("prequant", "postquant")]
-    return [("ViT", count(siglip.vision_model)), ("text tower, frozen", count(siglip.text_model)), ("scale and bias, frozen", 2), ("projections", count(*projections)),
-            ("decoder", count(model.post_quant_conv, model.decoder)), ("code tables, not by gradient", sum(x.codebook.numel() for x in model.quantizers.values()))]
+    other = [("convolutional encoder", model.encoder), ("semantic decoder", model.semantic_decoder), ("ViT once more, frozen", model.teacher)]
+    return [("ViT" + ", frozen" * (not model.design.vit), count(siglip.vision_model)), ("text tower, frozen", count(siglip.text_model)), ("scale and bias, frozen", 2), ("projections", count(*projections)),
+            ("decoder", count(*filter(None, (model.post_quant_conv, model.decoder)))), *((name, count(part)) for name, part in other if part), ("code tables, not by gradient", sum(x.codebook.numel() for x in model.quantizers.values()))]
 
 
 def estimate(args, s: Settings, config):
@@ -1433,7 +1445,7 @@ def estimate(args, s: Settings, config):
 
     stage = tokenizer_stage()[0]
     rows = tokenizer_parts(stage.model) + [("teacher, frozen", sum(p.numel() for p in stage.teacher.parameters()))]
-    rows += [("discriminator", sum(p.numel() for p in stage.discriminator.parameters()))] if s.gan else []
+    rows += [("discriminator", sum(p.numel() for p in stage.discriminator.parameters()))] if hasattr(stage, "discriminator") else []
     print(f"dry run of {args.preset}: {side} px, {config.positions} positions, D {config.depth}, K {config.codebook_size}, E {config.code_dim}, {'with' if vgg else 'without'} LPIPS")
     print_parts(rows)
     first = [] if args.siglip else [lambda: (SigLIPStage(args, ranks, s, config, data), parts(s.siglip_batch))]
@@ -1443,7 +1455,7 @@ def estimate(args, s: Settings, config):
 def load_init(args, changes: dict) -> DualTokenizer:
     """The tokenizer of --init (of --eval, by default that in --out). Its teacher is --siglip or --backbone, by default the SigLIP that lies beside a tokenizer of ours."""
     if changes or args.image_size:
-        raise ValueError(f"--image-size and the layers are those of the tokenizer in --init {args.init}; leave these flags out")
+        raise ValueError(f"--image-size, the design, its sizes and layers are those of the tokenizer in --init {args.init}; leave these flags out")
     ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
     if args.eval and os.path.realpath(args.init) != os.path.realpath(args.out) and os.path.exists(os.path.join(args.out, "model.safetensors")):
         raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; name another --out")
