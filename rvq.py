@@ -1,7 +1,8 @@
-"""Residual vector quantization with an EMA codebook.
+"""Vector quantization by D codes per vector, residual or chunk by chunk, with EMA codebooks.
 
-A vector z is coded by D indices: the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector
-(Lee et al. 2022, RQ-VAE). The code vectors are running means of what they are chosen for, so no gradient ever touches them.
+`ResidualVQ` codes a vector z by the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector (Lee et al. 2022,
+RQ-VAE). `MultiCodebookVQ` cuts z into D chunks and codes each by a table of its own (Ma et al. 2025, UniTok, whose release compares directions and
+learns its tables by gradient). In both the code vectors are running means of what they are chosen for, so no gradient ever touches them.
 
     vq = ResidualVQ(dim=32, codebook_size=1024, depth=4)
     z_q, codes, commitment = vq(z)      # (B, N, E) -> (B, N, E) straight-through, (B, N, D) int64, scalar (paper Eq. 1)
@@ -203,6 +204,30 @@ class ResidualVQ(Quantizer):
         chosen = torch.stack(chosen, 1)                                                      # (M, D, E)
         partial = chosen.cumsum(1)
         return torch.stack(codes, 1), x[:, None] - partial + chosen, partial                 # each depth with the residual that it saw
+
+
+class MultiCodebookVQ(Quantizer):
+    """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others. The other arguments:
+    see `Quantizer`. Raises ValueError where E is not a multiple of D."""
+
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, threshold: float = 0.1, grace: int = 20, seed: int = 0):
+        if dim % depth:
+            raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, expected a multiple of {depth}; change the one or the other")
+        super().__init__(dim, codebook_size, depth, depth, dim // depth, decay, threshold, grace, seed)
+
+    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chunk by chunk. There are no partial sums: commitment counts the quantized vector alone (M, 1, E)."""
+        chunks = x.unflatten(1, (self.depth, -1)).clone()        # (M, D, W), a copy: `update` needs it, and z belongs to the caller
+        codes = torch.stack([nearest(chunks[:, d], self.table(d)) for d in range(self.depth)], 1)
+        chosen = self.codebook[torch.arange(self.depth, device=x.device), codes]             # (M, D, W)
+        return codes, chunks, chosen.reshape(len(x), 1, self.dim)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Zeros outside the chunk, so that chunks are put side by side by a sum."""
+        return torch.diag_embed(x.transpose(-1, -2), dim1=-3, dim2=-2).flatten(-2)           # (..., D, W) -> (..., D, D, W) -> (..., D, E)
+
+
+QUANTIZERS = {"rvq": ResidualVQ, "mcq": MultiCodebookVQ}
 
 
 def histogram(codes: Tensor, codebook_size: int) -> Tensor:
