@@ -1153,9 +1153,10 @@ def test_rvq_restart_waits_for_the_grace_period():
 
 @designs
 def test_rvq_accumulated_halves_are_one_batch(design):
-    one, two, z = filled(design=design), filled(design=design), torch.randn(8, 32, 8)
+    one, two, z = *(filled(design=design, threshold=0.9, grace=0) for _ in range(2)), torch.randn(8, 32, 8)
     one(z), two(z[:4]), two(z[4:])
     one.update(), two.update()
+    assert (one.age == 0).sum() > 8      # restarts draw from both halves
     for name, value in tables(one).items():
         torch.testing.assert_close(two.state_dict()[name], value, atol=1e-6, rtol=1e-6)
 
@@ -1175,13 +1176,12 @@ def test_rvq_skipped_step_changes_nothing(design):
 def test_rvq_resumes_exactly(design):
     torch.manual_seed(1)
     batches = torch.randn(20, 2, 16, 8)
-    whole, part = QUANTIZERS[design](8, 256, 2), QUANTIZERS[design](8, 256, 2)
+    whole, part, resumed = (QUANTIZERS[design](8, 256, 2, grace=5) for _ in range(3))       # restarts in either half
     part.load_state_dict(whole.state_dict())
     for z in batches:
         whole(z), whole.update()
     for z in batches[:10]:
         part(z), part.update()
-    resumed = QUANTIZERS[design](8, 256, 2)
     resumed.load_state_dict(part.state_dict())
     for z in batches[10:]:
         resumed(z), resumed.update()
@@ -1190,10 +1190,11 @@ def test_rvq_resumes_exactly(design):
 
 @designs
 def test_rvq_ignores_autocast(design):
-    vq, z = filled(design=design).eval(), torch.randn(16, 64, 8)
+    vq, z = filled(design=design).eval(), torch.randn(16, 64, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         z_q, codes, _ = vq(z)
-    assert torch.equal(codes, vq(z)[1]) and z_q.dtype == torch.float32
+        assert torch.equal(codes, vq.encode(z)) and z_q.dtype == torch.float32
+    assert torch.equal(codes, vq(z.float())[1])
 
 
 def test_rvq_memory_stays_bounded():
