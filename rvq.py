@@ -1,7 +1,8 @@
-"""Residual vector quantization with an EMA codebook.
+"""Vector quantization by D codes per vector, residual or chunk by chunk, with EMA codebooks.
 
-A vector z is coded by D indices: the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector
-(Lee et al. 2022, RQ-VAE). The code vectors are running means of what they are chosen for, so no gradient ever touches them.
+`ResidualVQ` codes a vector z by the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector (Lee et al. 2022,
+RQ-VAE). `MultiCodebookVQ` cuts z into D chunks and codes each by a table of its own (Ma et al. 2025, UniTok, whose release compares directions and
+learns its tables by gradient). In both the code vectors are running means of what they are chosen for, so no gradient ever touches them.
 
     vq = ResidualVQ(dim=32, codebook_size=1024, depth=4)
     z_q, codes, commitment = vq(z)      # (B, N, E) -> (B, N, E) straight-through, (B, N, D) int64, scalar (paper Eq. 1)
@@ -13,7 +14,8 @@ until `update`); distances in bf16 flip codes (so autocast is off inside); "rest
 every step (so the threshold is relative, with a grace period); every rank must restart the same codes with the same vectors (so they are drawn
 from the global batch by a seeded generator).
 
-Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B*N vectors, T tables (1 if shared over depths, else D).
+Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B*N vectors, T tables (1 if shared over depths, else D),
+W numbers in a code vector.
 """
 
 import torch
@@ -46,51 +48,57 @@ def nearest(x: Tensor, table: Tensor) -> Tensor:
     return codes
 
 
-class ResidualVQ(nn.Module):
-    """Residual quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K.
+class Quantizer(nn.Module):
+    """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables, statistics, restarts.
+    A design says in `_search` how it codes.
 
-    decay       of the EMA; K codes x `dim`, one table for all depths if `shared` (as the authors' release), else one per depth
+    tables      how many, T, and `width`, W, the numbers in a code vector
+    decay       of the EMA
     threshold   a code is dead when its EMA count is below this share of the average count; it restarts at a random vector of the global batch
     grace       updates that a restarted code has to find its place before it can be called dead again
     seed        of the restarts
     """
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True, threshold: float = 0.1, grace: int = 20,
-                 seed: int = 0):
+    shared = False      # one table for all depths?
+
+    def __init__(self, dim: int, codebook_size: int, depth: int, tables: int, width: int, decay: float, threshold: float, grace: int, seed: int):
         super().__init__()
-        self.dim, self.codebook_size, self.depth, self.shared = dim, codebook_size, depth, shared
+        self.dim, self.codebook_size, self.depth = dim, codebook_size, depth
         self.decay, self.threshold, self.grace, self.seed = decay, threshold, grace, seed
-        tables = 1 if shared else depth
-        self.register_buffer("codebook", torch.randn(tables, codebook_size, dim))            # (T, K, E)
+        self.register_buffer("codebook", torch.randn(tables, codebook_size, width))          # (T, K, W)
         # The EMA state is part of the weights: a run that resumes without it is another run.
         self.register_buffer("ema_count", torch.zeros(tables, codebook_size))                # (T, K)
-        self.register_buffer("ema_sum", torch.zeros(tables, codebook_size, dim))             # (T, K, E)
+        self.register_buffer("ema_sum", torch.zeros(tables, codebook_size, width))           # (T, K, W)
         self.register_buffer("age", torch.full((tables, codebook_size), grace, dtype=torch.int32))    # updates since the last restart
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # Filled by `forward`, emptied by `update`.
         self.register_buffer("batch_count", torch.zeros(tables, codebook_size), persistent=False)
-        self.register_buffer("batch_sum", torch.zeros(tables, codebook_size, dim), persistent=False)
-        self._residuals: list[Tensor] = []       # (M, D, E) of each forward since the last update: what restarts draw from
+        self.register_buffer("batch_sum", torch.zeros(tables, codebook_size, width), persistent=False)
+        self._seen: list[Tensor] = []            # (M, D, W) of each forward since the last update: what restarts draw from
         self._draws: int | None = None           # `updates` on the host, so that seeding costs no synchronisation
 
     def table(self, d: int) -> Tensor:
-        """The table (K, E) of depth d."""
+        """The table (K, W) of depth d."""
         return self.codebook[0 if self.shared else d]
 
+    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors x (M, E) -> codes (M, D); what each code was chosen for (M, D, W); the approximations of x that commitment counts, the
+        last one being what x is quantized to (M, D or 1, E)."""
+        raise NotImplementedError
+
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1): the mean over depths of
-        |z - sum of the codes so far|^2, per element. Raises ValueError for another E."""
+        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1): the mean over approximations of
+        |z - approximation|^2, per element. Raises ValueError for another E."""
         if z.shape[-1] != self.dim:
-            raise ValueError(f"ResidualVQ: got vectors of {z.shape[-1]} numbers, expected {self.dim}; check the projection before the quantizer")
+            name = type(self).__name__
+            raise ValueError(f"{name}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; check the projection before the quantizer")
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
-            x = z.detach().reshape(-1, 1, self.dim)                                          # (M, 1, E)
-            codes, chosen = self._search(x[:, 0])                                            # (M, D), (M, D, E)
-            partial = chosen.cumsum(1)
+            codes, seen, close = self._search(z.detach().reshape(-1, self.dim))              # (M, D), (M, D, W), (M, D or 1, E)
             if self.training:
-                self._collect(x - partial + chosen, codes)                                   # each depth with the residual that it saw
-            commitment = (z.reshape(-1, 1, self.dim) - partial).square().mean()
-            z_q = z + (partial[:, -1].view_as(z) - z).detach()
+                self._collect(seen, codes)
+            commitment = (z.reshape(-1, 1, self.dim) - close).square().mean()
+            z_q = z + (close[:, -1].view_as(z) - z).detach()
         return z_q, codes.view(*z.shape[:-1], self.depth), commitment
 
     @torch.no_grad()
@@ -99,32 +107,23 @@ class ResidualVQ(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             return self._search(z.float().reshape(-1, self.dim))[0].view(*z.shape[:-1], self.depth)
 
-    def _search(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (M, E) -> codes (M, D) and the code vectors chosen (M, D, E), greedily depth by depth."""
-        codes, chosen = [], []
-        for d in range(self.depth):
-            codes.append(nearest(residual, self.table(d)))
-            chosen.append(F.embedding(codes[-1], self.table(d)))
-            residual = residual - chosen[-1]
-        return torch.stack(codes, 1), torch.stack(chosen, 1)
-
     @torch.no_grad()
-    def _collect(self, residuals: Tensor, codes: Tensor):
-        """Add what each code was chosen for, residuals (M, D, E) and codes (M, D), to the batch statistics."""
-        tables = len(self.codebook)
+    def _collect(self, seen: Tensor, codes: Tensor):
+        """Add what each code was chosen for, seen (M, D, W) and codes (M, D), to the batch statistics."""
         row = codes if self.shared else codes + torch.arange(self.depth, device=codes.device) * self.codebook_size
         row = row.flatten()
         self.batch_count.view(-1).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
-        self.batch_sum.view(tables * self.codebook_size, self.dim).index_add_(0, row, residuals.flatten(0, 1))
-        self._residuals.append(residuals)
+        self.batch_sum.view(-1, seen.shape[-1]).index_add_(0, row, seen.flatten(0, 1))
+        self._seen.append(seen)
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None):
         """Move the table by what was chosen since the last call, on all ranks alike. skip: a bool scalar on the device; where true (a step that was
         not taken) the statistics are dropped and nothing else changes."""
-        if not self._residuals:
-            raise RuntimeError("ResidualVQ.update: nothing was quantized in training mode since the last update; call it once after each optimiser step")
-        candidates = self._candidates()                                                      # (T, K, E)
+        if not self._seen:
+            name = type(self).__name__
+            raise RuntimeError(f"{name}.update: nothing was quantized in training mode since the last update; call it once after each optimiser step")
+        candidates = self._candidates()                                                      # (T, K, W)
         count, total = all_reduce(self.batch_count), all_reduce(self.batch_sum)
         new_count = self.ema_count.lerp(count, 1 - self.decay)
         new_sum = self.ema_sum.lerp(total, 1 - self.decay)
@@ -139,12 +138,12 @@ class ResidualVQ(nn.Module):
         for old, new in ((self.codebook, book), (self.ema_count, new_count), (self.ema_sum, new_sum), (self.age, age)):
             old.copy_(torch.where(keep, old, new))
         self.updates += 1        # skipped or not: the next draw is another one
-        self.batch_count.zero_(), self.batch_sum.zero_(), self._residuals.clear()
+        self.batch_count.zero_(), self.batch_sum.zero_(), self._seen.clear()
 
     def _candidates(self) -> Tensor:
-        """One vector of the global batch for every code, the same on all ranks (T, K, E). Vectors are numbered rank by rank, sample by sample, as they
+        """One vector of the global batch for every code, the same on all ranks (T, K, W). Vectors are numbered rank by rank, sample by sample, as they
         would be in a single process with the whole batch; every rank fills in those it owns."""
-        local = torch.cat(self._residuals)                                                   # (M, D, E)
+        local = torch.cat(self._seen)                                                        # (M, D, W)
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
         if self._draws is None:
             self._draws = int(self.updates)
@@ -162,27 +161,73 @@ class ResidualVQ(nn.Module):
         self._draws = None       # to be read again from `updates`
         super()._load_from_state_dict(*args, **kwargs)
 
-    def full_tables(self) -> Tensor:
-        """The tables as a language model reads them, (1 or D, K, E)."""
-        return self.codebook
-
     def vectors(self, codes: Tensor) -> Tensor:
         """Codes (B, N, D) -> their code vectors (B, N, D, E), whose sum over D is `embed`. Raises ValueError for another D or a code outside 0..K-1
         (on a CPU; on CUDA such a code is an indexing error, since looking would cost a synchronisation)."""
+        name = type(self).__name__
         if codes.shape[-1] != self.depth:
-            raise ValueError(f"ResidualVQ: got codes of depth {codes.shape[-1]}, expected {self.depth}")
+            raise ValueError(f"{name}: got codes of depth {codes.shape[-1]}, expected {self.depth}")
         if codes.device.type == "cpu" and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
-            raise ValueError(f"ResidualVQ: got codes from {int(codes.min())} to {int(codes.max())}, expected 0 to {self.codebook_size - 1}")
-        if self.shared:
-            return F.embedding(codes, self.codebook[0])
-        return self.codebook[torch.arange(self.depth, device=codes.device), codes]
+            raise ValueError(f"{name}: got codes from {int(codes.min())} to {int(codes.max())}, expected 0 to {self.codebook_size - 1}")
+        found = F.embedding(codes, self.codebook[0]) if self.shared else self.codebook[torch.arange(self.depth, device=codes.device), codes]
+        return self._whole(found)
+
+    def full_tables(self) -> Tensor:
+        """The tables as a language model reads them, with code vectors as long as what is quantized: (T, K, E)."""
+        return self._whole(self.codebook.transpose(0, 1)).transpose(0, 1).contiguous()
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Code vectors (..., T or D, W) -> the same as vectors of E numbers (..., T or D, E)."""
+        return x
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codes (B, N, D) -> quantized vectors (B, N, E)."""
         return self.vectors(codes).sum(-2)
 
 
-QUANTIZERS = {"rvq": ResidualVQ}
+class ResidualVQ(Quantizer):
+    """Residual quantizer: each code stands for what the codes before it left. One table of K x E for all depths if `shared` (as the authors' release),
+    else one per depth. The other arguments: see `Quantizer`."""
+
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True, threshold: float = 0.1, grace: int = 20,
+                 seed: int = 0):
+        super().__init__(dim, codebook_size, depth, 1 if shared else depth, dim, decay, threshold, grace, seed)
+        self.shared = shared
+
+    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedily, depth by depth. Commitment counts all partial sums (M, D, E)."""
+        codes, chosen, residual = [], [], x
+        for d in range(self.depth):
+            codes.append(nearest(residual, self.table(d)))
+            chosen.append(F.embedding(codes[-1], self.table(d)))
+            residual = residual - chosen[-1]
+        chosen = torch.stack(chosen, 1)                                                      # (M, D, E)
+        partial = chosen.cumsum(1)
+        return torch.stack(codes, 1), x[:, None] - partial + chosen, partial                 # each depth with the residual that it saw
+
+
+class MultiCodebookVQ(Quantizer):
+    """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others. The other arguments:
+    see `Quantizer`. Raises ValueError where E is not a multiple of D."""
+
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, threshold: float = 0.1, grace: int = 20, seed: int = 0):
+        if dim % depth:
+            raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, expected a multiple of {depth}; change the one or the other")
+        super().__init__(dim, codebook_size, depth, depth, dim // depth, decay, threshold, grace, seed)
+
+    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chunk by chunk. There are no partial sums: commitment counts the quantized vector alone (M, 1, E)."""
+        chunks = x.unflatten(1, (self.depth, -1)).clone()        # (M, D, W), a copy: `update` needs it, and z belongs to the caller
+        codes = torch.stack([nearest(chunks[:, d], self.table(d)) for d in range(self.depth)], 1)
+        chosen = self.codebook[torch.arange(self.depth, device=x.device), codes]             # (M, D, W)
+        return codes, chunks, chosen.reshape(len(x), 1, self.dim)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Zeros outside the chunk, so that chunks are put side by side by a sum."""
+        return torch.diag_embed(x.transpose(-1, -2), dim1=-3, dim2=-2).flatten(-2)           # (..., D, W) -> (..., D, D, W) -> (..., D, E)
+
+
+QUANTIZERS = {"rvq": ResidualVQ, "mcq": MultiCodebookVQ}
 
 
 def histogram(codes: Tensor, codebook_size: int) -> Tensor:

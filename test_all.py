@@ -48,7 +48,7 @@ from data.shapes import World
 from losses import (Discriminator, Moments, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
-from rvq import ResidualVQ, histogram, usage_and_perplexity
+from rvq import QUANTIZERS, histogram, usage_and_perplexity
 from tokenizer import ACTIVATIONS, DESIGNS, DualTokenizer, Projection, SigLIP, TextConfig, TextVocabulary, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -982,10 +982,14 @@ def test_images_photos():
 # ---------------------------------------------------------------------------------------------------------------------
 # rvq
 
-def filled(*, dim=8, codebook_size=64, depth=3, steps=30, **options):
+designs = pytest.mark.parametrize("design", QUANTIZERS)
+layouts = pytest.mark.parametrize("options", [dict(), dict(shared=False), dict(design="mcq")], ids=["rvq-shared", "rvq", "mcq"])
+
+
+def filled(*, design="rvq", dim=8, codebook_size=64, depth=None, steps=30, **options):
     """A quantizer after some updates on gaussian vectors, in training mode."""
     torch.manual_seed(0)
-    vq = ResidualVQ(dim, codebook_size, depth, **options)
+    vq = QUANTIZERS[design](dim, codebook_size, depth or {"rvq": 3, "mcq": 4}[design], **options)
     for _ in range(steps):
         vq(torch.randn(8, 32, dim))
         vq.update()
@@ -1010,33 +1014,56 @@ def test_rvq_codes_are_the_nearest_at_every_depth(shared):
         residual = residual - vq.table(d).double()[codes[..., d]]
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_rvq_embed_vectors_and_forward_agree(shared):
-    vq, z = filled(shared=shared).eval(), torch.randn(4, 16, 8)
+def test_rvq_mcq_codes_are_the_nearest_in_every_chunk():
+    vq, z = filled(design="mcq").eval(), torch.randn(4, 16, 8)
+    codes = vq(z)[1]
+    assert vq.codebook.shape == (4, 64, 2) and codes.dtype == torch.int64
+    for d in range(4):
+        far = torch.cdist(z.double().reshape(-1, 8)[:, 2 * d:2 * d + 2], vq.codebook[d].double())
+        assert torch.equal(codes[..., d].flatten(), far.argmin(1))
+
+
+@layouts
+def test_rvq_embed_vectors_and_forward_agree(options):
+    vq, z = filled(**options).eval(), torch.randn(4, 16, 8)
     z_q, codes, _ = vq(z)
-    assert vq.vectors(codes).shape == (4, 16, 3, 8)
+    assert codes.shape == (4, 16, vq.depth) and vq.vectors(codes).shape == (4, 16, vq.depth, 8)
     torch.testing.assert_close(vq.vectors(codes).sum(2), z_q, atol=1e-6, rtol=0)
     assert torch.equal(vq.encode(z), codes) and torch.equal(vq.embed(codes), vq.vectors(codes).sum(2))
 
 
-def test_rvq_gradient_goes_straight_through():
-    vq, z = filled().eval(), torch.randn(2, 4, 8, requires_grad=True)
+@layouts
+def test_rvq_full_tables_are_where_vectors_look(options):
+    vq, codes = filled(**options).eval(), torch.randint(64, (2, 5, 4 if "design" in options else 3))
+    full = vq.full_tables()
+    assert full.shape == (1 if vq.shared else vq.depth, 64, 8) and full.count_nonzero() == vq.codebook.numel()      # a chunk among zeros
+    for d in range(vq.depth):
+        assert torch.equal(F.embedding(codes[..., d], full[0 if vq.shared else d]), vq.vectors(codes)[:, :, d])
+        chunk = slice(2 * d, 2 * d + 2) if "design" in options else slice(None)
+        assert torch.equal(full[0 if vq.shared else d][:, chunk], vq.table(d))
+
+
+@designs
+def test_rvq_gradient_goes_straight_through(design):
+    vq, z = filled(design=design).eval(), torch.randn(2, 4, 8, requires_grad=True)
     weight = torch.randn(2, 4, 8)
     (vq(z)[0] * weight).sum().backward()
     assert torch.equal(z.grad, weight)
 
 
-def test_rvq_commitment_is_the_mean_over_depths():
-    vq, z = filled().eval(), torch.randn(2, 4, 8, requires_grad=True)
+@designs
+def test_rvq_commitment_is_the_mean_over_partial_sums_or_the_error(design):
+    vq, z = filled(design=design).eval(), torch.randn(2, 4, 8, requires_grad=True)
     _, codes, commitment = vq(z)
-    sums = vq.vectors(codes).cumsum(2)
-    torch.testing.assert_close(commitment, torch.stack([(z - sums[:, :, d]).square().mean() for d in range(3)]).mean())
+    sums = vq.vectors(codes).cumsum(2) if design == "rvq" else vq.embed(codes)[:, :, None]
+    torch.testing.assert_close(commitment, torch.stack([(z - sums[:, :, d]).square().mean() for d in range(sums.shape[2])]).mean())
     commitment.backward()
     torch.testing.assert_close(z.grad, 2 * (z.detach()[:, :, None] - sums).mean(2) / z.numel())
 
 
-def test_rvq_forward_never_changes_a_table():
-    vq = filled()
+@designs
+def test_rvq_forward_never_changes_a_table(design):
+    vq = filled(design=design)
     before = tables(vq)
     for _ in range(3):
         vq(torch.randn(8, 32, 8))
@@ -1045,17 +1072,18 @@ def test_rvq_forward_never_changes_a_table():
     assert not torch.equal(before["codebook"], vq.codebook)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_rvq_ema_is_what_the_formula_says(shared):
-    vq = filled(shared=shared, threshold=0.0)
+@layouts
+def test_rvq_ema_is_what_the_formula_says(options):
+    vq = filled(**options, threshold=0.0)
     z, old = torch.randn(8, 32, 8), tables(vq)
-    codes = vq.encode(z).reshape(-1, 3)
+    codes = vq.encode(z).reshape(-1, vq.depth)
     count, total, residual = old["ema_count"] * 0.99, old["ema_sum"] * 0.99, z.reshape(-1, 8)
-    for d in range(3):
+    for d in range(vq.depth):
+        seen = z.reshape(-1, 8)[:, 2 * d:2 * d + 2] if "design" in options else residual
         for n, k in enumerate(codes[:, d].tolist()):
-            count[0 if shared else d, k] += 0.01
-            total[0 if shared else d, k] += 0.01 * residual[n]      # what this depth saw, not what was left at the end
-        residual = residual - vq.table(d)[codes[:, d]]
+            count[0 if vq.shared else d, k] += 0.01
+            total[0 if vq.shared else d, k] += 0.01 * seen[n]       # what this depth saw, not what was left at the end
+        residual = residual - vq.vectors(codes)[:, d]
     vq(z), vq.update()
     torch.testing.assert_close(vq.ema_count, count)
     expected = torch.where(count[..., None] > 0, total / count[..., None], old["codebook"])      # a code that was never used stays
@@ -1069,14 +1097,39 @@ def test_rvq_learns_as_well_as_true_residuals_allow():
     assert (vq(z)[0] - z).square().mean() < 0.15
 
 
-def test_rvq_restart_replaces_dead_codes_and_only_those():
-    vq = filled(codebook_size=16, grace=0)
+@designs
+def test_rvq_restart_replaces_dead_codes_and_only_those(design):
+    vq = filled(design=design, codebook_size=16, grace=0)
     vq.codebook[0, 3], vq.ema_count[0, 3], vq.ema_sum[0, 3] = 1000, 1e-4, 0.1
     z = torch.randn(8, 32, 8)
     alive = vq.codebook[0, 4].clone()
     vq(z), vq.update()
     assert vq.codebook[0, 3].norm() < 20 and vq.age[0, 3] == 0
     assert (vq.codebook[0, 4] - alive).norm() < 1 and vq.age[0, 4] > 0
+
+
+def test_rvq_mcq_restarts_at_chunks_of_the_batch():
+    """Each table from its own chunk, as it was when `forward` saw it."""
+    vq, z = filled(design="mcq", codebook_size=16, grace=0, steps=0), torch.randn(8, 32, 8) + 100 * torch.arange(8)
+    chunks = z.reshape(-1, 4, 2).clone()
+    vq(z), z.zero_(), vq.update()
+    assert (vq.age == 0).sum() >= 4 * 8
+    for d, k in (vq.age == 0).nonzero():
+        assert (chunks[:, d] - vq.codebook[d, k]).abs().amax(1).min() < 1e-3
+
+
+@designs
+def test_rvq_ranks_draw_what_one_process_draws(design, monkeypatch):
+    whole, z, found = filled(design=design), torch.randn(8, 32, 8), 0
+    parts = copy.deepcopy(whole), copy.deepcopy(whole)
+    whole(z)
+    expected = whole._candidates()
+    for rank, part in enumerate(parts):
+        group = dict(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: rank, all_reduce=lambda x: x)
+        monkeypatch.setattr("rvq.dist", SimpleNamespace(**group))
+        part(z[4 * rank:][:4])
+        found = found + part._candidates()
+    torch.testing.assert_close(found, expected)
 
 
 def test_rvq_small_batches_do_not_churn():
@@ -1098,16 +1151,19 @@ def test_rvq_restart_waits_for_the_grace_period():
         assert not ((vq.age == 0) & (before < 20)).any(), step
 
 
-def test_rvq_accumulated_halves_are_one_batch():
-    one, two, z = filled(), filled(), torch.randn(8, 32, 8)
+@designs
+def test_rvq_accumulated_halves_are_one_batch(design):
+    one, two, z = *(filled(design=design, threshold=0.9, grace=0) for _ in range(2)), torch.randn(8, 32, 8)
     one(z), two(z[:4]), two(z[4:])
     one.update(), two.update()
+    assert (one.age == 0).sum() > 8      # restarts draw from both halves
     for name, value in tables(one).items():
         torch.testing.assert_close(two.state_dict()[name], value, atol=1e-6, rtol=1e-6)
 
 
-def test_rvq_skipped_step_changes_nothing():
-    vq = filled()
+@designs
+def test_rvq_skipped_step_changes_nothing(design):
+    vq = filled(design=design)
     before = tables(vq)
     vq(torch.full((8, 32, 8), float("nan")))
     vq.update(skip=torch.tensor(True))
@@ -1116,27 +1172,29 @@ def test_rvq_skipped_step_changes_nothing():
     assert vq.codebook.isfinite().all()
 
 
-def test_rvq_resumes_exactly():
+@designs
+def test_rvq_resumes_exactly(design):
     torch.manual_seed(1)
     batches = torch.randn(20, 2, 16, 8)
-    whole, part = ResidualVQ(8, 256, 2), ResidualVQ(8, 256, 2)
+    whole, part, resumed = (QUANTIZERS[design](8, 256, 2, grace=5) for _ in range(3))       # restarts in either half
     part.load_state_dict(whole.state_dict())
     for z in batches:
         whole(z), whole.update()
     for z in batches[:10]:
         part(z), part.update()
-    resumed = ResidualVQ(8, 256, 2)
     resumed.load_state_dict(part.state_dict())
     for z in batches[10:]:
         resumed(z), resumed.update()
     assert equal(tables(whole), tables(resumed))
 
 
-def test_rvq_ignores_autocast():
-    vq, z = filled().eval(), torch.randn(16, 64, 8)
+@designs
+def test_rvq_ignores_autocast(design):
+    vq, z = filled(design=design).eval(), torch.randn(16, 64, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         z_q, codes, _ = vq(z)
-    assert torch.equal(codes, vq(z)[1]) and z_q.dtype == torch.float32
+        assert torch.equal(codes, vq.encode(z)) and z_q.dtype == torch.float32
+    assert torch.equal(codes, vq(z.float())[1])
 
 
 def test_rvq_memory_stays_bounded():
@@ -1155,11 +1213,19 @@ def test_rvq_usage_and_perplexity():
     assert usage.tolist() == [0.25, 0.75] and abs(perplexity[0] - 1) < 1e-9 and abs(perplexity[1] - 2 ** 1.5) < 1e-9
 
 
-def test_rvq_errors_are_sentences():
-    vq = filled()
-    for wrong in (lambda: vq(torch.randn(1, 4, 9)), lambda: vq.embed(torch.zeros(1, 4, 2).long()), lambda: vq.embed(torch.full((1, 4, 3), 64))):
-        with pytest.raises(ValueError, match="expected"):
+@designs
+def test_rvq_errors_are_sentences(design):
+    vq = filled(design=design)
+    for wrong in (lambda: vq(torch.randn(1, 4, 9)), lambda: vq.embed(torch.zeros(1, 4, 2).long()), lambda: vq.embed(torch.full((1, 4, vq.depth), 64))):
+        with pytest.raises(ValueError, match=f"^{type(vq).__name__}: .*expected"):
             wrong()
+    with pytest.raises(RuntimeError, match=f"^{type(vq).__name__}.update: nothing was quantized"):
+        vq.update()
+
+
+def test_rvq_mcq_refuses_chunks_that_do_not_fit():
+    with pytest.raises(ValueError, match="got vectors of 10 numbers for 4 chunks, expected a multiple of 4; "):
+        QUANTIZERS["mcq"](10, 16, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
