@@ -4701,6 +4701,48 @@ def test_train_mllm_takes_a_tokenizer_of_any_design(design_folders, tmp_path, mo
         assert "has no decoder" in mllm_words("--tokenizer", str(design_folders[design]), "--out", str(tmp_path / "no"), "--streams-out", "unified")
 
 
+def few_steps(patch):
+    """Tokenizers of two steps."""
+    patch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], siglip_steps=2, siglip_batch=8, steps=2, batch=8))
+
+
+@pytest.mark.parametrize("name", train_mllm.tables())
+def test_train_mllm_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name):
+    few_steps(monkeypatch)
+    shrink(monkeypatch, replace(TWO_ROWS[0], name="2", trains=PARTS[:2], steps=1, mixture=dict(question=1.0)), train_mllm.Row("4-1", PARTS, 1e-3, 4, 1, MIXED), evaluates=lambda stage: True)
+    table, begun, train = train_mllm.tables()[name], [], train_mllm.train
+    monkeypatch.setattr(train_mllm, "train", lambda stage, batches: (begun.append(stage.folder), train(stage, batches)))
+    argv = ["--table", name, "--out", str(tmp_path), *TINY_MLLM]
+    train_mllm.main(argv)
+    made, seed = json.loads((tmp_path / f"table-{name}.json").read_text()), tmp_path / "seed-0"
+    assert [row["run"] for row in made["rows"]] == [system.name for system in table.systems]
+    for row, system in zip(made["rows"], table.systems):
+        metrics, config = (json.loads((seed / system.name / file).read_text()) for file in ("metrics.json", "config.json"))
+        tokenizer = json.loads((seed / system.tokenizer[0] / "metrics.json").read_text())
+        assert metrics["design"] == tokenizer["design"] == system.tokenizer[1]["design"] and metrics["seed"] == 0
+        reads, paints = system.changes["streams_in"], system.changes["streams_out"]
+        assert config["streams_in"] == (reads.split(",") if reads else tokenizer["streams"]) and config["streams_out"] == ([] if paints == "none" else [paints] if paints else tokenizer["streams"])
+        for column, cell in row["ours"].items():
+            at = functools.reduce(lambda found, key: found[key], column.split("."), metrics | {"tokenizer": tokenizer})
+            assert cell["mean"] == at and cell["values"] == [at]
+        assert {*table.columns} - {*row["ours"]} <= {"painting.compare", "tokenizer.fd", "understanding.comparison.right", "understanding.relation.right"}     # plain shapes have one size; the
+        # semantic branch has no decoder; and few scenes ask few kinds of questions
+        assert row["paper"] == system.paper
+    assert len(begun) == len({*begun}) > 0 and (tmp_path / f"table-{name}.md").read_text() in capsys.readouterr().out and Image.open(tmp_path / f"table-{name}.png").width > 400
+    train_mllm.main(argv)
+    assert len(begun) == len({*begun})         # all was there
+
+
+def test_train_mllm_table_of_another_preset_is_refused(tmp_path, monkeypatch):
+    few_steps(monkeypatch)
+    folder = tmp_path / "seed-0" / "dual"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"preset": "small"}')
+    for argv, words in ((["--table", "4"], "a tokenizer of the preset 'small', expected 'nano'"), (["--table", "4", "--until", "2"], "have --until of their own"), (["--table", "12"], "--table is '12'"),
+                        (["--seeds", "2"], "--seeds goes with --table"), (["--table", "4", "--bench"], "without --bench")):
+        assert words in mllm_words("--out", str(tmp_path), *argv), argv
+
+
 def test_train_mllm_until_a_stage(tokenizer_folder, tmp_path, monkeypatch):
     shrink(monkeypatch, TWO_ROWS[0], TWO_ROWS[1], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)))
     out = train_tiny(tmp_path / "run", tokenizer_folder, "--until", "2", "--streams-out", "none", "--streams-in", "semantic")

@@ -221,14 +221,14 @@ PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and 
 PAPER = ("siglip-l-256", "so400m-384", "siglip2-so-256")      # the presets of the paper
 
 
-def preset_config(name: str, image_size: int = 0, **changes) -> TokenizerConfig:
-    """The configuration of a preset, at another resolution if image_size is given, with the sizes of a design that has its own, and with other changes by field name.
-    Raises ValueError for an unknown preset or design, or sizes that do not fit together."""
+def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) -> TokenizerConfig:
+    """The configuration of a preset, at another resolution if image_size is given, with another number of layers in the ViT (and then the pixel stream from their first
+    quarter), with the sizes of a design that has its own, and with other changes by field name. Raises ValueError for an unknown preset or design, or sizes that do not fit together."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
     design = DESIGNS.get(changes.get("design", "dual"), DESIGNS["dual"])
-    row = PRESETS[name] | design.sizes | (design.paper_sizes if name in PAPER else {}) | changes
-    vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}))
+    row = PRESETS[name] | ({"shallow_layer": 0} if layers else {}) | design.sizes | (design.paper_sizes if name in PAPER else {}) | changes
+    vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}), **({"num_hidden_layers": layers} if layers else {}))
     side, scale = vision["image_size"], 2 ** (len(row.get("decoder_multipliers", TokenizerConfig.decoder_multipliers)) - 1)
     if side < 16:
         raise ValueError(f"image size {side} is too small; expected at least 16 pixels")

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+import train_tokenizer
 from data import hub, shapes
 from data.images import ImageData, Pictures, start_worker
 from data.records import Image, Records, conversation, learned
@@ -44,8 +45,8 @@ from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
-from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, adamw, bench, check_batch, check_shared, common, compile_parts, digest, dry_run, fake, flop_counter, kept, load_part,
-                             precision, print_parts, run, save_grid, shared_flags, step_or_skip, train, whole)
+from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, System, Table, adamw, bench, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
+                             kept, load_part, make_table, precision, print_parts, run, save_grid, shared_flags, step_or_skip, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -824,8 +825,69 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
     return config, text, llm
 
 
+def tables() -> dict[str, Table]:
+    """The tables of the papers that are about language models. Where only understanding is looked at, stage 2 is the last one, as in LLaVA-1.5."""
+    kinds = ("colour", "shape", "count", "existence", "relation", "comparison")
+    asked = {"understanding.all.right": "questions right"} | {f"understanding.{kind}.right": kind for kind in kinds}
+    painted = {f"painting.{skill}": skill for skill in ("all", *SKILLS)} | {"fd": "Frechet distance"}
+
+    def row(label, tokenizer, reads="", paints="", paper=None, **changes):
+        """paints: "", all that the tokenizer can; none: up to stage 2 alone."""
+        name = "-".join(filter(None, ("mllm", tokenizer, *map(str, changes.values()), reads and f"reads-{reads.replace(',', '-')}", paints and f"paints-{paints}")))
+        design = changes and (f"{tokenizer}-" + "-".join(f"{key}-{value}" for key, value in changes.items())) or tokenizer
+        return System(label, name, dict(streams_in=reads, streams_out=paints, until="2" if paints == "none" else ""), paper or {}, tokenizer=(design, dict(design=tokenizer, **changes)))
+    right, every = "understanding.all.right", "painting.all"
+    genai = lambda count, differ, compare, negate, universal, overall: {
+        **{f"painting.{k}": v for k, v in dict(count=count, differ=differ, compare=compare, negate=negate, universal=universal).items()}, every: overall}
+    continuous = lambda paper: row("features of the teacher, continuous", "dual", "continuous", "none", {right: paper})
+    return {
+        "2": Table("Table 2: reading what was trained to reconstruct", asked, (), [
+            continuous(78.5), row("codes of reconstruction alone, deep layer", "recon-deep", "", "none", {right: 47.5})], "VQAv2 within LLaVA-1.5"),
+        "4": Table("Table 4: reading one stream or both", asked, (), [
+            continuous(52.8), row("one codebook for both losses", "naive", "", "none", {right: 48.1}), row("dual, semantic codes alone", "dual", "semantic", "none", {right: 52.2}),
+            row("dual, semantic and pixel codes", "dual", "", "none", {right: 53.9})], "the average of ten benchmarks within LLaVA-1.5; its one codebook is VILA-U"),
+        "5": Table("Table 5 (b): painting with one stream or both", painted, ("fd",), [
+            row("one codebook for both losses", "naive", paper=genai(0.68, 0.66, 0.70, 0.49, 0.64, 0.60)), row("dual, pixel codes alone", "dual", "", "pixel", genai(0.59, 0.59, 0.59, 0.47, 0.59, 0.55)),
+            row("dual, pixel and semantic codes", "dual", paper=genai(0.76, 0.76, 0.78, 0.50, 0.72, 0.68))], "VQAScores on GenAI-Bench, 3B; its one codebook is VILA-U"),
+        "6": Table("Table 6: one tokenizer with two codebooks, or two tokenizers", painted, ("fd",), [
+            row("one codebook for both losses", "naive", paper=dict(fd=15.12)), row("dual", "dual", paper=dict(fd=7.88)), row("dual encoder", "dual-encoder", paper=dict(fd=17.55))],
+            "MJHQ-30K, 3B; its one codebook is VILA-U"),
+        "muse-6": Table("MUSE-VL, Table 6: the branches of its tokenizer", {"tokenizer.fd": "Frechet distance of reconstructions", **asked}, ("tokenizer.fd",), [
+            row("image branch", "recon-deep", "", "none", {"tokenizer.fd": 2.63, right: 43.1}, depth=1), row("semantic branch", "sde-semantic", "", "none", {right: 62.7}),
+            row("both (SDE)", "sde", "", "none", {"tokenizer.fd": 2.26, right: 63.6})], "the average of MMBench, SEED and MMStar"),
+    }
+
+
+def table(args):
+    """The language models of a table, over the tokenizers of the same --out, which are trained first where they are missing."""
+    preset = tokenizer_preset(args)
+    taken = [name for name in ("streams_in", "streams_out", "teacher", "until") if getattr(args, name)] + ["stage"] * (args.stage != "all")
+    if taken:
+        raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
+    args.out = "out/tables" if args.out == "out/mllm" else args.out
+    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--val-data", args.val_data, "--device", args.device, "--workers", str(args.workers),
+                                   "--eval-images", str(args.eval_images), *(["--compile"] if args.compile else [])])
+
+    def measure(seed, system):
+        name, changes = system.tokenizer
+        folder = os.path.join(args.out, f"seed-{seed}", name)
+        if not os.path.exists(os.path.join(folder, "metrics.json")):
+            train_tokenizer.train_row(below, seed, name, changes)
+        elif (found := read_json(os.path.join(folder, "metrics.json")).get("preset")) != preset:
+            raise ValueError(f"{folder} holds a tokenizer of the preset {found!r}, expected {preset!r}; name another --out, or --preset")
+        out = os.path.join(args.out, f"seed-{seed}", system.name)
+        train_all(argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "", **system.changes}))
+        return {**read_json(os.path.join(out, "metrics.json")), "tokenizer": read_json(os.path.join(folder, "metrics.json"))}
+    make_table(args, tables(), measure)
+
+
 def main(argv=None):
     args = flags(argv)
+    return table(args) if args.table else train_all(args)
+
+
+def train_all(args):
+    """The stages of a run."""
     rows = STAGES[args.preset]
     if args.parameters:
         c = preset_config(tokenizer_preset(args))
@@ -987,7 +1049,7 @@ def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:
     model = DualMLLM.from_pretrained(folder)
     if model.config.tables_sha256 != config.tables_sha256:
         raise ValueError(f"{folder} was trained on another tokenizer's codes (tables {model.config.tables_sha256[:12]}, this one's {config.tables_sha256[:12]}); give that --tokenizer")
-    changed = [f"{k} {v!r} -> {asdict(config)[k]!r}" for k, v in asdict(model.config).items() if v != asdict(config)[k]]
+    changed = differences(asdict(model.config), asdict(config))
     if changed:
         raise ValueError(f"{folder} holds another design ({'; '.join(changed)}); use its flags, or start anew in another --out")
     return model

@@ -109,6 +109,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--codebook-size", type=int, default=0, help="K of each stream; 0: the preset's")
     g.add_argument("--depth", type=int, default=0, help="D, codes of a position and stream; 0: the preset's")
     g.add_argument("--code-dim", type=int, default=0, help="E; 0: the preset's")
+    g.add_argument("--layers", type=int, default=0, help="of the ViT, where it is trained here; 0: the preset's")
     g.add_argument("--shallow-layer", type=lambda word: word if word == "quarter" else int(word), default=0, help="layer the pixel stream leaves after, or quarter: a quarter of all; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
     g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
@@ -126,7 +127,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
     args = p.parse_args(argv)
-    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, codebook_size=0, depth=0, code_dim=0)
+    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, layers=0, codebook_size=0, depth=0, code_dim=0)
     if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
         raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
     if bool(args.vgg) != bool(args.lpips):
@@ -156,6 +157,8 @@ def shared_flags(p: argparse.ArgumentParser):
     g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0: only at the end")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
+    g.add_argument("--table", default="", help="run the rows of a table of the papers, each in a folder of its own in --out (default: out/tables), and write the table there")
+    g.add_argument("--seeds", type=int, default=1, help="of every row of --table: --seed and those that follow it")
     g.add_argument("--bench", action="store_true", help="time 20 steps of each stage, write nothing")
     g = p.add_argument_group("dry run: what a run would cost, before there are data, weights or a GPU")
     g.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and time of each stage, with and without --checkpointing; train and write nothing")
@@ -173,7 +176,9 @@ def shared_flags(p: argparse.ArgumentParser):
 
 def check_shared(args, **more: int):
     """ValueError for a flag below its least value; more: those of one script, by name."""
-    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1, eval_images=2, lr=0, ranks=0)
+    if args.seeds != 1 and not args.table or args.table and (args.bench or args.dry_run):
+        raise ValueError("--seeds goes with --table, and --table goes without --bench and --dry-run")
+    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1, eval_images=2, lr=0, ranks=0, seeds=1)
     for name, value in {**least, **more}.items():
         if not getattr(args, name) >= value:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {value}")
@@ -201,7 +206,7 @@ class Ranks:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, or a device that this torch sees") from None
-        if "RANK" in os.environ:
+        if "RANK" in os.environ and not dist.is_initialized():
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, "
                                  "so that each start has a store of its own, or leave out --max-restarts")
@@ -525,9 +530,10 @@ def load_state(stage: Stage) -> tuple[int, float]:
         found = dict(state["settings"])
     except Exception as error:      # torch.load raises nearly anything on damaged bytes
         raise ValueError(f"{path} cannot be resumed from ({type(error).__name__}: {str(error).splitlines()[0][:100]}); expected what a run of this script wrote") from None
-    changed = [f"{key} {found.get(key)!r} -> {value!r}" for key, value in stage.settings.items() if found.get(key) != value]
+    changed = differences(found, stage.settings)
     if changed:
-        raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed)}); resume with the same ones, or start anew in another --out")
+        raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed[:4])}{f'; {len(changed) - 4} more' if len(changed) > 4 else ''}); "
+                         "resume with the same ones, or start anew in another --out")
     try:
         for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
             load_part(part, state[name], path)
@@ -541,6 +547,17 @@ def load_state(stage: Stage) -> tuple[int, float]:
         os.replace(path + ".tmp", path)
     stage.ranks.say(f"{stage.name}: resumed at step {state['step']} of {stage.steps}")
     return state["step"], state["seconds"]
+
+
+def differences(old: dict, new: dict, name: str = "") -> list[str]:
+    """Settings of `new` that are others in `old`, those inside dicts by dotted names."""
+    found = []
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            found += differences(old[key], value, f"{name}{key}.")
+        elif old.get(key) != value:
+            found.append(f"{name}{key} {str(old.get(key))[:60]} -> {str(value)[:60]}")
+    return found
 
 
 def to_picture(images: Tensor) -> list[Image.Image]:
@@ -789,6 +806,93 @@ def print_parts(rows: list[tuple[str, int]]):
     """Parameters by part, and their sum."""
     for name, count in rows:
         print(f"  {name:40} {count / 1e6:10.1f} M")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables of the papers, shared with train_mllm.py: systems trained with the same data, steps and seeds, and the papers' numbers beside ours
+
+@dataclass
+class System:
+    """A row: what it is, its run (folder, and flags by name), the paper's numbers by metric, and metrics that have another name in this row."""
+    label: str
+    name: str
+    changes: dict
+    paper: dict = field(default_factory=dict)
+    rename: dict = field(default_factory=dict)
+    tokenizer: tuple = ()       # of a language model: the (folder, flags) of its tokenizer
+
+
+@dataclass
+class Table:
+    title: str
+    columns: dict           # metric, such as painting.single -> what it is
+    lower: tuple            # those of which less is better
+    systems: list
+    source: str             # of the paper's numbers
+
+
+def make_table(args, tables: dict[str, Table], measure):
+    """Runs, or finds, every system of --table with every seed; measure(seed, system) -> its metrics. Prints the table and writes it into --out, as JSON, Markdown and bars."""
+    if args.table not in tables:
+        raise ValueError(f"--table is {args.table!r}, expected one of {', '.join(tables)}")
+    table, seeds, begun = tables[args.table], range(args.seed, args.seed + args.seeds), time.time()
+    found, rows = [{seed: measure(seed, system) for seed in seeds} for system in table.systems], []
+    for system, by_seed in zip(table.systems, found):
+        ours = {}
+        for column in table.columns:
+            values = [metrics for metrics in by_seed.values()]
+            for key in system.rename.get(column, column).split("."):
+                values = [value.get(key) if isinstance(value, dict) else None for value in values]
+            if None not in values:
+                ours[column] = {"mean": sum(values) / len(values), "spread": max(values) - min(values), "values": values}
+        rows.append({"label": system.label, "run": system.name, "ours": ours, "paper": {name: value for name, value in system.paper.items() if value is not None},
+                     "seconds": [metrics["seconds"] for metrics in by_seed.values()], "commits": sorted({metrics["commit"] for metrics in by_seed.values()})})
+    ranks = Ranks(args.device)
+    if ranks.first:
+        path = os.path.join(args.out, f"table-{args.table}")
+        write_json(path + ".json", {"table": table.title, "preset": args.preset, "seeds": [*seeds], "paper": table.source, **machine(ranks), "rows": rows})
+        text = table_text(table, rows, f"preset {args.preset}, seeds {', '.join(map(str, seeds))}, {machine(ranks)['device']}, torch {torch.__version__}")
+        with open(path + ".md", "w", encoding="utf-8") as file:
+            file.write(text)
+        draw_bars(table, rows, path + ".png")
+        print(f"\n{text}\n{path}.md, .json, .png; {(time.time() - begun) / 60:.1f} minutes")
+
+
+def table_text(table: Table, rows: list[dict], made: str) -> str:
+    """The table in Markdown: ours, +- half the spread over seeds where there are several, and the paper's in brackets."""
+    def cell(row, column):
+        ours, paper = row["ours"].get(column), row["paper"].get(column)
+        words = "-" if ours is None else f"{ours['mean']:.3f}" + (f" ± {ours['spread'] / 2:.3f}" if len(ours["values"]) > 1 else "")
+        return words + (f" ({paper:g})" if paper is not None else "")
+    head = ["", *(f"{what} {'↓' if name in table.lower else '↑'}" for name, what in table.columns.items())]
+    lines = [head, ["---"] * len(head), *([row["label"], *(cell(row, column) for column in table.columns)] for row in rows)]
+    return f"**{table.title}**; in brackets the paper's numbers, {table.source}. {made}.\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw_bars(table: Table, rows: list[dict], path: str, width: int = 560):
+    """A panel per metric: a bar for each row, whose thin line spans the seeds; to the right of it, the paper's number."""
+    names = [name for name in table.columns if any(name in row["ours"] for row in rows)]
+    label, line, top = 8 + max(round(ImageDraw.Draw(Image.new("1", (1, 1))).textlength(row["label"], font_size=12)) for row in rows), 20, 46
+    sheet = Image.new("RGB", (label + width * len(names), top + line * len(rows) + 10), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 6), f"{table.title}; on the right of each panel, grey: the paper", fill="black", font_size=13)
+    for y, row in enumerate(rows):
+        draw.text((6, top + y * line + 2), row["label"], fill="black", font_size=12)
+    for x, name in enumerate(names):
+        left, room = label + x * width + 12, width - 150
+        most = max(max(row["ours"][name]["values"]) for row in rows if name in row["ours"]) or 1
+        draw.text((left, top - 20), f"{table.columns[name]}, {'less' if name in table.lower else 'more'} is better", fill="black", font_size=12)
+        for y, row in enumerate(rows):
+            high, ours, paper = top + y * line, row["ours"].get(name), row["paper"].get(name)
+            if ours:
+                at = lambda value: left + max(0.0, room * value / most)
+                draw.rectangle((left, high + 3, at(ours["mean"]), high + line - 5), fill=(90, 130, 210))
+                draw.line((at(min(ours["values"])), high + line // 2 - 1, at(max(ours["values"])), high + line // 2 - 1), fill="black")
+                draw.text((at(max(ours["values"])) + 5, high + 2), show(ours["mean"]), fill="black", font_size=12)
+            if paper is not None:
+                draw.text((left + room + 60, high + 2), f"{paper:g}", fill=(130, 130, 130), font_size=12)
+    sheet.save(path + ".tmp", format="PNG")
+    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1156,9 +1260,10 @@ class SigLIPStage(Stage):
     """Sigmoid contrastive training on pairs of image and caption, from scratch."""
     name = "siglip"
 
-    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data):
+    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, folder: str = ""):
+        """folder: by default that of --out."""
         super().__init__(args, ranks)
-        self.folder, self.data = os.path.join(args.out, "siglip"), data
+        self.folder, self.data = folder or os.path.join(args.out, "siglip"), data
         self.steps, self.batch, self.lr, self.warmup = settings.siglip_steps, settings.siglip_batch, settings.siglip_lr, settings.warmup
         torch.manual_seed(args.seed)
         self.model = SigLIP(config.vision, config.text).to(ranks.device)
@@ -1334,7 +1439,25 @@ def main(argv=None):
     args = flags(argv)
     if args.preset not in SETTINGS:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}")
+    if not args.table:
+        return train_one(args)
+    taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]
+    if taken:
+        raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
+    args.out = "out/tables" if args.out == "out/tokenizer" else args.out
+    make_table(args, tables(args.preset), lambda seed, system: read_json(os.path.join(train_row(args, seed, system.name, system.changes), "metrics.json")))
 
+
+def train_row(args, seed: int, name: str, changes: dict) -> str:
+    """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP. -> the folder."""
+    home = os.path.join(args.out, f"seed-{seed}")
+    row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "", **changes})
+    train_one(row, os.path.join(home, f"siglip-{row.layers}" if row.layers else "siglip"))
+    return row.out
+
+
+def train_one(args, siglip_folder: str = ""):
+    """A run. siglip_folder: where the SigLIP that it may train first goes, by default into --out."""
     # ---- settings: the preset's, and what was given by hand
     s = SETTINGS[args.preset]
     s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, siglip_batch=args.batch_size or s.siglip_batch,
@@ -1342,10 +1465,12 @@ def main(argv=None):
                 gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
     changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer == "quarter" else {}
+    if args.layers and (args.siglip or args.backbone or args.init):
+        raise ValueError(f"--layers {args.layers} is of a ViT that is trained here, and there is one already; leave it out")
     if args.dry_run:
         if args.init or args.backbone:
             raise ValueError("--dry-run is of a preset's sizes, and --init and --backbone bring their own; leave them out")
-        config = preset_config(args.preset, args.image_size, **changes)
+        config = preset_config(args.preset, args.image_size, args.layers, **changes)
         config.text.vocab_size = config.text.vocab_size if args.siglip else BYTES
         with fake():
             return estimate(args, s, config)
@@ -1355,7 +1480,7 @@ def main(argv=None):
     siglip = SigLIP.from_pretrained(args.siglip, side) if args.siglip else SigLIP.from_timm(args.backbone[5:], side, not args.bench) if args.backbone else None
     if siglip:
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
-    config = init.config if init else preset_config(args.preset, args.image_size, **changes)
+    config = init.config if init else preset_config(args.preset, args.image_size, args.layers, **changes)
     if (args.zero_shot_data or args.retrieval_data) and not DESIGNS[config.design].means:
         raise ValueError(f"the design {config.design} learns no semantics, so that --zero-shot-data and --retrieval-data measure nothing; leave them out")
     if not siglip:
@@ -1396,14 +1521,14 @@ def main(argv=None):
     if not siglip:
         if not data.captioned:
             raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; add .txt files or a metadata.jsonl, or give --siglip FOLDER")
-        stage = SigLIPStage(args, ranks, s, config, data)
+        stage = SigLIPStage(args, ranks, s, config, data, siglip_folder)
         if args.bench:
             bench(stage, data.batches(stage.batch))
         elif kept(stage):
             ranks.say(f"siglip: {stage.folder} is kept from an earlier run with these settings; delete it to train it again")
         else:
             train(stage, data.batches(stage.batch))
-        siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
+        siglip, args.siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder), siglip_folder        # for the record, where it is not beside the tokenizer
 
     # ---- stage 2: the tokenizer
     if not args.vgg:
@@ -1411,10 +1536,41 @@ def main(argv=None):
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
     if args.bench:
         bench(stage, data.batches(stage.batch))
+    elif args.resume and kept(stage):
+        ranks.say(f"tokenizer: {stage.folder} is kept, since it is finished")
     else:
         train(stage, data.batches(stage.batch))
         paths = ["curves.png", *([os.path.join("samples", "reconstructions.png")] if stage.model.design.paints else [])]
         ranks.say("pictures: " + ", ".join(os.path.join(stage.folder, path) for path in paths))
+
+
+def tables(preset: str) -> dict[str, Table]:
+    """The tables of the paper that are about tokenizers. 7 and 9 have two ViTs, of the preset's layers and of twice as many, each trained here."""
+    every = dict(zero_shot="zero-shot accuracy", fd="Frechet distance", psnr="PSNR, dB", ssim="SSIM")
+    lower = ("fd",)
+    three = lambda label, design, paper, **rename: System(label, design, dict(design=design), dict(zip(every, paper)), rename)
+    some = {name: every[name] for name in ("zero_shot", "fd", "psnr")}
+
+    def at(layers: int, shallow: int, **paper) -> System:
+        own = PRESETS[preset]["vision"]["num_hidden_layers"]
+        return System(f"layer {shallow} of {layers}", f"dual-{shallow}-of-{layers}", dict(design="dual", shallow_layer=shallow, layers=0 if layers == own else layers), paper)
+    own = PRESETS[preset]["vision"]["num_hidden_layers"]
+    quarters = {layers: [math.ceil(layers * part / 4) for part in (1, 2, 3)] for layers in (own, 2 * own)}
+    return {
+        "3": Table("Table 3: reconstruction and semantics in one codebook, or in two", every, lower, [
+            three("initial state, continuous", "quantised", (83.2,), zero_shot="teacher_zero_shot"), three("initial state, quantised", "quantised", (82.4,)),
+            three("(a) both losses, deep layer", "naive", (72.3, 3.86, 12.64, 0.574)), three("(b) reconstruction, deep layer", "recon-deep", (None, 0.27, 27.88, 0.722)),
+            three("(c) reconstruction, shallow layer", "recon-shallow", (None, 0.29, 28.12, 0.745)), three("(d) dual", "dual", (82.0, 0.25, 28.69, 0.744))], "so400m-384"),
+        "7": Table("Tables 7 and 8: the layer that pixels leave after", some, lower, [at(layers, shallow, zero_shot=acc, fd=fid) for layers, paper in zip(
+            quarters, (((78.8, 0.78), (76.3, 1.27), (72.9, 2.61)), ((81.0, 0.73), (79.5, 1.28), (74.3, 2.78)))) for shallow, (acc, fid) in zip(quarters[layers], paper)],
+            "SigLIP-L/16-256 at 6, 12, 18 of 24; DFN-H/14-224 at 8, 16, 24 of 32"),
+        "9": Table("Table 9: layers near the first quarter", some, lower, [at(layers, shallow) for layers in quarters for shallow in range(quarters[layers][0] - 2, quarters[layers][0] + 3) if shallow > 0],
+                   "it has 79.0 to 79.2 and 0.82 to 0.84 at 5 to 7 of 24 for DFN-L/14-224, 81.0 to 81.3 and 0.66 to 0.72 at 5 to 9 of 27 for SigLIP2-SO/16-256"),
+        "10": Table("Table 10: residual and multi-codebook quantisation, of as many bits", every, lower, [
+            System(label, name, dict(design=design, quantizer=quantizer), paper) for label, name, design, quantizer, paper in (
+                ("(a) one codebook stream, MCQ", "naive-mcq", "naive", "mcq", dict(zero_shot=78.6, fd=0.38)), ("(b) dual, RVQ", "dual", "dual", "", dict(zero_shot=80.3, fd=0.39)),
+                ("(c) dual, MCQ", "dual-mcq", "dual", "mcq", dict(zero_shot=82.2, fd=0.25)))], "ViTamin-L/16; (a) is UniTok itself"),
+    }
 
 
 def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
