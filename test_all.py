@@ -2179,6 +2179,26 @@ def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, mo
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.parametrize("design, quantizer", [("naive", "mcq"), ("recon-shallow", "rvq"), ("quantised", "rvq"), ("dual-encoder", "mcq"), ("sde", "rvq")])
+def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_folder, tmp_path, monkeypatch, design, quantizer):
+    more = "--design", design, "--quantizer", quantizer, "--siglip", str(run_folder / "siglip"), "--gan", "--gan-start", "0.25", "--eval-images", "4"
+    train(tmp_path / "whole", *more)
+    with dying(monkeypatch, "tokenizer", 6):
+        train(tmp_path / "parts", *more)
+    train(tmp_path / "parts", *more, "--resume")
+    whole, parts, siglip = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", tmp_path / "parts", run_folder / "siglip"))
+    assert equal(whole, parts)
+    changed = {name for name, value in siglip.items() if not torch.equal(value, whole[f"siglip_model.{name}"])}
+    layers = {int(name.split(".")[3]) + 1 for name in changed if name.startswith("vision_model.encoder.")}
+    assert layers == {*range(1, 1 + {"naive": 6, "recon-shallow": 2, "sde": 5}.get(design, 0))} and not any(name.startswith("text_model.") for name in changed)
+    assert any(name.startswith("vision_model.head.") for name in changed) == (design == "naive")
+    if design == "sde":
+        assert all(torch.equal(value, siglip[f"vision_model.{name.removeprefix('teacher.')}"]) for name, value in whole.items() if name.startswith("teacher."))
+    before = log(tmp_path / "whole")
+    train(tmp_path / "whole", *more, "--resume")        # finished: nothing happens
+    assert log(tmp_path / "whole") == before
+
+
 def test_train_two_ranks_are_one_process(tmp_path):
     """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch; also where two ranks begin and one process goes on."""
     code = ("import os, sys, torch, train_tokenizer as t\n"
@@ -2795,6 +2815,61 @@ def test_train_own_siglips_read_bytes(tmp_path, monkeypatch):
     monkeypatch.setitem(train_tokenizer.PRESETS, "nano", {**train_tokenizer.PRESETS["nano"], "text": {**train_tokenizer.PRESETS["nano"]["text"], "vocab_size": 32000}})
     train(tmp_path, "--siglip-steps", "2", "--steps", "2")
     assert len(load_file(tmp_path / "siglip/model.safetensors")["text_model.embeddings.token_embedding.weight"]) == 257
+
+
+def few_steps(patch):
+    """Runs of two steps."""
+    patch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], siglip_steps=2, siglip_batch=8, steps=2, batch=8))
+
+
+@pytest.mark.parametrize("name, seeds", [("3", 2), ("7", 1), ("9", 1), ("10", 1)])
+def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name, seeds):
+    """Rows of one seed share a SigLIP for each number of layers; finished rows are found again, by other tables too; mean and spread are those of the runs."""
+    few_steps(monkeypatch)
+    begun, train = [], train_tokenizer.train
+    monkeypatch.setattr(train_tokenizer, "train", lambda stage, batches: (begun.append(os.path.relpath(stage.folder, tmp_path)), train(stage, batches)))
+    argv = ["--table", name, "--seeds", str(seeds), "--out", str(tmp_path), *TINY[-6:]]
+    train_tokenizer.main(argv)
+    table, made = train_tokenizer.tables("nano")[name], json.loads((tmp_path / f"table-{name}.json").read_text())
+    runs = {system.name: system for system in table.systems}
+    vits = {"siglip", "siglip-12"} if name in "79" else {"siglip"}
+    assert sorted(begun) == sorted(f"seed-{seed}/{folder}" for seed in range(seeds) for folder in {*runs} | vits)
+    for system, row in zip(table.systems, made["rows"]):
+        for seed in range(seeds):
+            config = json.loads((tmp_path / f"seed-{seed}" / system.name / "config.json").read_text())
+            wanted = {key: value for key, value in system.changes.items() if value and key != "layers"}
+            assert {key: config[key] for key in wanted} == wanted and config["vision"]["num_hidden_layers"] == (system.changes.get("layers") or 6)
+        for column, cell in row["ours"].items():
+            values = [json.loads((tmp_path / f"seed-{seed}" / system.name / "metrics.json").read_text())[system.rename.get(column, column)] for seed in range(seeds)]
+            assert cell["values"] == values and cell["mean"] == pytest.approx(sum(values) / seeds) and cell["spread"] == pytest.approx(max(values) - min(values))
+        assert row["paper"].items() <= system.paper.items()
+    if name == "3":
+        assert [{*row["ours"]} for row in made["rows"]] == [{"zero_shot"}] * 2 + [{"zero_shot", "fd", "psnr", "ssim"}] + [{"fd", "psnr", "ssim"}] * 2 + [{"zero_shot", "fd", "psnr", "ssim"}]
+    assert (tmp_path / f"table-{name}.md").read_text() in capsys.readouterr().out and Image.open(tmp_path / f"table-{name}.png").width > 400
+    count = len(begun)
+    train_tokenizer.main(argv)
+    train_tokenizer.main([*argv[:1], "10", *argv[2:]])
+    assert len(begun) == count + {"3": 4, "10": 0}.get(name, 3)      # dual is that of Table 3
+
+
+def test_train_tables_of_bits_that_are_equal():
+    for system in train_tokenizer.tables("nano")["10"].systems:
+        c = preset_config("nano", **{key: value for key, value in system.changes.items() if value})
+        assert len(c.streams) * c.depth * c.codebook_size == (1 if c.design == "naive" else 2) * 4 * 256
+
+
+def test_train_tables_bad_input_ends_in_a_sentence(tmp_path, monkeypatch):
+    few_steps(monkeypatch)
+    train_tokenizer.main(["--design", "quantised", "--out", str(tmp_path / "seed-0/quantised"), *TINY[-6:]])
+    shutil.copytree(tmp_path / "seed-0/quantised/siglip", tmp_path / "seed-0/siglip")
+    there = ["--out", str(tmp_path)]
+    for argv, words in ((["--table", "3", "--preset", "nano-64"], "other settings (preset nano -> nano-64; data plain -> textured"), (["--table", "4"], "--table is '4', expected one of 3, 7, 9, 10"),
+                        (["--table", "3", "--design", "naive"], "have --design of their own"), (["--table", "3", "--dry-run"], "without --bench"), (["--seeds", "2"], "--seeds goes with"),
+                        (["--table", "3", "--depth", "5", "--quantizer", "mcq"], "--quantizer of their own"), (["--table", "10", "--depth", "5"], "multiple of the depth 5"),
+                        (["--design", "triple"], "no design 'triple'; expected one of dual"), (["--design", "quantised", "--init", str(tmp_path / "seed-0/quantised")], "leave these flags out"),
+                        (["--layers", "4", "--siglip", str(tmp_path / "seed-0/siglip")], "--layers 4"), (["--shallow-layer", "9"], "no shallow layer 9"),
+                        (["--design", "recon-deep", "--zero-shot-data", str(tmp_path)], "learns no semantics")):
+        assert words in stopped("--device", "cpu", *there, *argv), argv
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4699,11 +4774,6 @@ def test_train_mllm_takes_a_tokenizer_of_any_design(design_folders, tmp_path, mo
     else:
         assert not model.heads and not (out / "stage-3").exists()
         assert "has no decoder" in mllm_words("--tokenizer", str(design_folders[design]), "--out", str(tmp_path / "no"), "--streams-out", "unified")
-
-
-def few_steps(patch):
-    """Tokenizers of two steps."""
-    patch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], siglip_steps=2, siglip_batch=8, steps=2, batch=8))
 
 
 @pytest.mark.parametrize("name", train_mllm.tables())

@@ -50,8 +50,8 @@ from data import hub, shapes
 from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
-from rvq import CELLS, QUANTIZERS, all_reduce, histogram, usage_and_perplexity
-from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, load_weights, lower, preset_config, read_config, read_json, read_tensors, write_json
+from rvq import CELLS, all_reduce, histogram, usage_and_perplexity
+from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, split_layers, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,13 +104,13 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; its sizes, not the preset's, count")
     g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip or --backbone, whose position embeddings are interpolated for another size")
     g = p.add_argument_group("model")
-    g.add_argument("--design", default="", choices=("", *DESIGNS), metavar="NAME", help=f"{', '.join(DESIGNS)}; default: dual. tokenizer.DESIGNS says what each is")
-    g.add_argument("--quantizer", default="", choices=("", *QUANTIZERS), metavar="NAME", help="rvq (residual) or mcq (UniTok's: E in D chunks, a table each); default: rvq")
+    g.add_argument("--design", default="", metavar="NAME", help=f"{', '.join(DESIGNS)}; default: dual. tokenizer.DESIGNS says what each is")
+    g.add_argument("--quantizer", default="", metavar="NAME", help="rvq (residual) or mcq (UniTok's: E in D chunks, a table each); default: rvq")
     g.add_argument("--codebook-size", type=int, default=0, help="K of each stream; 0: the preset's")
     g.add_argument("--depth", type=int, default=0, help="D, codes of a position and stream; 0: the preset's")
     g.add_argument("--code-dim", type=int, default=0, help="E; 0: the preset's")
     g.add_argument("--layers", type=int, default=0, help="of the ViT, where it is trained here; 0: the preset's")
-    g.add_argument("--shallow-layer", type=lambda word: word if word == "quarter" else int(word), default=0, help="layer the pixel stream leaves after, or quarter: a quarter of all; 0: the preset's, a quarter except in nano and nano-64")
+    g.add_argument("--shallow-layer", type=lambda word: word if word in ("quarter", "split") else int(word), default=0, help="layer the pixel stream leaves after; quarter: a quarter of all; split: the last shallow one by the similarity of the layers; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
     g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
     g = p.add_argument_group("evaluation at the end, on all of other data")
@@ -869,28 +869,27 @@ def table_text(table: Table, rows: list[dict], made: str) -> str:
     return f"**{table.title}**; in brackets the paper's numbers, {table.source}. {made}.\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw_bars(table: Table, rows: list[dict], path: str, width: int = 560):
-    """A panel per metric: a bar for each row, whose thin line spans the seeds; to the right of it, the paper's number."""
+def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: int = 20):
+    """Two panels side by side, one per metric: a bar for each row, whose thin line spans the seeds, and in grey the paper's number."""
     names = [name for name in table.columns if any(name in row["ours"] for row in rows)]
-    label, line, top = 8 + max(round(ImageDraw.Draw(Image.new("1", (1, 1))).textlength(row["label"], font_size=12)) for row in rows), 20, 46
-    sheet = Image.new("RGB", (label + width * len(names), top + line * len(rows) + 10), "white")
+    label = 12 + max(round(ImageDraw.Draw(Image.new("1", (1, 1))).textlength(row["label"], font_size=12)) for row in rows)
+    width, height, top = label + room + 150, line * len(rows) + 44, 34
+    sheet = Image.new("RGB", (2 * width, top + height * math.ceil(len(names) / 2)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((8, 6), f"{table.title}; on the right of each panel, grey: the paper", fill="black", font_size=13)
-    for y, row in enumerate(rows):
-        draw.text((6, top + y * line + 2), row["label"], fill="black", font_size=12)
-    for x, name in enumerate(names):
-        left, room = label + x * width + 12, width - 150
+    draw.text((8, 8), f"{table.title}; grey: the paper", fill="black", font_size=14)
+    for n, name in enumerate(names):
+        left, high = n % 2 * width + label, top + n // 2 * height
         most = max(max(row["ours"][name]["values"]) for row in rows if name in row["ours"]) or 1
-        draw.text((left, top - 20), f"{table.columns[name]}, {'less' if name in table.lower else 'more'} is better", fill="black", font_size=12)
-        for y, row in enumerate(rows):
-            high, ours, paper = top + y * line, row["ours"].get(name), row["paper"].get(name)
+        at = lambda value: left + max(0.0, room * value / most)
+        draw.text((left, high), f"{table.columns[name]}, {'less' if name in table.lower else 'more'} is better", fill="black", font_size=12)
+        for row in rows:
+            high, ours, paper = high + line, row["ours"].get(name), row["paper"].get(name)
+            draw.text((left - label + 8, high), row["label"], fill="black", font_size=12)
             if ours:
-                at = lambda value: left + max(0.0, room * value / most)
-                draw.rectangle((left, high + 3, at(ours["mean"]), high + line - 5), fill=(90, 130, 210))
-                draw.line((at(min(ours["values"])), high + line // 2 - 1, at(max(ours["values"])), high + line // 2 - 1), fill="black")
-                draw.text((at(max(ours["values"])) + 5, high + 2), show(ours["mean"]), fill="black", font_size=12)
-            if paper is not None:
-                draw.text((left + room + 60, high + 2), f"{paper:g}", fill=(130, 130, 130), font_size=12)
+                draw.rectangle((left, high + 1, at(ours["mean"]), high + line - 6), fill=(90, 130, 210))
+                draw.line((at(min(ours["values"])), high + line // 2 - 3, at(max(ours["values"])), high + line // 2 - 3), fill="black")
+            draw.text((at(max(ours["values"])) + 5 if ours else left, high), show(ours["mean"]) if ours else "-", fill="black", font_size=12)
+            draw.text((left + room + 70, high), "" if paper is None else f"{paper:g}", fill=(130, 130, 130), font_size=12)
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
@@ -1464,12 +1463,12 @@ def train_one(args, siglip_folder: str = ""):
                 lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
                 gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
     changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
-    changes |= {"shallow_layer": 0} if args.shallow_layer == "quarter" else {}
+    changes |= {"shallow_layer": 0} if args.shallow_layer in ("quarter", "split") else {}
     if args.layers and (args.siglip or args.backbone or args.init):
         raise ValueError(f"--layers {args.layers} is of a ViT that is trained here, and there is one already; leave it out")
     if args.dry_run:
-        if args.init or args.backbone:
-            raise ValueError("--dry-run is of a preset's sizes, and --init and --backbone bring their own; leave them out")
+        if args.init or args.backbone or args.shallow_layer == "split":
+            raise ValueError("--dry-run is of a preset's sizes, and --init, --backbone and --shallow-layer split bring their own; leave them out")
         config = preset_config(args.preset, args.image_size, args.layers, **changes)
         config.text.vocab_size = config.text.vocab_size if args.siglip else BYTES
         with fake():
@@ -1531,6 +1530,10 @@ def train_one(args, siglip_folder: str = ""):
         siglip, args.siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder), siglip_folder        # for the record, where it is not beside the tokenizer
 
     # ---- stage 2: the tokenizer
+    if args.shallow_layer == "split":
+        alike = layer_similarity(siglip.vision_model.to(ranks.device), next(iter(data.validation(256)))[0])
+        config = replace(config, shallow_layer=split_layers(all_reduce(alike) / ranks.count)[0])
+        ranks.say(f"the pixel stream leaves after layer {config.shallow_layer} of {config.vision.num_hidden_layers}, where the shallow layers end")
     if not args.vgg:
         ranks.say("the perceptual term is off: it needs --vgg and --lpips")
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
