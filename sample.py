@@ -120,7 +120,7 @@ def pictures_for(args, size: int, least: int, device, most: int = 256, **world) 
     there = len(data) if args.images else max(args.n, most)
     n = args.n or min(there, most)
     if not least <= n <= there:
-        raise ValueError(f"--figure {args.figure} takes at least {least} pictures, and all of --n; got {n}, of {there} in {source}")
+        raise ValueError(f"--figure {args.figure} needs {max(least, args.n)} pictures, got {min(n, there)} of {source}; add pictures, or change --n")
     if not args.images:
         return data.batch(range(n), device)[0], data.scenes(range(n)), f"{n} scenes of the {source} built-in world"
     images, _, broken = zip(*(data.sample(i * there // n) for i in range(n)))
@@ -270,7 +270,7 @@ def features_of(tokenizer: DualTokenizer, images: Tensor) -> dict[str, Tensor]:
     def sources(part):      # TODO sources
         shallow = vit.run(vit.embeddings(part), 1, c.shallow_layer)
         return {"shallow": vit.patches(shallow), "deep": vit.patches(vit.run(shallow, c.shallow_layer + 1, c.deep_layer))}
-    parts = [{name: x.float().mean(1).cpu() for name, x in getattr(tokenizer, "sources", sources)(part).items()} for part in images.split(16)]
+    parts = [{name: x.float().mean(1).cpu().double() for name, x in getattr(tokenizer, "sources", sources)(part).items()} for part in images.split(16)]
     return {f"{name} layer {vars(c)[f'{name}_layer']}" if f"{name}_layer" in vars(c) else name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -351,7 +351,7 @@ def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int
         spread = torch.cat([x - centre for x, centre in zip(sets.values(), centres)]).norm(dim=1).mean()
         draw.rectangle((left, top, left + side, top + side), outline="gray")
         for x, y, pen in ((x, y, pen) for part, pen in zip(parts, PENS) for x, y in part.tolist()):
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=pen)
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=pen)
         for n, (name, part, pen) in enumerate(zip(sets, parts, PENS)):      # one name above its dots, the next below
             at = part[:, 0].mean().clamp(left + 60, left + side - 60).item(), (part[:, 1].amax() + 10 if n % 2 else part[:, 1].amin() - 10).item()
             draw.text(at, name, fill=pen, font_size=14, anchor="mm", stroke_width=3, stroke_fill="white")
@@ -359,7 +359,7 @@ def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int
         words = f"\ndistance of the means: {(centres[0] - centres[-1]).norm() / spread:.2f} spreads (below 1: they overlap)"
         draw.text((left, 0), f"tokenizer {folder}" + words * (len(sets) > 1), fill="black", font_size=13)
     return "Do pixels and semantics lie in one space?", f"Principal components of the features that feed the streams, averaged over positions; dots: {where}. " \
-        "A spread is the mean distance from the mean of the own set."
+        "A spread is the mean distance from the mean of its set."
 
 
 def telling_codes(codes: Tensor, k: int, pictures: int) -> tuple[list[int], list[int]]:
@@ -384,7 +384,7 @@ def boxed(picture: Image.Image, codes: list[int], patch: float, pens: dict[int, 
     for n, code in enumerate(codes):
         x, y = n % grid * patch, n // grid * patch
         for edge, pen in ((0, "white"), (1, pens[code])) if code in pens else ():
-            draw.rectangle((x + edge, y + edge, x + patch - 1 - edge, y + patch - 1 - edge), outline=pen, width=max(1, round(patch / 12)))
+            draw.rectangle((x + edge, y + edge, x + patch - 1 - edge, y + patch - 1 - edge), outline=pen, width=max(2, round(patch / 12)))
     return picture
 
 
