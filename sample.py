@@ -6,6 +6,7 @@
     python sample.py --eval                                                     # the table of metrics, and painted samples of every skill
     python sample.py --reconstruct cat.jpg dog.png                              # original | reconstruction from pixel codes, PSNR and SSIM
     python sample.py --reconstruct                                              # without a path: eight validation scenes of the built-in world
+    python sample.py --figure layers                                            # the papers' figures; or clusters, features, codes, depth; --images FOLDER
     python sample.py --paint-file prompts.txt --out out/painted                 # one prompt a line -> 00000.png, ...; again: what is missing
     python sample.py --answer-file questions.jsonl                              # lines {"image": path, "question": words} -> the same with "answer"
     python sample.py --fd out/painted photos                                    # Frechet distance between two folders of pictures
@@ -17,17 +18,21 @@ import argparse
 import json
 import os
 import re
+import textwrap
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
-from data import shapes
+from data import hub, shapes
 from data.images import ImageData, centre_crop, decode
 from losses import Moments, frechet_distance, psnr, ssim
 from mllm import DualMLLM, code_tables
 from rvq import all_reduce
-from tokenizer import DualTokenizer, read_config, read_json, write_json
+from tokenizer import DualTokenizer, SigLIP, layer_similarity, read_config, read_json, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate
 from train_mllm import flags as train_flags
 from train_tokenizer import VALIDATION_SEED, Ranks, digest, read_lines, report, run, save_grid, to_picture
@@ -44,12 +49,16 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--paint-file", metavar="FILE", help="texts to paint, one a line, each picture in a file of its own")
     p.add_argument("--answer-file", metavar="FILE", help='questions, as JSON lines {"image": path, "question": words}; answers go to --out/answers.jsonl')
     p.add_argument("--fd", nargs=2, metavar="FOLDER", help="two folders of pictures to compare: Frechet distance in the tokenizer's ViT, or in --inception")
+    p.add_argument("--figure", choices=("layers", "clusters", "features", "codes", "depth"), help="drawn to OUT/figure-NAME.png")
+    p.add_argument("--images", default="", metavar="FOLDER", help="for --figure: pictures to draw it from")
+    p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT to look into; default: the tokenizer's teacher, else its own ViT")
+    p.add_argument("--other", default="", metavar="FOLDER", help="for --figure features: a second tokenizer to compare with")
     p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID (a program, so from a source you trust)")
     p.add_argument("--batch-size", type=int, default=16, help="pictures at a time, for --paint-file, --answer-file and --fd")
     p.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
     p.add_argument("--mllm", default="out/mllm", help="run folder of train_mllm.py, or of one of its stages")
     p.add_argument("--out", default="out/samples", help="folder for pictures")
-    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), or scenes to reconstruct (0: eight)")
+    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), or pictures behind a figure (0: up to 256)")
     p.add_argument("--eval-images", type=int, default=1024, help="size of the evaluation, as in training")
     p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; 1: as trained, and twice as fast")
     p.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of sampling; 0: always the likeliest code")
@@ -58,13 +67,17 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next have the next seeds")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = p.parse_args(argv)
-    wishes = [name.replace("_", "-") for name in ("paint", "ask", "edit", "reconstruct", "paint_file", "answer_file", "fd") if getattr(args, name) is not None] + ["eval"] * args.eval
+    names = ("paint", "ask", "edit", "reconstruct", "figure", "paint_file", "answer_file", "fd")
+    wishes = [name.replace("_", "-") for name in names if getattr(args, name) is not None] + ["eval"] * args.eval
     if len(wishes) != 1:
-        p.error(f"expected one of --paint, --ask, --edit, --eval, --reconstruct, --paint-file, --answer-file, --fd, got {', '.join('--' + w for w in wishes) or 'none'}")
+        p.error(f"expected one of --eval, --{', --'.join(names).replace('_', '-')}, got {', '.join('--' + w for w in wishes) or 'none'}")
     if wishes[0] in ("ask", "edit") and not args.image:
         p.error(f"--{wishes[0]} is about an image, and there is none; add --image IMAGE")
     if args.image and wishes[0] not in ("ask", "edit"):
         p.error(f"--image goes with --ask or --edit, not with --{wishes[0]}")
+    for flag, only in (("images", ""), ("siglip", "layers"), ("other", "features")):
+        if getattr(args, flag) and (wishes[0] != "figure" or only not in ("", args.figure)):
+            p.error(f"--{flag} goes with --figure {only or 'alone'}, not with --{wishes[0]} {args.figure or ''}")
     if args.inception and wishes[0] != "fd":
         p.error(f"--inception goes with --fd, not with --{wishes[0]}")
     if args.batch_size < 1:
@@ -98,6 +111,23 @@ def slug(words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:60] or "nothing"
 
 
+def pictures_for(args, size: int, least: int, device, most: int = 256, **world) -> tuple[Tensor, shapes.Scenes | None, str]:
+    """-> --n images (B, 3, size, size), by default at most so many, spread evenly over --images; or else validation scenes of the world that the tokenizer was trained
+    on, by default the plain one, and these scenes; and what they are, in words."""
+    trained = read_config(args.tokenizer).get("data")
+    source = args.images or (trained if trained in shapes.DIFFICULTIES else "plain")
+    data = ImageData(source, size, train=False) if args.images else shapes.World(source, size, VALIDATION_SEED, "val", **world)
+    there = len(data) if args.images else max(args.n, most)
+    n = args.n or min(there, most)
+    if not least <= n <= there:
+        raise ValueError(f"--figure {args.figure} needs {max(least, args.n)} pictures, got {min(n, there)} of {source}; add pictures, or change --n")
+    if not args.images:
+        return data.batch(range(n), device)[0], data.scenes(range(n)), f"{n} scenes of the {source} built-in world"
+    images, _, broken = zip(*(data.sample(i * there // n) for i in range(n)))
+    print("".join(f"  {report}\n" for report in dict.fromkeys(data.broken + sum(broken, []))), end="")
+    return torch.stack(images).to(device).float() / 127.5 - 1, None, f"{n} pictures of {source}"
+
+
 @torch.no_grad()
 def reconstruct(args, tokenizer: DualTokenizer, device):
     """Original and reconstruction side by side, one PNG per image."""
@@ -105,9 +135,7 @@ def reconstruct(args, tokenizer: DualTokenizer, device):
     if args.reconstruct:
         images, names = read_images(args.reconstruct, size).to(device), numbered([stem(path) for path in args.reconstruct])
     else:
-        source = read_config(args.tokenizer).get("data")       # what it was trained on
-        difficulty = source if source in shapes.DIFFICULTIES else "plain"
-        images, names = shapes.World(difficulty, size, VALIDATION_SEED, "val").batch(range(n), device)[0], [f"scene-{i}" for i in range(n)]
+        images, names = pictures_for(args, size, 1, device, most=8)[0], [f"scene-{i}" for i in range(n)]
     rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in images.split(16)])
     for i, name in enumerate(names):
         pair, path = slice(i, i + 1), os.path.join(args.out, f"{name}-reconstruction.png")
@@ -229,12 +257,190 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
     ranks.say(f"Frechet distance {frechet_distance(*sides):.4f} in {args.inception or 'the ViT of ' + args.tokenizer}, {int(sides[0].count)} and {int(sides[1].count)} pictures, {len(broken)} broken")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# figures of the papers: each function draws on a sheet and returns a title and a sentence, which `figure` writes above it
+
+PENS = ["#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#00a6a6"]
+
+
+def features_of(tokenizer: DualTokenizer, images: Tensor) -> dict[str, Tensor]:
+    """What feeds the streams, averaged over positions: (B, C), by name and layer."""
+    c, vit = tokenizer.config, tokenizer.siglip_model.vision_model
+
+    def sources(part):      # TODO sources
+        shallow = vit.run(vit.embeddings(part), 1, c.shallow_layer)
+        return {"shallow": vit.patches(shallow), "deep": vit.patches(vit.run(shallow, c.shallow_layer + 1, c.deep_layer))}
+    parts = [{name: x.float().mean(1).cpu().double() for name, x in getattr(tokenizer, "sources", sources)(part).items()} for part in images.split(16)]
+    return {f"{name} layer {vars(c)[f'{name}_layer']}" if f"{name}_layer" in vars(c) else name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def decode_first(tokenizer: DualTokenizer, codes: Tensor, d: int) -> Tensor:
+    """Images from the first d pixel codes of each position, of codes (B, N, S, D)."""
+    return tokenizer._decode(tokenizer.quantizer_pix.vectors(codes[:, :, 0])[..., :d, :].sum(-2)).clamp(-1, 1)
+
+
+def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
+    """DualToken, Fig. 3 left and Fig. 7."""
+    teachers = os.path.join(args.tokenizer, "siglip"), read_config(args.tokenizer).get("teacher", "")
+    name = hub.folder(args.siglip) or next(filter(os.path.isdir, teachers), "")
+    vit = SigLIP.from_pretrained(name).vision_model.eval().to(device) if name else tokenizer.siglip_model.vision_model
+    images, _, where = pictures_for(args, vit.config.image_size, 1, device)
+    similarity = layer_similarity(vit, images).cpu()
+    (shallow, middle), layers, low = split_layers(similarity), len(similarity), similarity.min().item()
+    cell, left, colours = max(18, 480 // layers), 120, lambda grey: ImageOps.colorize(grey, "#440154", "#fde725", "#21918c")
+    side, shades = cell * layers, ((similarity - low) / max(1 - low, 1e-6) * 255).clamp(0, 255).byte()
+    sheet.paste(colours(Image.fromarray(shades.numpy())).resize((side, side), Image.Resampling.NEAREST), (left, 0))
+    sheet.paste(colours(Image.linear_gradient("L").resize((18, side)).rotate(180)), (left + side + 24, 0))
+    for n in range(6):
+        draw.text((left + side + 48, 6 + (side - 12) * n / 5), f"{1 - n / 5 * (1 - low):.2f}", fill="black", font_size=11, anchor="lm")
+    for i, row in enumerate(similarity.tolist()):
+        at = (i + 0.5) * cell
+        draw.text((left - 6, at), str(i + 1), fill="black", font_size=11, anchor="rm")
+        draw.text((left + at, side + 6), str(i + 1), fill="black", font_size=11, anchor="mt")
+        for j, value in enumerate(row if cell >= 40 else []):
+            draw.text((left + (j + 0.5) * cell, at), f"{value:.2f}", fill="black" if value > (1 + low) / 2 else "white", font_size=12, anchor="mm")
+    draw.text((left + side / 2, side + 24), "layer of the ViT, counted from 1", fill="black", font_size=12, anchor="mt")
+    for part, first, last in (("shallow", 0, shallow), ("middle", shallow, middle), ("deep", middle, layers)):
+        draw.rectangle((left + first * cell, first * cell, left + last * cell - 1, last * cell - 1), outline="red", width=3)
+        draw.text((left - 26, (first + last) / 2 * cell), f"{part}\n{first + 1} to {last}", fill="red", font_size=13, anchor="rm", align="right")
+    return "How alike are the layers?", f"Cosine similarity of the layers' features, each averaged over positions; mean over {where}. ViT: " \
+        f"{name or args.tokenizer + ', as the tokenizer trained it, since its teacher is not there'}. Red: the split that is found."
+
+
+def kmeans(x: Tensor, k: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
+    """Rows of x (B, C) -> each one's cluster (B,), the largest first, and distance to its centre (B,). Begins with always the row furthest from those before."""
+    centres = x[:1]
+    while len(centres) < k:
+        centres = torch.cat([centres, x[torch.cdist(x, centres).amin(1).argmax()][None]])
+    for _ in range(rounds):
+        member = F.one_hot(torch.cdist(x, centres).argmin(1), k).to(x).T                        # (k, B)
+        centres = torch.where(member.any(1, keepdim=True), member @ x / member.sum(1, keepdim=True).clamp(min=1), centres)
+    distance, cluster = torch.cdist(x, centres).min(1)
+    return torch.bincount(cluster, minlength=k).argsort(descending=True).argsort()[cluster], distance
+
+
+def draw_clusters(sheet, draw, args, tokenizer: DualTokenizer, device, clusters: int = 8, shown: int = 6, cell: int = 64):
+    """DualToken, Fig. 3 right and Fig. 8. What clusters follow: the share of pictures that are of their cluster's commonest kind; chance: with the kinds shuffled."""
+    images, scenes, where = pictures_for(args, tokenizer.config.vision.image_size, clusters, device, single=1.0)
+    thumbs, step, mixed = to_picture(images), cell + 3, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    kinds = {"colour": scenes.colour[:, 0], "shape": scenes.shape[:, 0], "ground": scenes.look[:, 1]} if scenes else {}
+    for half, (name, x) in enumerate(features_of(tokenizer, images).items()):
+        left, (cluster, distance) = 10 + half * (110 + shown * step), kmeans(x, clusters)
+        purity = lambda kind: (F.one_hot(cluster).T @ F.one_hot(kind)).amax(1).sum().item() / len(kind)
+        told = ", ".join(f"{kind} {purity(x):.0%} (chance {purity(x[mixed]):.0%})" for kind, x in kinds.items())
+        draw.text((left, 4), f"FEATURES OF THE {name.upper()}\n" + f"Pictures that agree with most of their cluster in\n{told}" * bool(kinds), fill="black", font_size=13)
+        for k in range(clusters):
+            members, y = (cluster == k).nonzero()[:, 0], 66 + k * step
+            draw.text((left, y + cell / 2), f"cluster {k + 1}\n{len(members)} pictures", fill="black", font_size=12, anchor="lm")
+            for n, i in enumerate(members[distance[members].argsort()][:shown].tolist()):
+                sheet.paste(thumbs[i].resize((cell, cell), Image.Resampling.BOX), (left + 76 + n * step, y))
+    return "What do shallow and deep features tell apart?", f"k-means of features averaged over positions, of {where}. A row: the pictures nearest to a cluster's centre."
+
+
+def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int = 400, top: int = 40):
+    """DualToken, Fig. 6, with principal components in place of UMAP."""
+    tokenizers = [(args.tokenizer, tokenizer)] + ([(args.other, DualTokenizer.from_pretrained(args.other).to(device))] if args.other else [])
+    for panel, (folder, model) in enumerate(tokenizers):
+        images, _, where = pictures_for(args, model.config.vision.image_size, 3, device)
+        sets, left = features_of(model, images), 20 + panel * (side + 20)
+        sets = {name: F.adaptive_avg_pool1d(x, min(x.shape[1] for x in sets.values())) for name, x in sets.items()}
+        everything, centres = torch.cat(list(sets.values())), [x.mean(0) for x in sets.values()]
+        u, s, _ = torch.linalg.svd(everything - everything.mean(0), full_matrices=False)
+        xy, share = u[:, :2] * s[:2] * torch.tensor([1.0, -1.0]), s.square() / s.square().sum()
+        parts = (torch.tensor([left, top]) + side / 2 + xy / xy.abs().amax() * 0.44 * side).split(len(images))                 # one scale on both axes
+        spread = torch.cat([x - centre for x, centre in zip(sets.values(), centres)]).norm(dim=1).mean()
+        draw.rectangle((left, top, left + side, top + side), outline="gray")
+        for x, y, pen in ((x, y, pen) for part, pen in zip(parts, PENS) for x, y in part.tolist()):
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=pen)
+        for n, (name, part, pen) in enumerate(zip(sets, parts, PENS)):      # one name above its dots, the next below
+            at = part[:, 0].mean().clamp(left + 60, left + side - 60).item(), (part[:, 1].amax() + 10 if n % 2 else part[:, 1].amin() - 10).item()
+            draw.text(at, name, fill=pen, font_size=14, anchor="mm", stroke_width=3, stroke_fill="white")
+        draw.text((left, top + side + 6), f"to the right: first component, {share[0]:.0%} of the variance; up: second, {share[1]:.0%}", fill="black", font_size=13)
+        words = f"\ndistance of the means: {(centres[0] - centres[-1]).norm() / spread:.2f} spreads (below 1: they overlap)"
+        draw.text((left, 0), f"tokenizer {folder}" + words * (len(sets) > 1), fill="black", font_size=13)
+    return "Do pixels and semantics lie in one space?", f"Principal components of the features that feed the streams, averaged over positions; dots: {where}. " \
+        "A spread is the mean distance from the mean of its set."
+
+
+def telling_codes(codes: Tensor, k: int, pictures: int) -> tuple[list[int], list[int]]:
+    """Codes (B, N), one a position -> at most k codes that mark things, and the pictures that show them best. A thing is elsewhere in each picture, and all in one
+    place: the variance of the code's mean position between pictures, less that of its positions within one, is large. Of a ground, or a corner, it is not."""
+    grid, found = round(codes.shape[1] ** 0.5), codes.unique()
+    place, scores = torch.cartesian_prod(*[torch.arange(grid) / grid] * 2), []                  # (N, 2)
+    for code in found:
+        member = (codes[(codes == code).any(1)] == code).float()                                # (pictures that have it, N)
+        member /= member.sum(1, keepdim=True)
+        mean = member @ place
+        within = (member @ place.square() - mean.square()).mean(0)
+        scores.append((mean.var(0, correction=0) - within).sum().item() if len(member) >= max(2, len(codes) // 20) else -9.0)
+    chosen = found[torch.tensor(scores).topk(min(k, len(found))).indices]
+    has = (codes[..., None] == chosen).any(1).float()                                           # (B, k)
+    return chosen.tolist(), (has / has.sum(0)).sum(1).topk(min(pictures, len(codes))).indices.tolist()
+
+
+def boxed(picture: Image.Image, codes: list[int], patch: float, pens: dict[int, str]) -> Image.Image:
+    """The picture with a box, edged with white, just inside each patch whose code has a pen. patch: its side in pixels."""
+    draw, grid = ImageDraw.Draw(picture), round(len(codes) ** 0.5)
+    for n, code in enumerate(codes):
+        x, y = n % grid * patch, n // grid * patch
+        for edge, pen in ((0, "white"), (1, pens[code])) if code in pens else ():
+            draw.rectangle((x + edge, y + edge, x + patch - 1 - edge, y + patch - 1 - edge), outline=pen, width=max(2, round(patch / 12)))
+    return picture
+
+
+def draw_codes(sheet, draw, args, tokenizer: DualTokenizer, device, columns: int = 4, shown: int = 8):
+    """MUSE-VL, Fig. 5."""
+    images, _, where = pictures_for(args, tokenizer.config.vision.image_size, 2, device, single=0.0)
+    codes, c = torch.cat([tokenizer.encode(part)[:, :, -1, 0].cpu() for part in images.split(16)]), tokenizer.config.vision
+    chosen, order = telling_codes(codes, len(PENS), shown)
+    cell, pens = max(224, 12 * c.grid), dict(zip(chosen, PENS))
+    for n, (i, picture) in enumerate(zip(order, to_picture(images[order]))):
+        left, top = 8 + n % columns * (cell + 8), n // columns * (cell + 60)
+        sheet.paste(boxed(picture.resize((cell, cell), Image.Resampling.BOX), codes[i].tolist(), c.patch_size * cell / c.image_size, pens), (left, top))
+        for m, code in enumerate(code for code in chosen if code in codes[i]):
+            draw.text((left + m % 2 * cell // 2, top + cell + 4 + m // 2 * 17), f"code {code}: {(codes[i] == code).sum()} x", fill=pens[code], font_size=14)
+    return "What do semantic codes mark?", "Boxes of one colour: patches with the same semantic code (the first of their position); below, how often each is there. " \
+        f"Of {where}, those codes whose place differs most between pictures and least within one."
+
+
+def draw_depth(sheet, draw, args, tokenizer: DualTokenizer, device, shown: int = 6, cell: int = 112):
+    """What each further pixel code of a position adds."""
+    images, _, where = pictures_for(args, tokenizer.config.vision.image_size, 1, device)
+    codes, columns = torch.cat([tokenizer.encode(part) for part in images.split(16)]), [("original", images)]
+    for d in range(1, codes.shape[-1] + 1):
+        rebuilt = torch.cat([decode_first(tokenizer, part, d) for part in codes.split(16)])
+        columns.append((f"{d} code{'s' * (d > 1)}\n{psnr(rebuilt, images).mean().item():.2f} dB", rebuilt))
+    for left, (title, column) in zip(range(10, 10_000, cell + 4), columns):
+        draw.text((left + cell / 2, 36), title, fill="black", font_size=14, anchor="md", align="center")
+        for n, picture in enumerate(to_picture(column[:shown])):
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.BOX), (left, 42 + n * (cell + 4)))
+    return "What does each pixel code add?", f"Pictures decoded from the first codes of each position; above them, the mean PSNR over {where}."
+
+
+@torch.no_grad()
+def figure(args, tokenizer: DualTokenizer, device):
+    sheet = Image.new("RGB", (3000, 3000), "white")
+    draws = {"layers": draw_layers, "clusters": draw_clusters, "features": draw_features, "codes": draw_codes, "depth": draw_depth}
+    title, words = draws[args.figure](sheet, ImageDraw.Draw(sheet), args, tokenizer, device)
+    _, _, width, height = ImageOps.invert(sheet).getbbox()      # what was drawn on
+    lines = textwrap.wrap(words.encode("ascii", "replace").decode(), width // 6)
+    sheet = ImageOps.expand(sheet.crop((0, 0, width + 10, height + 10)), (0, 40 + 16 * len(lines), 0, 0), "white")
+    ImageDraw.Draw(sheet).text((10, 6), title, fill="black", font_size=20)
+    ImageDraw.Draw(sheet).text((10, 32), "\n".join(lines), fill="#444444", font_size=12, spacing=2)
+    path = os.path.join(args.out, f"figure-{args.figure}.png")
+    os.makedirs(args.out, exist_ok=True)
+    sheet.save(path)
+    print(path)
+
+
 def main(argv=None):
     args = flags(argv)
     ranks = Ranks(args.device)
     tokenizer = DualTokenizer.from_pretrained(args.tokenizer).to(ranks.device)
     if args.reconstruct is not None:
         return reconstruct(args, tokenizer, ranks.device)
+    if args.figure:
+        return figure(args, tokenizer, ranks.device)
     if args.fd:
         return fd(args, tokenizer, ranks)
     model = DualMLLM.from_pretrained(args.mllm).to(ranks.device)

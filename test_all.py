@@ -49,7 +49,8 @@ from losses import (Discriminator, Moments, Weights, adaptive_weight, discrimina
                     tokenizer_losses, weighted)
 from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import QUANTIZERS, histogram, usage_and_perplexity
-from tokenizer import ACTIVATIONS, DESIGNS, DualTokenizer, Projection, SigLIP, TextConfig, TextVocabulary, TokenizerConfig, VisionConfig, load_weights, preset_config, read_towers
+from tokenizer import (ACTIVATIONS, DESIGNS, DualTokenizer, Projection, SigLIP, TextConfig, TextVocabulary, TokenizerConfig, VisionConfig, VisionTower, layer_similarity,
+                       load_weights, preset_config, read_towers, split_layers)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("NANODUALTOKEN_SHARED", "/nowhere")
@@ -1779,6 +1780,7 @@ def test_tokenizer_timm_adapter_gives_states_and_pooled(timm_stand_in):
         for n in range(1, 5):
             torch.testing.assert_close(vit.run(vit.embeddings(x), 1, n), states[n - 1], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(vit(x), (states[2][:, 2:], pooled), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer_similarity(vit, x)[0, 3], F.cosine_similarity(*(states[n][:, 2:].mean(1) for n in (0, 3))).mean(), atol=1e-4, rtol=1e-4)
         patches = torch.randn(2, 16, 64)
         assert torch.equal(vit.reset(patches)[:, 2:], patches) and torch.allclose(vit.reset(patches)[:, :2], patches.mean(1, keepdim=True).expand(-1, 2, -1))
     assert (vit.config.grid, vit.config.num_hidden_layers, vit.config.hidden_size) == (4, 4, 64)
@@ -1835,6 +1837,32 @@ def test_tokenizer_shape_errors_are_sentences(tokenizer):
                   lambda: tokenizer.decode(torch.full((1, 64, 2, 4), 999))):
         with pytest.raises(ValueError, match="expected"):
             wrong()
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_tokenizer_layer_similarity_is_equation_8(prefix):
+    vit = randomised(VisionTower(VisionConfig(32, 48, 4, 2, image_size=32, patch_size=8, class_token=bool(prefix), projection_dim=16))).eval()
+    images, rows = World("plain", 32).batch(range(18))[0], []
+    with torch.no_grad():
+        for image in images:
+            features = np.stack([vit.run(vit.embeddings(image[None]), 1, n)[0, prefix:].double().numpy().mean(0) for n in range(1, 5)])
+            features /= np.linalg.norm(features, axis=1, keepdims=True)
+            rows.append(features @ features.T)
+    found = layer_similarity(vit, images).numpy()
+    assert np.abs(found - np.mean(rows, 0)).max() < 1e-5 and found[np.triu_indices(4, 1)].max() < 0.99
+
+
+def test_tokenizer_layer_split_finds_the_blocks():
+    for sizes in ((7, 10, 10), (2, 2, 2), (4, 3, 13), (15, 4, 5), (2, 20, 18)):
+        part = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+        noise = 0.2 * torch.rand(len(part), len(part), generator=torch.Generator().manual_seed(0))
+        assert split_layers(0.8 - 0.25 * (part[:, None] - part).abs() + noise) == (sizes[0], sizes[0] + sizes[1])
+    fading = 1 - (torch.arange(27.0)[:, None] - torch.arange(27)).abs() / 27
+    assert split_layers(fading) == (9, 18) and split_layers(torch.rand(3, 3)) == (1, 2)     # without blocks: thirds, no single layers
+    fading[-1] = fading[:, -1] = 0.1        # nor one for a last layer that is unlike all others
+    assert split_layers(fading) == (8, 17)
+    with pytest.raises(ValueError, match="2 layers cannot be split"):
+        split_layers(torch.eye(2))
 
 
 # --- text
@@ -2903,6 +2931,99 @@ def test_sample_bad_input_ends_in_a_sentence(run_folder, tmp_path):
     assert "expected the path of an image" in sample_words("--reconstruct", str(tmp_path / "missing.png"), *there)
     assert "broken.png: cannot be read as an image" in sample_words("--reconstruct", str(tmp_path / "broken.png"), *there)
     assert "no model in" in sample_words("--reconstruct", "--tokenizer", str(tmp_path / "nowhere"))
+
+
+@pytest.fixture
+def drawn(run_folder, tmp_path, monkeypatch, capsys):
+    words, text = [], sample.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(sample.ImageDraw.ImageDraw, "text", lambda self, xy, string, *a, **k: (words.append(string), text(self, xy, string, *a, **k)))
+
+    def draw(name, *more, folder=run_folder):
+        words.clear()
+        sample.main(["--figure", name, "--tokenizer", str(folder), "--out", str(tmp_path), "--device", "cpu", *more])
+        assert capsys.readouterr().out.split()[-1] == str(tmp_path / f"figure-{name}.png")
+        return words
+    draw.world = World("plain", 32, train_tokenizer.VALIDATION_SEED, "val")
+    return draw
+
+
+def test_sample_figure_layers_shows_the_teacher(run_folder, tokenizer, tmp_path, drawn):
+    words = drawn("layers", "--n", "20")
+    similarity = layer_similarity(SigLIP.from_pretrained(run_folder / "siglip").vision_model, drawn.world.batch(range(20))[0])
+    (a, b), name = split_layers(similarity), str(run_folder / "siglip")
+    assert [w for w in words if re.fullmatch(r"\d\.\d\d", w)][6:] == [f"{x:.2f}" for x in similarity.flatten().tolist()]
+    assert {f"shallow\n1 to {a}", f"middle\n{a + 1} to {b}", f"deep\n{b + 1} to 6"} <= set(words) and "ViT: " + name in words[-1].replace("\n", " ")
+    for teacher, more, shown in ((name, [], name), ("gone", [], "as the tokenizer trained it"), ("gone", ["--siglip", name], name)):
+        tokenizer.save_pretrained(tmp_path / "alone", teacher=teacher)
+        assert shown in drawn("layers", "--n", "2", *more, folder=tmp_path / "alone")[-1].replace("\n", " ")
+
+
+def test_sample_figure_clusters_are_blobs_and_say_what_they_follow(drawn, monkeypatch):
+    truth, rng = torch.arange(4).repeat_interleave(torch.tensor([30, 20, 9, 1])), torch.Generator().manual_seed(0)
+    x, order = 10 * torch.tensor([[0.0, 0], [1, 0], [0, 1], [2, 2]])[truth] + torch.randn(60, 2, generator=rng).double(), torch.randperm(60, generator=rng)
+    cluster, distance = sample.kmeans(x[order], 4)
+    assert torch.equal(cluster, truth[order])       # the largest comes first
+    assert torch.allclose(distance, (x - torch.stack([x[truth == k].mean(0) for k in range(4)])[truth]).norm(dim=1)[order], atol=1e-4)
+    scenes = World("plain", 32, train_tokenizer.VALIDATION_SEED, "val", single=1.0).scenes(range(64))
+    monkeypatch.setattr(sample, "features_of", lambda tokenizer, images: {"shallow": torch.eye(4)[scenes.colour[:, 0]], "deep": torch.eye(8)[scenes.look[:, 1]]})
+    (colour, _, shape, *_), (*rest, ground, chance) = ([int(x) for x in re.findall(r"(\d+)%", w)] for w in drawn("clusters", "--n", "64") if "chance" in w)
+    assert colour == ground == 100 > max(shape, chance, *rest)
+
+
+def test_sample_figure_features_of_any_width_say_how_far_apart(run_folder, drawn, tmp_path, monkeypatch):
+    x, y = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    sets = iter([{"encoder": x, "teacher": y}, {"encoder": x, "teacher": x + torch.eye(8)[0] * 100}])
+    monkeypatch.setattr(sample, "features_of", lambda tokenizer, images: next(sets))
+    words = drawn("features", "--n", "40", "--other", str(run_folder))
+    near, far = (float(re.search(r"means: ([\d.]+) spreads", w)[1]) for w in words if "spreads" in w)
+    assert near < 0.5 and abs(far - 100 / (x - x.mean(0)).norm(dim=1).mean()) < 0.01 and sum("first component, 100%" in w for w in words) == 1
+    assert words.count("encoder") == words.count("teacher") == 2 and Image.open(tmp_path / "figure-features.png").width > 800
+
+
+def test_sample_figure_codes_mark_things_in_colours_of_their_own():
+    codes = torch.zeros(60, 64, dtype=torch.int64)
+    for i in range(60):
+        codes[i, i * 7 % 48 + torch.tensor([0, 1, 8, 9])] = 1
+    codes[:, 63], codes[0, 5], codes[1, 50] = 2, 3, 3       # in the corner of all; rare
+    assert sample.telling_codes(codes, 3, 5)[0] == [1, 2, 0]
+    assert sample.telling_codes(torch.where(torch.arange(60)[:, None] == 7, codes, 0), 2, 1)[1] == [7]
+    codes, pens = [5, 7, 7, 1, 5, 9, 1, 1, 7], {5: "#ff0000", 7: "#00ff00", 1: "#0000ff"}
+    picture = np.asarray(sample.boxed(Image.new("RGB", (90, 90), "black"), codes, 30, pens))
+    for n, code in enumerate(codes):
+        box = picture[n // 3 * 30:n // 3 * 30 + 30, n % 3 * 30:n % 3 * 30 + 30]
+        colours = {"#%02x%02x%02x" % tuple(pixel) for pixel in box.reshape(-1, 3)}
+        assert colours == ({"#000000", "#ffffff", pens[code]} if code in pens else {"#000000"}) and not box[8:22, 8:22].any()
+
+
+def test_sample_figure_depth_ends_at_the_reconstruction(run_folder, drawn):
+    model, images = DualTokenizer.from_pretrained(run_folder), drawn.world.batch(range(20))[0]
+    with torch.no_grad():
+        codes = model.encode(images)
+        steps, first = [sample.decode_first(model, codes, d) for d in range(1, 5)], model.quantizer_pix.codebook[0][codes[:, :, 0, 0]]
+        assert torch.allclose(steps[0], model._decode(first).clamp(-1, 1), atol=1e-5) and torch.allclose(steps[3], model.decode(codes), atol=1e-5)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(steps, steps[1:])) and f"4 codes\n{psnr(steps[3], images).mean().item():.2f} dB" in drawn("depth", "--n", "20")
+
+
+def test_sample_figure_of_a_folder(tmp_path, drawn):
+    for i in range(9):
+        flat(20 * i, 40).save(tmp_path / f"{i}.png")
+    for name in ("layers", "clusters", "features", "codes", "depth"):
+        words = " ".join(drawn(name, "--images", str(tmp_path))).replace("\n", " ")
+        assert min(Image.open(tmp_path / f"figure-{name}.png").size) > 300 and "9 pictures of" in words and "chance" not in words
+        os.remove(tmp_path / f"figure-{name}.png")
+
+
+def test_sample_figure_bad_input_ends_in_a_sentence(run_folder, tmp_path, capsys):
+    (tmp_path / "none").mkdir(), flat(40, 20).save(tmp_path / "one.png")
+    here, there = f"--images {tmp_path}", ["--tokenizer", str(run_folder), "--out", str(tmp_path / "out")]
+    for argv, words in (("clusters " + here, "needs 8 pictures, got 1"), (f"depth {here} --n 3", "needs 3 pictures, got 1"), ("codes --n 1", "needs 2 pictures, got 1"),
+                        (f"layers {here}/none", "no images in"), ("layers --siglip none", "no model in"), ("features --other none", "no model in")):
+        assert words in sample_words("--figure", *argv.split(), *there), argv
+    for argv, words in (("--figure cats", "invalid choice"), ("--reconstruct --images x", "--images goes with --figure"), ("--fd x y --siglip x", "--siglip goes"),
+                        ("--figure depth --siglip x", "--siglip goes with --figure layers"), ("--figure layers --other x", "--other goes with --figure features")):
+        capsys.readouterr()
+        assert sample_words(*argv.split(), *there) == "2" and words in capsys.readouterr().err.splitlines()[-1], argv
+    assert not os.path.exists(tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

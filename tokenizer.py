@@ -21,6 +21,7 @@ Letters: B batch, N image positions, C width, E code dimension, D depth, K codeb
 import copy
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -684,6 +685,35 @@ class TimmTower(VisionTower):
 
     def pool(self, x: Tensor) -> Tensor:
         return self.model.forward_head(self.model.norm(x), pre_logits=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which layers are shallow (paper §3.2, Appendix F.1)
+
+@torch.no_grad()
+def layer_similarity(vit: VisionTower, images: Tensor) -> Tensor:
+    """Eq. 8: cosine similarity between the layers, each averaged over positions, then over images (B, 3, H, W): (L, L), layer n in row n - 1."""
+    rows = []
+    for part in images.split(16):
+        x, means = vit.embeddings(part), []
+        for n in range(1, vit.config.num_hidden_layers + 1):
+            x = vit.run(x, n, n)
+            means.append(F.normalize(vit.patches(x).float().mean(1), dim=-1))
+        rows.append(torch.einsum("lbc,mbc->blm", *[torch.stack(means)] * 2))
+    return torch.cat(rows).mean(0)
+
+
+def split_layers(similarity: Tensor) -> tuple[int, int]:
+    """Similarity (L, L) -> the last layers of the shallow and of the middle part. For the paper's bright squares: the three parts in which a layer is, on average over
+    all layers, most similar to the others of its part. A layer that stands alone counts nothing, or the best parts would be single layers; and since layers are
+    counted, not pairs of them, no part wins by being long. Raises ValueError for fewer than three layers."""
+    layers, others = len(similarity), similarity.double().cpu().clone().fill_diagonal_(0)
+    if layers < 3:
+        raise ValueError(f"{layers} layers cannot be split into shallow, middle and deep; expected at least 3")
+
+    def bright(first, last):        # over layers first + 1 ... last, the sum of the mean similarity to the others among them
+        return others[first:last, first:last].sum().item() / max(1, last - first - 1)
+    return max(itertools.combinations(range(1, layers), 2), key=lambda cut: bright(0, cut[0]) + bright(*cut) + bright(cut[1], layers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
