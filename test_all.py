@@ -1472,6 +1472,21 @@ def test_tokenizer_designs_take_their_streams_from_the_right_place(pictures):
     torch.testing.assert_close(model.latents(pictures)[0], model.prequant_uni(2 * found["deep"]))
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
+def test_tokenizer_shares_the_semantic_gradient(pictures, share):
+    """Of the semantic loss, so much enters the shared layers, and all of it the later ones; reconstruction's gradient and the features stay as they are."""
+    torch.manual_seed(0)
+    model = DualTokenizer(preset_config("nano"))
+    whole, layers = model.sources(pictures)["deep"], model.siglip_model.vision_model.encoder.layers
+    gradient = lambda x, layer: torch.autograd.grad(x.square().mean(), layers[layer].mlp.fc1.weight)[0]
+    expected = gradient(whole, 1), gradient(model.sources(pictures)["deep"], 2), gradient(model.sources(pictures)["shallow"], 1)
+    model.shared_gradient = share
+    found = model.sources(pictures)
+    torch.testing.assert_close(found["deep"], whole, rtol=0, atol=0)
+    for factor, want, (name, layer) in zip((share, 1, 1), expected, (("deep", 1), ("deep", 2), ("shallow", 1))):
+        torch.testing.assert_close(gradient(model.sources(pictures)[name], layer), factor * want)
+
+
 def test_tokenizer_sizes_of_designs():
     c = preset_config("so400m-384", design="sde")
     assert (c.codebook_size, c.code_dim, c.depth) == (32_768, 8, 1) and preset_config("so400m-384", design="sde", depth=2).depth == 2
@@ -2850,7 +2865,7 @@ def few_steps(patch):
     patch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], siglip_steps=2, siglip_batch=8, steps=2, batch=8))
 
 
-@pytest.mark.parametrize("name, seeds", [("3", 2), ("7", 1), ("9", 1), ("10", 1)])
+@pytest.mark.parametrize("name, seeds", [("3", 2), ("7", 1), ("9", 1), ("10", 1), ("trade", 1)])
 def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name, seeds):
     """Rows of one seed share a SigLIP for each number of layers; finished rows are found again, by other tables too; mean and spread are those of the runs."""
     few_steps(monkeypatch)
@@ -2865,7 +2880,7 @@ def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypat
     for system, row in zip(table.systems, made["rows"]):
         for seed in range(seeds):
             config = json.loads((tmp_path / f"seed-{seed}" / system.name / "config.json").read_text())
-            wanted = {key: value for key, value in system.changes.items() if value and key != "layers"}
+            wanted = {key: value for key, value in system.changes.items() if value and key in config}
             assert {key: config[key] for key in wanted} == wanted and config["vision"]["num_hidden_layers"] == (system.changes.get("layers") or 6)
         for column, cell in row["ours"].items():
             values = [json.loads((tmp_path / f"seed-{seed}" / system.name / "metrics.json").read_text())[system.rename.get(column, column)] for seed in range(seeds)]
@@ -2877,7 +2892,7 @@ def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypat
     count = len(begun)
     train_tokenizer.main(argv)
     train_tokenizer.main([*argv[:1], "10", *argv[2:]])
-    assert len(begun) == count + {"3": 4, "10": 0}.get(name, 3)      # dual is that of Table 3
+    assert len(begun) == count + {"3": 4, "10": 0, "trade": 2}.get(name, 3)      # dual is that of Table 3
 
 
 def test_train_tables_of_bits_that_are_equal():
@@ -2891,7 +2906,7 @@ def test_train_tables_bad_input_ends_in_a_sentence(tmp_path, monkeypatch):
     train_tokenizer.main(["--design", "quantised", "--out", str(tmp_path / "seed-0/quantised"), *TINY[-6:]])
     shutil.copytree(tmp_path / "seed-0/quantised/siglip", tmp_path / "seed-0/siglip")
     there = ["--out", str(tmp_path)]
-    for argv, words in ((["--table", "3", "--preset", "nano-64"], "other settings (preset nano -> nano-64; data plain -> textured"), (["--table", "4"], "--table is '4', expected one of 3, 7, 9, 10"),
+    for argv, words in ((["--table", "3", "--preset", "nano-64"], "other settings (preset nano -> nano-64; data plain -> textured"), (["--table", "4"], "--table is '4', expected one of 3, 7, 9, 10, trade"),
                         (["--table", "3", "--design", "naive"], "have --design of their own"), (["--table", "3", "--dry-run"], "without --bench"), (["--seeds", "2"], "--seeds goes with"),
                         (["--table", "3", "--depth", "5", "--quantizer", "mcq"], "--quantizer of their own"), (["--table", "10", "--depth", "5"], "multiple of the depth 5"),
                         (["--design", "triple"], "no design 'triple'; expected one of dual"), (["--design", "quantised", "--init", str(tmp_path / "seed-0/quantised")], "leave these flags out"),

@@ -903,6 +903,7 @@ class DualTokenizer(nn.Module):
         self.semantic_decoder = nn.Sequential(*(Layer(c.vision) for _ in range(self.design.semantic_layers)))
         self.semantic_decoder.apply(_init)
         self.teacher = copy.deepcopy(self.siglip_model.vision_model).requires_grad_(False) if "teacher" in features else None
+        self.shared_gradient = 1.0      # share of the semantic losses' gradient that enters the layers which feed the pixel stream too
 
     def _of(self, part: str) -> list[nn.Module]:
         """prequant, postquant or quantizer of each stream."""
@@ -939,6 +940,8 @@ class DualTokenizer(nn.Module):
         for n in sorted({*at.values()}):
             x, taken = vit.run(x, taken + 1, n), n
             found |= {name: vit.patches(x) for name in at if at[name] == n}
+            if n == at.get("shallow") and self.shared_gradient != 1:
+                x = x.detach() + self.shared_gradient * (x - x.detach())
         if self.teacher is not None:
             found["teacher"] = self.teacher.patches(self.teacher.run(self.teacher.embeddings(images), 1, c.deep_layer))
         if self.encoder is not None:

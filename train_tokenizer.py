@@ -70,6 +70,7 @@ class Settings:
     betas: tuple = (0.5, 0.9)
     weight_decay: float = 1e-4      # not on biases and norms
     warmup: int = 10_000            # steps of linear rise
+    shared_gradient: float = 1.0    # dual: share of the semantic gradient that enters the layers below the shallow one
     gan: bool = True
     gan_start: float = 20_000 / 781_000     # share of the run without the adversarial term
     gan_width: int = 64             # of the discriminator
@@ -124,6 +125,8 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
     g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
     g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
+    g.add_argument("--semantic-weight", type=float, default=1.0, help="times the preset's weights of the semantic terms")
+    g.add_argument("--shared-gradient", type=float, default=-1.0, help="share, 0 to 1, of the semantic losses' gradient that enters the layers which feed the pixel stream too; -1: the preset's, and in the paper 1")
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
     args = p.parse_args(argv)
@@ -132,8 +135,11 @@ def flags(argv=None) -> argparse.Namespace:
         raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
     if bool(args.vgg) != bool(args.lpips):
         raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
-    if not (args.gan_start == -1 or 0 <= args.gan_start <= 1):
-        raise ValueError(f"--gan-start is {args.gan_start}, expected a share from 0 to 1, or -1")
+    for name in ("gan_start", "shared_gradient"):
+        if not (getattr(args, name) == -1 or 0 <= getattr(args, name) <= 1):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a share from 0 to 1, or -1")
+    if not args.semantic_weight >= 0:
+        raise ValueError(f"--semantic-weight is {args.semantic_weight}, expected at least 0")
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
         raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data; add that, or leave them out")
     idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile", "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
@@ -829,6 +835,7 @@ class Table:
     lower: tuple            # those of which less is better
     systems: list
     source: str             # of the paper's numbers
+    curve: tuple = ()       # two metrics to draw against each other
 
 
 def make_table(args, tables: dict[str, Table], measure):
@@ -855,6 +862,8 @@ def make_table(args, tables: dict[str, Table], measure):
         with open(path + ".md", "w", encoding="utf-8") as file:
             file.write(text)
         draw_bars(table, rows, path + ".png")
+        if table.curve:
+            draw_curve(table, rows, path + "-curve.png")
         print(f"\n{text}\n{path}.md, .json, .png; {(time.time() - begun) / 60:.1f} minutes")
 
 
@@ -890,6 +899,39 @@ def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: 
                 draw.line((at(min(ours["values"])), high + line // 2 - 3, at(max(ours["values"])), high + line // 2 - 3), fill="black")
             draw.text((at(max(ours["values"])) + 5 if ours else left, high), show(ours["mean"]) if ours else "-", fill="black", font_size=12)
             draw.text((left + room + 70, high), "" if paper is None else f"{paper:g}", fill=(130, 130, 130), font_size=12)
+    sheet.save(path + ".tmp", format="PNG")
+    os.replace(path + ".tmp", path)
+
+
+def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, height: int = 420):
+    """Two metrics against each other: a numbered dot for each row that has both, a line for one that has the first alone; the labels below."""
+    across, up = table.curve
+    have = [row for row in rows if across in row["ours"]]
+    value = lambda row, name: row["ours"][name]["mean"] if name in row["ours"] else None
+    ends = {name: (min(v for row in have if (v := value(row, name)) is not None), max(v for row in have if (v := value(row, name)) is not None)) for name in table.curve}
+    margin = {name: 0.08 * (high - low) or 1.0 for name, (low, high) in ends.items()}
+    low, high = ({name: pair[end] + (2 * end - 1) * margin[name] for name, pair in ends.items()} for end in (0, 1))
+    left, top, right, bottom = 70, 40, width - 20, height - 50
+    x = lambda v: left + (right - left) * (v - low[across]) / (high[across] - low[across])
+    y = lambda v: bottom - (bottom - top) * (v - low[up]) / (high[up] - low[up])
+    sheet = Image.new("RGB", (width, height + 20 * len(have) + 10), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 8), table.title, fill="black", font_size=14)
+    draw.rectangle((left, top, right, bottom), outline=(180, 180, 180))
+    for part in range(5):
+        v, w = (low[name] + part / 4 * (high[name] - low[name]) for name in (across, up))
+        draw.text((x(v), bottom + 6), f"{v:.2f}", fill="black", font_size=11, anchor="mt")
+        draw.text((left - 6, y(w)), f"{w:.3f}", fill="black", font_size=11, anchor="rm")
+    draw.text(((left + right) / 2, bottom + 26), table.columns[across], fill="black", font_size=12, anchor="mt")
+    draw.text((8, top - 8), table.columns[up], fill="black", font_size=12)
+    for n, row in enumerate(have, 1):
+        a, b = value(row, across), value(row, up)
+        if b is None:
+            draw.line((x(a), top, x(a), bottom), fill=(200, 60, 60), width=2)
+        else:
+            draw.ellipse((x(a) - 4, y(b) - 4, x(a) + 4, y(b) + 4), fill=(40, 90, 200))
+        draw.text((x(a) + 7, y(b) - 14 if b is not None else top + 4), str(n), fill="black", font_size=13)
+        draw.text((left, height + 20 * (n - 1)), f"{n}  {row['label']}" + (" (a line: it has no semantics)" if b is None else ""), fill="black", font_size=12)
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
@@ -1303,6 +1345,7 @@ class TokenizerStage(Stage):
         started = {"init": digest(init)} if init else {}
         self.model = (init or DualTokenizer(config, siglip)).to(ranks.device).train()
         self.design, self.streams = config.design, config.streams
+        self.model.shared_gradient = settings.shared_gradient if config.design == "dual" else 1.0
         self.model.set_trainable()
         self.model.checkpointing(args.checkpointing)
         gan = settings.gan and self.model.design.paints
@@ -1317,7 +1360,7 @@ class TokenizerStage(Stage):
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.gan_steps, self.gan_skipped, self.codes, self.pictures = 0, torch.zeros((), device=ranks.device), None, None
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
-                         "lr": self.lr, "gan": gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
+                         "lr": self.lr, "weights": asdict(settings.weights), "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
                          "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args)}
 
     def loss(self, images, captions, *, step):
@@ -1440,7 +1483,7 @@ def main(argv=None):
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}")
     if not args.table:
         return train_one(args)
-    taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]
+    taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]      # not sizes, which are those of all rows
     if taken:
         raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
     args.out = "out/tables" if args.out == "out/tokenizer" else args.out
@@ -1461,7 +1504,8 @@ def train_one(args, siglip_folder: str = ""):
     s = SETTINGS[args.preset]
     s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, siglip_batch=args.batch_size or s.siglip_batch,
                 lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
-                gan_start=s.gan_start if args.gan_start < 0 else args.gan_start)
+                gan_start=s.gan_start if args.gan_start < 0 else args.gan_start, shared_gradient=s.shared_gradient if args.shared_gradient < 0 else args.shared_gradient)
+    s = replace(s, weights=replace(s.weights, **{name: args.semantic_weight * getattr(s.weights, name) for name in ("deep", "pooled", "cosine")}))
     changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer in ("quarter", "split") else {}
     if args.layers and (args.siglip or args.backbone or args.init):
@@ -1573,6 +1617,11 @@ def tables(preset: str) -> dict[str, Table]:
             System(label, name, dict(design=design, quantizer=quantizer), paper) for label, name, design, quantizer, paper in (
                 ("(a) one codebook stream, MCQ", "naive-mcq", "naive", "mcq", dict(zero_shot=78.6, fd=0.38)), ("(b) dual, RVQ", "dual", "dual", "", dict(zero_shot=80.3, fd=0.39)),
                 ("(c) dual, MCQ", "dual-mcq", "dual", "mcq", dict(zero_shot=82.2, fd=0.25)))], "ViTamin-L/16; (a) is UniTok itself"),
+        "trade": Table("What semantics cost reconstruction", every, lower, [
+            System("reconstruction alone, shallow layer", "recon-shallow", dict(design="recon-shallow"), dict(fd=0.29, psnr=28.12, ssim=0.745)),
+            *(System(f"dual, semantic weight x {weight:g}, shared gradient x {share:g}", "dual" if (weight, share) == (1, SETTINGS[preset].shared_gradient) else f"dual-weight-{weight:g}-shared-{share:g}",
+                     dict(design="dual", semantic_weight=weight, shared_gradient=share)) for weight, share in ((5, 1), (1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0)))],
+            "so400m-384, where dual has 28.69 dB", curve=("psnr", "zero_shot")),
     }
 
 
