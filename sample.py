@@ -265,13 +265,10 @@ PENS = ["#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#00a6a6"]
 
 def features_of(tokenizer: DualTokenizer, images: Tensor) -> dict[str, Tensor]:
     """What feeds the streams, averaged over positions: (B, C), by name and layer."""
-    c, vit = tokenizer.config, tokenizer.siglip_model.vision_model
-
-    def sources(part):      # TODO sources
-        shallow = vit.run(vit.embeddings(part), 1, c.shallow_layer)
-        return {"shallow": vit.patches(shallow), "deep": vit.patches(vit.run(shallow, c.shallow_layer + 1, c.deep_layer))}
-    parts = [{name: x.float().mean(1).cpu().double() for name, x in getattr(tokenizer, "sources", sources)(part).items()} for part in images.split(16)]
-    return {f"{name} layer {vars(c)[f'{name}_layer']}" if f"{name}_layer" in vars(c) else name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    layers, vit = {name: getattr(tokenizer.config, f"{name}_layer") for name in ("shallow", "deep")}, tokenizer.siglip_model.vision_model
+    sources = getattr(tokenizer, "sources", lambda part: {name: vit(part, layer)[0] for name, layer in layers.items()})        # TODO sources
+    parts = [{name: x.float().mean(1).cpu().double() for name, x in sources(part).items()} for part in images.split(16)]
+    return {f"{name} layer {layers[name]}" if name in layers else name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def decode_first(tokenizer: DualTokenizer, codes: Tensor, d: int) -> Tensor:
@@ -281,8 +278,7 @@ def decode_first(tokenizer: DualTokenizer, codes: Tensor, d: int) -> Tensor:
 
 def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
     """DualToken, Fig. 3 left and Fig. 7."""
-    teachers = os.path.join(args.tokenizer, "siglip"), read_config(args.tokenizer).get("teacher", "")
-    name = hub.folder(args.siglip) or next(filter(os.path.isdir, teachers), "")
+    name = hub.folder(args.siglip) or next(filter(os.path.isdir, (os.path.join(args.tokenizer, "siglip"), read_config(args.tokenizer).get("teacher", ""))), "")
     vit = SigLIP.from_pretrained(name).vision_model.eval().to(device) if name else tokenizer.siglip_model.vision_model
     images, _, where = pictures_for(args, vit.config.image_size, 1, device)
     similarity = layer_similarity(vit, images).cpu()
@@ -293,10 +289,9 @@ def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
     sheet.paste(colours(Image.linear_gradient("L").resize((18, side)).rotate(180)), (left + side + 24, 0))
     for n in range(6):
         draw.text((left + side + 48, 6 + (side - 12) * n / 5), f"{1 - n / 5 * (1 - low):.2f}", fill="black", font_size=11, anchor="lm")
-    for i, row in enumerate(similarity.tolist()):
-        at = (i + 0.5) * cell
-        draw.text((left - 6, at), str(i + 1), fill="black", font_size=11, anchor="rm")
-        draw.text((left + at, side + 6), str(i + 1), fill="black", font_size=11, anchor="mt")
+    for i, at, row in zip(range(1, layers + 1), range(cell // 2, side, cell), similarity.tolist()):
+        draw.text((left - 6, at), str(i), fill="black", font_size=11, anchor="rm")
+        draw.text((left + at, side + 6), str(i), fill="black", font_size=11, anchor="mt")
         for j, value in enumerate(row if cell >= 40 else []):
             draw.text((left + (j + 0.5) * cell, at), f"{value:.2f}", fill="black" if value > (1 + low) / 2 else "white", font_size=12, anchor="mm")
     draw.text((left + side / 2, side + 24), "layer of the ViT, counted from 1", fill="black", font_size=12, anchor="mt")

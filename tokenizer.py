@@ -710,9 +710,8 @@ def split_layers(similarity: Tensor) -> tuple[int, int]:
     layers, others = len(similarity), similarity.double().cpu().clone().fill_diagonal_(0)
     if layers < 3:
         raise ValueError(f"{layers} layers cannot be split into shallow, middle and deep; expected at least 3")
-
-    def bright(first, last):        # over layers first + 1 ... last, the sum of the mean similarity to the others among them
-        return others[first:last, first:last].sum().item() / max(1, last - first - 1)
+    # Over layers first + 1 ... last, the sum of each one's mean similarity to the others among them.
+    bright = lambda first, last: others[first:last, first:last].sum().item() / max(1, last - first - 1)
     return max(itertools.combinations(range(1, layers), 2), key=lambda cut: bright(0, cut[0]) + bright(*cut) + bright(cut[1], layers))
 
 
