@@ -265,15 +265,9 @@ PENS = ["#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#00a6a6"]
 
 def features_of(tokenizer: DualTokenizer, images: Tensor) -> dict[str, Tensor]:
     """What feeds the streams, averaged over positions: (B, C), by name and layer."""
-    layers, vit = {name: getattr(tokenizer.config, f"{name}_layer") for name in ("shallow", "deep")}, tokenizer.siglip_model.vision_model
-    sources = getattr(tokenizer, "sources", lambda part: {name: vit(part, layer)[0] for name, layer in layers.items()})        # TODO sources
-    parts = [{name: x.float().mean(1).cpu().double() for name, x in sources(part).items()} for part in images.split(16)]
+    layers = {name: getattr(tokenizer.config, f"{name}_layer") for name in ("shallow", "deep")}
+    parts = [{name: x.float().mean(1).cpu().double() for name, x in tokenizer.sources(part).items()} for part in images.split(16)]
     return {f"{name} layer {layers[name]}" if name in layers else name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def decode_first(tokenizer: DualTokenizer, codes: Tensor, d: int) -> Tensor:
-    """Images from the first d pixel codes of each position, of codes (B, N, S, D)."""
-    return tokenizer._decode(tokenizer.quantizer_pix.vectors(codes[:, :, 0])[..., :d, :].sum(-2)).clamp(-1, 1)
 
 
 def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
@@ -403,7 +397,7 @@ def draw_depth(sheet, draw, args, tokenizer: DualTokenizer, device, shown: int =
     images, _, where = pictures_for(args, tokenizer.config.vision.image_size, 1, device)
     codes, columns = torch.cat([tokenizer.encode(part) for part in images.split(16)]), [("original", images)]
     for d in range(1, codes.shape[-1] + 1):
-        rebuilt = torch.cat([decode_first(tokenizer, part, d) for part in codes.split(16)])
+        rebuilt = torch.cat([tokenizer.decode(part, d) for part in codes.split(16)])
         columns.append((f"{d} code{'s' * (d > 1)}\n{psnr(rebuilt, images).mean().item():.2f} dB", rebuilt))
     for left, (title, column) in zip(range(10, 10_000, cell + 4), columns):
         draw.text((left + cell / 2, 36), title, fill="black", font_size=14, anchor="md", align="center")

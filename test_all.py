@@ -3014,9 +3014,15 @@ def test_sample_figure_depth_ends_at_the_reconstruction(run_folder, drawn):
     model, images = DualTokenizer.from_pretrained(run_folder), drawn.world.batch(range(20))[0]
     with torch.no_grad():
         codes = model.encode(images)
-        steps, first = [sample.decode_first(model, codes, d) for d in range(1, 5)], model.quantizer_pix.codebook[0][codes[:, :, 0, 0]]
-        assert torch.allclose(steps[0], model._decode(first).clamp(-1, 1), atol=1e-5) and torch.allclose(steps[3], model.decode(codes), atol=1e-5)
+        steps, first = [model.decode(codes, d) for d in range(1, 5)], model.quantizer_pix.codebook[0][codes[:, :, 0, 0]]
+        assert torch.allclose(steps[0], model._decode(model.postquant_pix(first)).clamp(-1, 1), atol=1e-5) and torch.allclose(steps[3], model.decode(codes), atol=1e-5)
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(steps, steps[1:])) and f"4 codes\n{psnr(steps[3], images).mean().item():.2f} dB" in drawn("depth", "--n", "20")
+
+
+def test_sample_figure_features_of_two_designs(run_folder, design_folders, drawn):
+    """Beside dual's two layers, the encoder of its own that feeds a dual encoder's pixel stream."""
+    words = " ".join(drawn("features", "--n", "20", "--other", str(design_folders["dual-encoder"])))
+    assert all(name in words for name in ("shallow layer 2", "deep layer 5", "encoder", str(design_folders["dual-encoder"]))) and words.count("spreads") == 2
 
 
 def test_sample_figure_of_a_folder(tmp_path, drawn):

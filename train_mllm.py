@@ -46,7 +46,7 @@ from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Pictu
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
 from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, System, Table, adamw, bench, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
-                             kept, load_part, make_table, precision, print_parts, run, save_grid, shared_flags, step_or_skip, train, whole)
+                             kept, load_part, make_table, metrics_of, precision, print_parts, run, save_grid, shared_flags, step_or_skip, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -877,7 +877,7 @@ def table(args):
             raise ValueError(f"{folder} holds a tokenizer of the preset {found!r}, expected {preset!r}; name another --out, or --preset")
         out = os.path.join(args.out, f"seed-{seed}", system.name)
         train_all(argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "", **system.changes}))
-        return {**read_json(os.path.join(out, "metrics.json")), "tokenizer": read_json(os.path.join(folder, "metrics.json"))}
+        return {**metrics_of(out), "tokenizer": metrics_of(folder)}
     make_table(args, tables(), measure)
 
 

@@ -867,6 +867,13 @@ def make_table(args, tables: dict[str, Table], measure):
         print(f"\n{text}\n{path}.md, .json, .png; {(time.time() - begun) / 60:.1f} minutes")
 
 
+def metrics_of(folder: str) -> dict:
+    """Of a finished run, once the first rank has written them."""
+    if dist.is_initialized():
+        dist.barrier()
+    return read_json(os.path.join(folder, "metrics.json"))
+
+
 def table_text(table: Table, rows: list[dict], made: str) -> str:
     """The table in Markdown: ours, +- half the spread over seeds where there are several, and the paper's in brackets."""
     def cell(row, column):
@@ -1487,15 +1494,15 @@ def main(argv=None):
     if taken:
         raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
     args.out = "out/tables" if args.out == "out/tokenizer" else args.out
-    make_table(args, tables(args.preset), lambda seed, system: read_json(os.path.join(train_row(args, seed, system.name, system.changes), "metrics.json")))
+    make_table(args, tables(args.preset), lambda seed, system: train_row(args, seed, system.name, system.changes))
 
 
-def train_row(args, seed: int, name: str, changes: dict) -> str:
-    """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP. -> the folder."""
+def train_row(args, seed: int, name: str, changes: dict) -> dict:
+    """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP. -> its metrics."""
     home = os.path.join(args.out, f"seed-{seed}")
     row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "", **changes})
     train_one(row, os.path.join(home, f"siglip-{row.layers}" if row.layers else "siglip"))
-    return row.out
+    return metrics_of(row.out)
 
 
 def train_one(args, siglip_folder: str = ""):
