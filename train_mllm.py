@@ -858,7 +858,7 @@ def tables() -> dict[str, Table]:
     }
 
 
-def table(args):
+def train_table(args):
     """The language models of a table, over the tokenizers of the same --out, which are trained first where they are missing."""
     preset = tokenizer_preset(args)
     taken = [name for name in ("streams_in", "streams_out", "teacher", "until") if getattr(args, name)] + ["stage"] * (args.stage != "all")
@@ -876,19 +876,17 @@ def table(args):
         elif (found := read_json(os.path.join(folder, "metrics.json")).get("preset")) != preset:
             raise ValueError(f"{folder} holds a tokenizer of the preset {found!r}, expected {preset!r}; name another --out, or --preset")
         out = os.path.join(args.out, f"seed-{seed}", system.name)
-        train_all(argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "", **system.changes}))
+        main(args=argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "", **system.changes}))
         return {**metrics_of(out), "tokenizer": metrics_of(folder)}
     make_table(args, tables(), measure)
 
 
-def main(argv=None):
-    args = flags(argv)
-    return table(args) if args.table else train_all(args)
-
-
-def train_all(args):
-    """The stages of a run."""
+def main(argv=None, args=None):
+    """A run, or those of a table. args: in place of argv."""
+    args = args or flags(argv)
     rows = STAGES[args.preset]
+    if args.table:
+        return train_table(args)
     if args.parameters:
         c = preset_config(tokenizer_preset(args))
         with torch.device("meta"):

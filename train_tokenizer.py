@@ -1484,12 +1484,8 @@ def report(metrics: dict):
                 print(f"  {f'{name} {row}':28} {show(v)}")
 
 
-def main(argv=None):
-    args = flags(argv)
-    if args.preset not in SETTINGS:
-        raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}")
-    if not args.table:
-        return train_one(args)
+def train_table(args):
+    """The tokenizers of --table."""
     taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]      # not sizes, which are those of all rows
     if taken:
         raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
@@ -1501,12 +1497,18 @@ def train_row(args, seed: int, name: str, changes: dict) -> dict:
     """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP. -> its metrics."""
     home = os.path.join(args.out, f"seed-{seed}")
     row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "", **changes})
-    train_one(row, os.path.join(home, f"siglip-{row.layers}" if row.layers else "siglip"))
+    main(args=row, siglip_folder=os.path.join(home, f"siglip-{row.layers}" if row.layers else "siglip"))
     return metrics_of(row.out)
 
 
-def train_one(args, siglip_folder: str = ""):
-    """A run. siglip_folder: where the SigLIP that it may train first goes, by default into --out."""
+def main(argv=None, args=None, siglip_folder: str = ""):
+    """A run, or those of a table. args: in place of argv; siglip_folder: where the SigLIP that is trained first goes, by default into --out."""
+    args = args or flags(argv)
+    if args.preset not in SETTINGS:
+        raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}")
+    if args.table:
+        return train_table(args)
+
     # ---- settings: the preset's, and what was given by hand
     s = SETTINGS[args.preset]
     s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, siglip_batch=args.batch_size or s.siglip_batch,
