@@ -38,10 +38,16 @@ def distance(x: Tensor, target: Tensor) -> Tensor:
 def tokenizer_losses(features, images: Tensor, teacher: tuple[Tensor, Tensor], names: tuple, perceptual=None) -> dict[str, Tensor]:
     """The unweighted terms of Eq. 2 but the adversarial one, those of `names`, a design's. features: what DualTokenizer returns; images (B, 3, H, W) in [-1, 1];
     teacher: deep feature (B, N, C) and pooled embedding (B, C) of the frozen ViT; perceptual: (reconstruction, original) -> scalar, or None."""
-    every = {"pixel": lambda: F.mse_loss(features.images.float(), images), "deep": lambda: distance(features.deep, teacher[0]),
-             "pooled": lambda: distance(features.pooled, teacher[1]), "cosine": lambda: 1 - F.cosine_similarity(features.deep.float(), teacher[0].float(), dim=-1).mean(),
-             "commitment": lambda: sum(features.commitment.values()), **({} if perceptual is None else {"perceptual": lambda: perceptual(features.images.float(), images)})}
-    return {name: term() for name, term in every.items() if name in names}
+    terms = {"commitment": sum(features.commitment.values())}
+    if "pixel" in names:
+        terms["pixel"] = F.mse_loss(features.images.float(), images)
+        if perceptual is not None:
+            terms["perceptual"] = perceptual(features.images.float(), images)
+    if "deep" in names:
+        terms |= {"deep": distance(features.deep, teacher[0]), "pooled": distance(features.pooled, teacher[1])}
+    if "cosine" in names:
+        terms["cosine"] = 1 - F.cosine_similarity(features.deep.float(), teacher[0].float(), dim=-1).mean()
+    return terms
 
 
 def weighted(terms: dict[str, Tensor], weights: Weights) -> Tensor:

@@ -27,15 +27,15 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from data import hub, shapes
+from data import shapes
 from data.images import ImageData, centre_crop, decode
 from losses import Moments, frechet_distance, psnr, ssim
 from mllm import DualMLLM, code_tables
 from rvq import all_reduce
-from tokenizer import DualTokenizer, SigLIP, layer_similarity, read_config, read_json, split_layers, write_json
+from tokenizer import DualTokenizer, layer_similarity, read_config, read_json, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate
 from train_mllm import flags as train_flags
-from train_tokenizer import VALIDATION_SEED, Ranks, digest, read_lines, report, run, save_grid, to_picture
+from train_tokenizer import VALIDATION_SEED, Ranks, digest, load_teacher, read_lines, report, run, save_grid, teacher_of, to_picture
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -272,8 +272,8 @@ def features_of(tokenizer: DualTokenizer, images: Tensor) -> dict[str, Tensor]:
 
 def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
     """DualToken, Fig. 3 left and Fig. 7."""
-    name = hub.folder(args.siglip) or next(filter(os.path.isdir, (os.path.join(args.tokenizer, "siglip"), read_config(args.tokenizer).get("teacher", ""))), "")
-    vit = SigLIP.from_pretrained(name).vision_model.eval().to(device) if name else tokenizer.siglip_model.vision_model
+    name = args.siglip or teacher_of(args.tokenizer)
+    vit = load_teacher(args.tokenizer, 0, name).to(device) if name else tokenizer.siglip_model.vision_model
     images, _, where = pictures_for(args, vit.config.image_size, 1, device)
     similarity = layer_similarity(vit, images).cpu()
     (shallow, middle), layers, low = split_layers(similarity), len(similarity), similarity.min().item()
@@ -380,6 +380,8 @@ def boxed(picture: Image.Image, codes: list[int], patch: float, pens: dict[int, 
 def draw_codes(sheet, draw, args, tokenizer: DualTokenizer, device, columns: int = 4, shown: int = 8):
     """MUSE-VL, Fig. 5."""
     images, _, where = pictures_for(args, tokenizer.config.vision.image_size, 2, device, single=0.0)
+    if not tokenizer.design.means:
+        raise ValueError(f"the design {tokenizer.config.design} learns no semantics, so that its codes mark nothing; name a tokenizer of another design")
     codes, c = torch.cat([tokenizer.encode(part)[:, :, -1, 0].cpu() for part in images.split(16)]), tokenizer.config.vision
     chosen, order = telling_codes(codes, len(PENS), shown)
     cell, pens = max(224, 12 * c.grid), dict(zip(chosen, PENS))
@@ -449,7 +451,8 @@ def main(argv=None):
             more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])
             data = ImageSequences(data.source, more, ranks, model.text, model.config, tokenizer.config.vision.image_size, encode, train=False)
         kinds = ("caption", "question", *(["paint"] if model.heads else []))
-        metrics = evaluate(model, tokenizer, data, encode, args.eval_images, ranks, grid, kinds, how)
+        look = load_teacher(args.tokenizer, tokenizer.config.vision.image_size).to(ranks.device) if teacher_of(args.tokenizer) else tokenizer.siglip_model.vision_model
+        metrics = evaluate(model, tokenizer, look, data, encode, args.eval_images, ranks, grid, kinds, how)
         write_json(os.path.join(args.out, "metrics.json"), metrics)
         report(metrics)
         return print(os.path.join(args.out, "metrics.json"), grid if model.heads else "")

@@ -1436,7 +1436,7 @@ def test_tokenizer_designs_are_what_their_row_says(pictures, tmp_path, design):
     for name, p in model.named_parameters():
         assert p.requires_grad == (p.grad is not None), name        # DDP would wait for a gradient that never comes
     trained = {name.split(".encoder.layers.")[-1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad and "vision_model.encoder.layers" in name}
-    assert len(trained) == {"dual": 6, "naive": 6, "recon-deep": 5, "recon-shallow": 2, "sde": 5}.get(design, 0)
+    assert len(trained) == {"dual": 6, "naive": 6, "recon-deep": 5, "recon-shallow": 2, "sde": 5, "sde-image": 5}.get(design, 0)
     model.eval().save_pretrained(tmp_path)
     again, codes = DualTokenizer.from_pretrained(str(tmp_path)), model.encode(pictures)
     assert codes.shape == (len(pictures), 64, len(row.streams), row.sizes.get("depth", 4)) and torch.equal(again.encode(pictures), codes)
@@ -2224,7 +2224,7 @@ def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, mo
 
 @pytest.mark.parametrize("design, quantizer", [("naive", "mcq"), ("recon-shallow", "rvq"), ("quantised", "rvq"), ("dual-encoder", "mcq"), ("sde", "rvq")])
 def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_folder, tmp_path, monkeypatch, design, quantizer):
-    more = "--design", design, "--quantizer", quantizer, "--siglip", str(run_folder / "siglip"), "--gan", "--gan-start", "0.25", "--eval-images", "4"
+    more = "--design", design, "--quantizer", quantizer, "--siglip", str(run_folder / "siglip"), "--eval-images", "4", *(["--gan", "--gan-start", "0.25"] if DESIGNS[design].paints else [])
     train(tmp_path / "whole", *more)
     with dying(monkeypatch, "tokenizer", 6):
         train(tmp_path / "parts", *more)
@@ -2625,6 +2625,7 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "copy")
     same = [*TINY, "--gan", "--gan-start", "0.25", "--resume", "--out", str(tmp_path / "copy")]
     assert "lr 0.002 -> 0.1" in stopped(*same, "--lr", "0.1")
+    (tmp_path / "copy/metrics.json").unlink()       # else it is finished, and kept
     (tmp_path / "copy/state.pt").write_bytes((tmp_path / "copy/state.pt").read_bytes()[:5000])
     assert "cannot be resumed from" in stopped(*same)
 
@@ -2892,7 +2893,7 @@ def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypat
     count = len(begun)
     train_tokenizer.main(argv)
     train_tokenizer.main([*argv[:1], "10", *argv[2:]])
-    assert len(begun) == count + {"3": 4, "10": 0, "trade": 2}.get(name, 3)      # dual is that of Table 3
+    assert len(begun) == count + {"3": 4, "10": 0}.get(name, 2)      # dual is in all of them
 
 
 def test_train_tables_of_bits_that_are_equal():
@@ -2911,7 +2912,10 @@ def test_train_tables_bad_input_ends_in_a_sentence(tmp_path, monkeypatch):
                         (["--table", "3", "--depth", "5", "--quantizer", "mcq"], "--quantizer of their own"), (["--table", "10", "--depth", "5"], "multiple of the depth 5"),
                         (["--design", "triple"], "no design 'triple'; expected one of dual"), (["--design", "quantised", "--init", str(tmp_path / "seed-0/quantised")], "leave these flags out"),
                         (["--layers", "4", "--siglip", str(tmp_path / "seed-0/siglip")], "--layers 4"), (["--shallow-layer", "9"], "no shallow layer 9"),
-                        (["--design", "recon-deep", "--zero-shot-data", str(tmp_path)], "learns no semantics")):
+                        (["--design", "recon-deep", "--zero-shot-data", str(tmp_path)], "--zero-shot-data could change"), (["--design", "naive", "--shallow-layer", "1"], "--shallow-layer could change"),
+                        (["--design", "naive", "--shared-gradient", "0"], "--shared-gradient could change"), (["--design", "quantised", "--gan"], "--gan could change"),
+                        (["--design", "recon-deep", "--semantic-weight", "0"], "--semantic-weight could change"), (["--table", "trade", "--semantic-weight", "2"], "--semantic-weight of their own"),
+                        (["--table", "7", "--backbone", "timm:x"], "--siglip in place of --backbone")):
         assert words in stopped("--device", "cpu", *there, *argv), argv
 
 
@@ -4842,6 +4846,7 @@ def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, mon
                         (["--stage", "3"], "stage 2 is not finished"), (["--tokenizer", str(tmp_path / "nowhere")], "no model in"),
                         (["--streams-in", "pixel", "--streams-out", "semantic"], "streams"), (["--streams-in", "depth"], "streams"), (["--streams-out", "depth"], "streams"),
                         (["--until", "9"], "--until is '9'"), (["--until", "2", "--stage", "1"], "--stage all"), (["--until", "3", "--streams-out", "none"], "there is only 0, 1, 2, 4-1, 4-2"),
+                        (["--streams-in", "continuous", "--streams-out", "pixel"], "paints nothing"),
                         (["--streams-in", "continuous", "--teacher", str(tmp_path / "gone")], "no model in"), (["--streams-in", "continuous", "--stage", "3"], "--stage is '3'"),
                         (["--text-length", "1"], "--text-length is 1"), (["--teacher", "x"], "--teacher x would do nothing"), (["--code-dim", "64"], "--code-dim 64 would do nothing"),
                         (["--vocabulary", "v", "--llm", str(tmp_path / "llm")], "--vocabulary v would do nothing"), (["--data", str(tmp_path / "gone")], "no such image data"), (["--accumulate", "5"], "multiple"),
@@ -4861,7 +4866,7 @@ def test_train_mllm_dry_run_is_the_real_step(monkeypatch):
     data.key, data.pictures = {}, np.zeros((1, 64, 2, 4), np.uint16)
     parts = next(iter(data.batches(row)(0)))[0]
     assert parts[0][0].ids.shape == (8, 64 + 2 + 40 + 2) and len(parts[0][0].learned) == 3      # of captions, questions, paintings and texts
-    stage = lambda: train_mllm.MLLMStage(args, ranks, row, False, DualMLLM(config, text), DualTokenizer(preset_config("nano")), data, None)
+    stage = lambda: train_mllm.MLLMStage(args, ranks, row, False, DualMLLM(config, text), DualTokenizer(preset_config("nano")), None, data, None)
     with train_tokenizer.fake() as mode:
         there = [(part.map(mode.from_tensor),) for part, in parts]
         dry, painted = train_tokenizer.measure(stage(), there), train_mllm.painting_flops(DualMLLM(replace(config, positions=3), text), 9)
@@ -4928,7 +4933,8 @@ def test_train_mllm_tables_train_what_they_name_and_nothing_twice(tmp_path, monk
     made, seed = json.loads((tmp_path / f"table-{name}.json").read_text()), tmp_path / "seed-0"
     assert [row["run"] for row in made["rows"]] == [system.name for system in table.systems]
     for row, system in zip(made["rows"], table.systems):
-        metrics, config = (json.loads((seed / system.name / file).read_text()) for file in ("metrics.json", "config.json"))
+        folder = seed / system.name / f"stage-{system.changes['until']}" if system.changes["until"] else seed / system.name
+        metrics, config = (json.loads((folder / file).read_text()) for file in ("metrics.json", "config.json"))
         tokenizer = json.loads((seed / system.tokenizer[0] / "metrics.json").read_text())
         assert metrics["design"] == tokenizer["design"] == system.tokenizer[1]["design"] and metrics["seed"] == 0
         reads, paints = system.changes["streams_in"], system.changes["streams_out"]
@@ -4944,21 +4950,32 @@ def test_train_mllm_tables_train_what_they_name_and_nothing_twice(tmp_path, monk
     assert len(begun) == len({*begun})         # all was there
 
 
-def test_train_mllm_table_of_another_preset_is_refused(tmp_path, monkeypatch):
+def test_train_mllm_table_of_other_tokenizers_is_refused(tmp_path, monkeypatch):
+    """Those of another preset, and those that were trained for longer than the rest."""
     few_steps(monkeypatch)
     folder = tmp_path / "seed-0" / "dual"
     folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text('{"preset": "small"}')
-    for argv, words in ((["--table", "4"], "a tokenizer of the preset 'small', expected 'nano'"), (["--table", "4", "--until", "2"], "have --until of their own"), (["--table", "12"], "--table is '12'"),
+    settings = {"preset": "small", **{name: 0 for name in ("data", "steps", "batch", "lr", "weights")}}
+    (folder / "metrics.json").write_text(json.dumps({"settings": settings}))
+    for argv, words in ((["--table", "4"], "preset nano -> small"), (["--table", "4", "--data", "photos"], "expected one of plain, textured"), (["--table", "4", "--tokenizer", "x"], "--tokenizer of their own"),
+                        (["--table", "4", "--until", "2"], "have --until of their own"), (["--table", "12"], "--table is '12'"),
                         (["--seeds", "2"], "--seeds goes with --table"), (["--table", "4", "--bench"], "without --bench")):
         assert words in mllm_words("--out", str(tmp_path), *argv), argv
+    shrink(monkeypatch, replace(TWO_ROWS[0], name="2", steps=1), replace(TWO_ROWS[1], name="4-1"))
+    train_tokenizer.main(["--table", "10", "--out", str(tmp_path / "more"), *TINY[-6:]])
+    monkeypatch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], steps=3))
+    assert "(steps 2 -> 3)" in mllm_words("--out", str(tmp_path / "more"), "--table", "4")
 
 
 def test_train_mllm_until_a_stage(tokenizer_folder, tmp_path, monkeypatch):
+    """And, without it, on from there."""
     shrink(monkeypatch, TWO_ROWS[0], TWO_ROWS[1], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)))
-    out = train_tiny(tmp_path / "run", tokenizer_folder, "--until", "2", "--streams-out", "none", "--streams-in", "semantic")
-    assert json.loads((out / "config.json").read_text())["stage"] == "2" and (out / "stage-1").exists() and not (out / "stage-3").exists()
-    assert DualMLLM.from_pretrained(str(out)).config.streams_out == ()
+    argv = tmp_path / "run", tokenizer_folder, "--streams-in", "semantic", "--resume"
+    out = train_tiny(*argv, "--until", "2")
+    assert json.loads((out / "stage-2/config.json").read_text())["stage"] == "2" and (out / "stage-1").exists() and not (out / "model.safetensors").exists()
+    before = os.stat(out / "stage-2/model.safetensors").st_mtime_ns
+    train_tiny(*argv)
+    assert json.loads((out / "config.json").read_text())["stage"] == "3" and os.stat(out / "stage-2/model.safetensors").st_mtime_ns == before
 
 
 def parameters_printed(capsys, *argv):

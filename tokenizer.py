@@ -61,11 +61,17 @@ class Design:
     paper_sizes: dict = field(default_factory=dict)     # the same, in the papers' presets
 
     @property
+    def features(self) -> set:
+        return {name for stream in self.streams.values() for name in stream}
+
+    @property
     def paints(self) -> bool:
+        """Whether codes can be decoded to images."""
         return "pixel" in self.losses
 
     @property
     def means(self) -> bool:
+        """Whether codes can be pooled, for zero-shot."""
         return "deep" in self.losses or "cosine" in self.losses
 
 
@@ -79,7 +85,8 @@ DESIGNS = {
     "quantised": Design(dict(unified=("deep",)), _MEANING, vit=False),                                                  # "initial state, quantized"
     "dual-encoder": Design(dict(pixel=("encoder",), semantic=("deep",)), _PIXELS + _MEANING, vit=False),                # App. F.4, Table 6
     "sde": Design(dict(unified=("deep", "teacher")), **_SDE | dict(losses=_PIXELS + ("cosine",))),                      # MUSE-VL
-    "sde-semantic": Design(dict(unified=("deep",)), **_SDE, vit=False),                                                 # its Table 6, the semantic branch alone
+    "sde-image": Design(dict(unified=("deep",)), **_SDE | dict(losses=_PIXELS, semantic_layers=0)),                     # its Table 6, the image branch alone
+    "sde-semantic": Design(dict(unified=("deep",)), **_SDE, vit=False),                                                 # the semantic branch alone
 }
 SHORT = {"pixel": "pix", "semantic": "sem", "unified": "uni"}       # of the streams, in the names of weights
 
@@ -665,7 +672,8 @@ class TimmTower(VisionTower):
             import timm
             _, again["model_name"], arguments = getattr(timm.models, f"load_model_config_from_{'path' if source == 'local-dir' else 'hf'}")(path)
             again |= arguments or {}
-        return cls(VisionConfig(hidden_size=model.embed_dim, num_hidden_layers=len(model.blocks), num_attention_heads=1, image_size=side, patch_size=side // model.patch_embed.grid_size[0],
+        heads = max(1, model.embed_dim // 64) if model.embed_dim % 64 == 0 else 1       # heads and MLP are not timm's, but those of what stands beside its ViT
+        return cls(VisionConfig(hidden_size=model.embed_dim, intermediate_size=4 * model.embed_dim, num_hidden_layers=len(model.blocks), num_attention_heads=heads, image_size=side, patch_size=side // model.patch_embed.grid_size[0],
                                 pixel_mean=list(model.pretrained_cfg["mean"]), pixel_std=list(model.pretrained_cfg["std"]), timm=again | {"img_size": side}), model)
 
     def embeddings(self, images: Tensor) -> Tensor:
@@ -844,7 +852,7 @@ class Decoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g)."""
+    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g), g the side of the decoder's input."""
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
@@ -887,7 +895,6 @@ class DualTokenizer(nn.Module):
         self.siglip_model = siglip or SigLIP(c.vision, c.text)
         if self.siglip_model.vision_config != c.vision:
             raise ValueError(f"the SigLIP's sizes are {self.siglip_model.vision_config}, expected {c.vision}; train or name another SigLIP")
-        features = {name for stream in self.design.streams.values() for name in stream}
         for stream in c.streams:
             setattr(self, f"prequant_{SHORT[stream]}", Projection(width, c.code_dim))
         self.prequant_shortcut = Projection(width, c.code_dim) if c.shortcut_layer else None
@@ -898,10 +905,10 @@ class DualTokenizer(nn.Module):
             setattr(self, f"quantizer_{SHORT[stream]}", QUANTIZERS[c.quantizer](c.code_dim, c.codebook_size, c.depth, seed=n, **more))
         self.post_quant_conv = ResBlock(width, c.decoder_in, c.decoder_groups, first_kernel=1) if self.design.paints else None
         self.decoder = Decoder(c) if self.design.paints else None
-        self.encoder = ConvEncoder(c) if "encoder" in features else None
+        self.encoder = ConvEncoder(c) if "encoder" in self.design.features else None
         self.semantic_decoder = nn.Sequential(*(Layer(c.vision) for _ in range(self.design.semantic_layers)))
         self.semantic_decoder.apply(_init)
-        self.teacher = copy.deepcopy(self.siglip_model.vision_model).requires_grad_(False) if "teacher" in features else None
+        self.teacher = copy.deepcopy(self.siglip_model.vision_model).requires_grad_(False) if "teacher" in self.design.features else None
         self.shared_gradient = 1.0      # share of the semantic losses' gradient that enters the layers which feed the pixel stream too
 
     def _of(self, part: str) -> list[nn.Module]:
@@ -914,12 +921,12 @@ class DualTokenizer(nn.Module):
 
     def set_trainable(self):
         """Which weights training changes: the text tower stays, and so does what no loss reaches."""
-        c, vit, features = self.config, self.siglip_model.vision_model, {name for stream in self.design.streams.values() for name in stream}
+        c, vit = self.config, self.siglip_model.vision_model
         self.siglip_model.requires_grad_(False)
         if self.design.vit and "pooled" in self.design.losses:
             vit.requires_grad_(True)
         elif self.design.vit:
-            for p in vit.up_to(max({"shallow": c.shallow_layer, "deep": c.deep_layer}.get(name, 0) for name in features)):
+            for p in vit.up_to(max({"shallow": c.shallow_layer, "deep": c.deep_layer}.get(name, 0) for name in self.design.features)):
                 p.requires_grad_(True)
 
     def checkpointing(self, on: bool = True):
@@ -933,13 +940,13 @@ class DualTokenizer(nn.Module):
         c, vit, side = self.config, self.siglip_model.vision_model, self.config.vision.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {side}, {side}): resize and crop them first")
-        wanted, found = {name for stream in self.design.streams.values() for name in stream} | {"shortcut"}, {}
+        wanted, found = self.design.features | {"shortcut"}, {}
         at = {name: n for name, n in (("shallow", c.shallow_layer), ("deep", c.deep_layer), ("shortcut", c.shortcut_layer)) if n and name in wanted}
         x, taken = vit.embeddings(images) if at else None, 0
         for n in sorted({*at.values()}):
             x, taken = vit.run(x, taken + 1, n), n
             found |= {name: vit.patches(x) for name in at if at[name] == n}
-            if n == at.get("shallow") and self.shared_gradient != 1:
+            if n == max(at.get("shallow", 0), at.get("shortcut", 0)) and self.shared_gradient != 1:
                 x = x.detach() + self.shared_gradient * (x - x.detach())
         if self.teacher is not None:
             found["teacher"] = self.teacher.patches(self.teacher.run(self.teacher.embeddings(images), 1, c.deep_layer))

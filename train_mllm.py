@@ -46,7 +46,7 @@ from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Pictu
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
 from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, System, Table, adamw, bench, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
-                             kept, load_part, make_table, metrics_of, precision, print_parts, run, save_grid, shared_flags, step_or_skip, train, whole)
+                             kept, load_part, load_teacher, make_table, metrics_of, precision, print_parts, run, save_grid, shared_flags, step_or_skip, teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -122,7 +122,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
     g.add_argument("--vocabulary", default="", help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
-    g = shared_flags(p)
+    g = shared_flags(p, tables())
     g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over the ranks of torchrun; an evaluation still needs all weights on each device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
     g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, other records that are longer are left out; "
@@ -141,6 +141,8 @@ def flags(argv=None) -> argparse.Namespace:
         if given and not wanted:
             raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with --parameters or --dry-run, --vocabulary with an LLM from "
                              "scratch, --image-folder and --max-tokens with --conversations or --documents, --val-data with images")
+    if args.streams_in == "continuous" and args.streams_out not in ("", "none"):
+        raise ValueError(f"--streams-out is {args.streams_out!r}, but a model that reads continuous features paints nothing; leave it out")
     if args.data == "none" and not (args.conversations or args.documents or args.text_data):
         raise ValueError("--data is none, and there are no --conversations, --documents or --text-data either; give some of them")
     if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not (args.bench or args.dry_run):
@@ -609,10 +611,10 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
             "caption_exact": share(right)}
 
 
-def painting(model: DualMLLM, tokenizer: DualTokenizer, val: Validation, ranks: Ranks, grid: str, how: dict) -> dict:
+def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, ranks: Ranks, grid: str, how: dict) -> dict:
     """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy is the same for the tokenizer's own
-    reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to those scenes in the features of the tokenizer's ViT."""
-    look, shown = tokenizer.siglip_model.vision_model, [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
+    reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to those scenes in the pooled features of `look`, a ViT."""
+    shown = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
     mine, rows = range(ranks.rank, len(val.claims), ranks.count), collections.defaultdict(list)
     for i in tqdm(range(0, len(mine), 64), "painting", leave=False, disable=not ranks.first):
         part = mine[i:i + 64]
@@ -671,9 +673,9 @@ class MLLMStage(Stage):
     """One row of the table: freeze the rest, train its parts, evaluate what its mixture teaches."""
     unit, cpu_bf16 = "sequences", True
 
-    def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, data: Sequences, encode):
+    def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, look, data: Sequences, encode):
         super().__init__(args, ranks)
-        self.name, self.row, self.model, self.tokenizer, self.data, self.encode = f"stage-{row.name}", row, model, tokenizer, data, encode
+        self.name, self.row, self.model, self.tokenizer, self.look, self.data, self.encode = f"stage-{row.name}", row, model, tokenizer, look, data, encode
         self.design, self.streams = tokenizer.config.design, tokenizer.config.streams
         self.folder = args.out if last else os.path.join(args.out, self.name)
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, row.warmup
@@ -724,7 +726,7 @@ class MLLMStage(Stage):
                 model = DualMLLM(self.model.config, self.model.text)
             model.load_state_dict({name: whole(value) for name, value in self.model.state_dict().items()}, assign=True)
         self.metrics = {"streams_in": list(self.model.config.streams_in), "streams_out": list(self.model.config.streams_out)}
-        self.metrics |= evaluate(model, self.tokenizer, self.data, self.encode, self.args.eval_images, self.ranks,
+        self.metrics |= evaluate(model, self.tokenizer, self.look, self.data, self.encode, self.args.eval_images, self.ranks,
                                  os.path.join(self.folder, "samples", "painted.png"), kinds)
         if self.data.records:
             self.metrics |= held_out_loss(model, self.data.records, self.ranks, kinds)
@@ -740,8 +742,8 @@ class MLLMStage(Stage):
 
 
 @torch.no_grad()
-def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, n: int, ranks: Ranks, grid: str, kinds, how: dict = SAMPLING) -> dict:
-    """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; `grid`: where a picture of these goes. Called on all ranks."""
+def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: int, ranks: Ranks, grid: str, kinds, how: dict = SAMPLING) -> dict:
+    """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; look: the ViT that Frechet distances are measured in; `grid`: where a picture of these goes. Called on all ranks."""
     was_training, metrics = model.training, {}
     model.eval()
     if data.source in shapes.DIFFICULTIES:
@@ -749,7 +751,7 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, data, encode, n: int, ra
         if "question" in kinds:
             metrics |= understanding(model, val, encode, ranks)
         if "paint" in kinds:
-            metrics |= painting(model, tokenizer, val, ranks, grid, how)
+            metrics |= painting(model, tokenizer, look, val, ranks, grid, how)
     else:
         if "caption" in kinds:
             metrics |= caption_retrieval(model, data, ranks, n)
@@ -782,11 +784,7 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
     """-> function from images (B, 3, H, W) to what the model reads: codes, or the deep features of the teacher, by default the tokenizer's.
     Its `key` tells kept codes of different encoders apart."""
-    model = tokenizer
-    if config.continuous:
-        beside = os.path.join(folder, "siglip")
-        teacher = teacher or (beside if os.path.isdir(beside) else read_config(folder).get("teacher") or beside)
-        model = SigLIP.from_pretrained(hub.folder(teacher), tokenizer.config.vision.image_size).vision_model.eval().to(next(tokenizer.parameters()).device)
+    model = load_teacher(folder, tokenizer.config.vision.image_size, teacher).to(next(tokenizer.parameters()).device) if config.continuous else tokenizer
 
     @torch.no_grad()
     def encode(images):
@@ -831,18 +829,17 @@ def tables() -> dict[str, Table]:
     asked = {"understanding.all.right": "questions right"} | {f"understanding.{kind}.right": kind for kind in kinds}
     painted = {f"painting.{skill}": skill for skill in ("all", *SKILLS)} | {"fd": "Frechet distance"}
 
-    def row(label, tokenizer, reads="", paints="", paper=None, **changes):
+    def row(label, design, reads="", paints="", paper=None):
         """paints: "", all that the tokenizer can; none: up to stage 2 alone."""
-        name = "-".join(filter(None, ("mllm", tokenizer, *map(str, changes.values()), reads and f"reads-{reads.replace(',', '-')}", paints and f"paints-{paints}")))
-        design = changes and (f"{tokenizer}-" + "-".join(f"{key}-{value}" for key, value in changes.items())) or tokenizer
-        return System(label, name, dict(streams_in=reads, streams_out=paints, until="2" if paints == "none" else ""), paper or {}, tokenizer=(design, dict(design=tokenizer, **changes)))
+        name = "-".join(filter(None, ("mllm", design, reads and f"reads-{reads}", paints and f"paints-{paints}")))
+        return System(label, name, dict(streams_in=reads, streams_out=paints, until="2" if paints == "none" else ""), paper or {}, tokenizer=(design, dict(design=design)))
     right, every = "understanding.all.right", "painting.all"
     genai = lambda count, differ, compare, negate, universal, overall: {
         **{f"painting.{k}": v for k, v in dict(count=count, differ=differ, compare=compare, negate=negate, universal=universal).items()}, every: overall}
     continuous = lambda paper: row("features of the teacher, continuous", "dual", "continuous", "none", {right: paper})
     return {
         "2": Table("Table 2: reading what was trained to reconstruct", asked, (), [
-            continuous(78.5), row("codes of reconstruction alone, deep layer", "recon-deep", "", "none", {right: 47.5})], "VQAv2 within LLaVA-1.5"),
+            continuous(78.5), row("codes of reconstruction alone, deep layer", "recon-deep", "", "none", {right: 47.5})], "VQAv2 within LLaVA-1.5; its encoder for reconstruction is trained from scratch, ours from the SigLIP"),
         "4": Table("Table 4: reading one stream or both", asked, (), [
             continuous(52.8), row("one codebook for both losses", "naive", "", "none", {right: 48.1}), row("dual, semantic codes alone", "dual", "semantic", "none", {right: 52.2}),
             row("dual, semantic and pixel codes", "dual", "", "none", {right: 53.9})], "the average of ten benchmarks within LLaVA-1.5; its one codebook is VILA-U"),
@@ -853,7 +850,7 @@ def tables() -> dict[str, Table]:
             row("one codebook for both losses", "naive", paper=dict(fd=15.12)), row("dual", "dual", paper=dict(fd=7.88)), row("dual encoder", "dual-encoder", paper=dict(fd=17.55))],
             "MJHQ-30K, 3B; its one codebook is VILA-U"),
         "muse-6": Table("MUSE-VL, Table 6: the branches of its tokenizer", {"tokenizer.fd": "Frechet distance of reconstructions", **asked}, ("tokenizer.fd",), [
-            row("image branch", "recon-deep", "", "none", {"tokenizer.fd": 2.63, right: 43.1}, depth=1), row("semantic branch", "sde-semantic", "", "none", {right: 62.7}),
+            row("image branch", "sde-image", "", "none", {"tokenizer.fd": 2.63, right: 43.1}), row("semantic branch", "sde-semantic", "", "none", {right: 62.7}),
             row("both (SDE)", "sde", "", "none", {"tokenizer.fd": 2.26, right: 63.6})], "the average of MMBench, SEED and MMStar"),
     }
 
@@ -861,23 +858,26 @@ def tables() -> dict[str, Table]:
 def train_table(args):
     """The language models of a table, over the tokenizers of the same --out, which are trained first where they are missing."""
     preset = tokenizer_preset(args)
-    taken = [name for name in ("streams_in", "streams_out", "teacher", "until") if getattr(args, name)] + ["stage"] * (args.stage != "all")
-    if taken:
-        raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
+    taken = [name for name in ("streams_in", "streams_out", "teacher", "until", "parameters") if getattr(args, name)] + ["stage"] * (args.stage != "all")
+    if taken or args.tokenizer not in ("out/tokenizer", *PRESETS):
+        raise ValueError(f"the rows of a table have --{', --'.join(taken or ['tokenizer'])} of their own; leave that out".replace("_", "-"))
+    if args.data not in ("", *shapes.DIFFICULTIES):
+        raise ValueError(f"--data is {args.data!r}, but these tables ask and mark by the built-in world; expected one of {', '.join(shapes.DIFFICULTIES)}")
     args.out = "out/tables" if args.out == "out/mllm" else args.out
-    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--val-data", args.val_data, "--device", args.device, "--workers", str(args.workers),
-                                   "--eval-images", str(args.eval_images), *(["--compile"] if args.compile else [])])
+    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images", str(args.eval_images)])
+    trained = {}
 
     def measure(seed, system):
         name, changes = system.tokenizer
-        folder = os.path.join(args.out, f"seed-{seed}", name)
-        if not os.path.exists(os.path.join(folder, "metrics.json")):
-            train_tokenizer.train_row(below, seed, name, changes)
-        elif (found := read_json(os.path.join(folder, "metrics.json")).get("preset")) != preset:
-            raise ValueError(f"{folder} holds a tokenizer of the preset {found!r}, expected {preset!r}; name another --out, or --preset")
-        out = os.path.join(args.out, f"seed-{seed}", system.name)
-        main(args=argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "", **system.changes}))
-        return {**metrics_of(out), "tokenizer": metrics_of(folder)}
+        folder, out = os.path.join(args.out, f"seed-{seed}", name), os.path.join(args.out, f"seed-{seed}", system.name)
+        there = os.path.exists(os.path.join(folder, "metrics.json"))       # of whatever settings, but all the same ones
+        trained[folder] = metrics_of(folder) if there else train_tokenizer.train_row(below, seed, name, changes)
+        alike = [{key: metrics["settings"][key] for key in ("preset", "data", "steps", "batch", "lr", "weights")} for metrics in trained.values()]
+        if apart := differences({**alike[0], "preset": preset}, alike[-1]):
+            raise ValueError(f"{folder} holds a tokenizer of other settings than the rest ({'; '.join(apart)}); delete it, or name another --out, or --preset")
+        row = argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "", **system.changes})
+        main(args=row)
+        return {**metrics_of(os.path.join(out, f"stage-{row.until}") if row.until else out), "tokenizer": trained[folder]}
     make_table(args, tables(), measure)
 
 
@@ -898,7 +898,7 @@ def main(argv=None, args=None):
         return
 
     if args.dry_run:
-        return estimate(args, rows)
+        return estimate(args)
 
     # ---- device, tokenizer, LLM
     ranks = Ranks(args.device)
@@ -916,17 +916,10 @@ def main(argv=None, args=None):
     config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size, ranks.say)
     if not config.streams_out:
         ranks.say("pictures are read alone: nothing is painted, and stage 3 is left out")
-        rows = [row for row in rows if row.name != "3"]
-        rows = [replace(row, mixture={k: v for k, v in row.mixture.items() if k not in ("paint", "edit")}) for row in rows]
-    if llm:
-        rows = [row for row in rows if row.name != "0"]
+    rows = stages_for(args, config, bool(llm))
     names = [row.name for row in rows]
-    if args.until:
-        rows = rows[:names.index(args.until) + 1] if args.until in names else []
-    if not rows:
-        raise ValueError(f"--until is {args.until!r}, but with these flags there is only {', '.join(names)}")
-    if args.stage not in ("all", *names):
-        raise ValueError(f"--stage is {args.stage!r}, but with these flags there is only {', '.join(names)}")
+    if args.stage not in ("all", *names) or args.until not in ("", *names):
+        raise ValueError(f"--stage is {args.stage!r} and --until {args.until!r}, but with these flags there is only {', '.join(names)}")
 
     # ---- where to start
     first = 0 if args.stage == "all" else names.index(args.stage)
@@ -938,16 +931,19 @@ def main(argv=None, args=None):
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     # ---- data
-    for row in rows if args.stage == "all" else [rows[first]]:
+    chosen = rows[:names.index(args.until) + 1] if args.until else rows if args.stage == "all" else [rows[first]]
+    for row in chosen:
         if args.data == "none" and not {*row.mixture} - {"caption", "paint"}:
             raise ValueError(f"stage {row.name} is of captioned images, and --data is none; name some with --data, or another --stage")
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
+    look = tokenizer.siglip_model.vision_model
+    if source in shapes.DIFFICULTIES and config.streams_out and not args.bench:
+        look = load_teacher(args.tokenizer, tokenizer.config.vision.image_size).to(ranks.device) if teacher_of(args.tokenizer) else look
     kind_of_data, size = WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences, tokenizer.config.vision.image_size
     data = kind_of_data(source, args, ranks, text, config, size, encode)
     if args.conversations or args.documents:
         data.add(RecordSequences(args, ranks, text, config, size, encode))
-    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in rows]     # of the one, or for --bench
-    rows_to_run = rows if args.stage == "all" else [rows[first]]
+    rows_to_run = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in chosen]     # of the one, or for --bench
     for row in rows_to_run:
         data.batches(row)       # raises before anything is trained
     if args.eval_images < 4 * ranks.count:
@@ -964,7 +960,7 @@ def main(argv=None, args=None):
     for row in rows_to_run:
         batches = data.batches(row)
         ranks.say(f"stage {row.name} trains {', '.join(row.trains)} on " + ", ".join(f"{kind} {share:g}" for kind, share in data.mixture.items()))
-        stage = MLLMStage(args, ranks, row, row is rows[-1], model, tokenizer, data, encode)
+        stage = MLLMStage(args, ranks, row, row.name == names[-1], model, tokenizer, look, data, encode)
         if args.bench:
             bench(stage, batches)
             continue
@@ -976,6 +972,14 @@ def main(argv=None, args=None):
         else:
             train(stage, batches)
             earlier[row.name] = stage.seconds
+
+
+def stages_for(args, config: MLLMConfig, pretrained: bool) -> list[Row]:
+    """The preset's, without those that a pretrained LLM, or a model that paints nothing, has no need of."""
+    rows = [row for row in STAGES[args.preset] if not (row.name == "0" and pretrained or row.name == "3" and not config.streams_out)]
+    if not config.streams_out:
+        rows = [replace(row, mixture={kind: share for kind, share in row.mixture.items() if kind not in ("paint", "edit")}) for row in rows]
+    return rows
 
 
 def tokenizer_preset(args) -> str:
@@ -1009,7 +1013,7 @@ def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
     return prompt + c.positions * position - (position - written), position       # the last position is written, but not read
 
 
-def estimate(args, rows: list[Row]):
+def estimate(args):
     """What the stages of a preset cost, over the tokenizer of a preset, whose features or weights are not needed."""
     if args.streams_in == "continuous" or (args.llm and args.llm not in LLMS) or args.vocabulary:
         raise ValueError("--dry-run is of codes and of a preset's LLM; leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
@@ -1017,7 +1021,7 @@ def estimate(args, rows: list[Row]):
     config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
     many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
     many.count, args.text_data = count, ""
-    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch) for row in rows if args.stage in ("all", row.name)]
+    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch) for row in stages_for(args, config, False) if args.stage in ("all", row.name)]
 
     def data(row):
         made = DrySequences("", args, many, text, config)
@@ -1030,7 +1034,7 @@ def estimate(args, rows: list[Row]):
 
         def maker(row, data, parts):
             there = [(part.map(mode.from_tensor),) for part, in parts]
-            return MLLMStage(args, ranks, row, False, model, frozen, data, None), there
+            return MLLMStage(args, ranks, row, False, model, frozen, None, data, None), there
         print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
         print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in frozen.parameters()))])
         flops = {n: painting_flops(DualMLLM(replace(config, streams_in=config.streams[:n], streams_out=config.streams[:n]), text), args.text_length) for n in (1, 2)}

@@ -4,6 +4,8 @@
     python train_tokenizer.py --preset small                                      # one GPU, textured world
     torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip google/siglip-so400m-patch14-384 --data "cc12m/{00000..01242}.tar" --workers 8 --compile --checkpointing --accumulate 2
     python train_tokenizer.py --data photos --preset nano-64                      # a folder of pictures with captions
+    python train_tokenizer.py --design naive --out out/naive                      # one codebook for both losses, or another of tokenizer.DESIGNS
+    python train_tokenizer.py --table 3 --seeds 3                                 # all rows of the paper's Table 3, and the table -> out/tables
     python train_tokenizer.py --resume                                            # go on where a run stopped
     python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
     python train_tokenizer.py --eval --out out/photos                             # metrics.json anew, without training
@@ -51,7 +53,7 @@ from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import CELLS, all_reduce, histogram, usage_and_perplexity
-from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, split_layers, write_json
+from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers, split_layers, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +83,8 @@ class Settings:
 
 # Deep features of a small SigLIP from scratch are large (variance 25), so their squared error at the release's weight drowns the pixels'. In a trial
 # of 300 steps (patches of 8, one seed), 0.02 in place of 0.2 gave 24.4 dB in place of 21.6, for a zero-shot accuracy of .973 in place of .984.
-_TOY = dict(betas=(0.9, 0.95), warmup=50, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
+# What reconstruction still lost to the semantic losses, 1.0 dB in nano, was the shared layers' part: a tenth of their gradient there leaves 0.2 (README).
+_TOY = dict(betas=(0.9, 0.95), warmup=50, shared_gradient=0.1, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
     "nano": Settings(data="plain", siglip_steps=1000, siglip_batch=128, siglip_lr=1e-3, steps=560, batch=64, lr=2e-3, **_TOY),
@@ -121,7 +124,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; default: a photo of a {}.")
     g.add_argument("--retrieval-data", default="", help="captions as Flickr8k has them, image,caption or image#number TAB caption: retrieval is then measured on them")
     g.add_argument("--retrieval-images", default="", help="folder of their images; default: Images or images beside the file, else its own folder")
-    g = shared_flags(p)
+    g = shared_flags(p, tables("nano"))
     g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
     g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
     g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
@@ -148,8 +151,8 @@ def flags(argv=None) -> argparse.Namespace:
     return args
 
 
-def shared_flags(p: argparse.ArgumentParser):
-    """The flags of every training script -> the group of those about optimisation, to add to."""
+def shared_flags(p: argparse.ArgumentParser, tables):
+    """The flags of every training script, whose tables have these names -> the group of those about optimisation, to add to."""
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, data order and crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -163,7 +166,7 @@ def shared_flags(p: argparse.ArgumentParser):
     g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0: only at the end")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
-    g.add_argument("--table", default="", help="run the rows of a table of the papers, each in a folder of its own in --out (default: out/tables), and write the table there")
+    g.add_argument("--table", default="", help=f"run the rows of a table of the papers ({', '.join(tables)}), each in a folder of its own in --out (default: out/tables), and write the table there")
     g.add_argument("--seeds", type=int, default=1, help="of every row of --table: --seed and those that follow it")
     g.add_argument("--bench", action="store_true", help="time 20 steps of each stage, write nothing")
     g = p.add_argument_group("dry run: what a run would cost, before there are data, weights or a GPU")
@@ -556,13 +559,16 @@ def load_state(stage: Stage) -> tuple[int, float]:
 
 
 def differences(old: dict, new: dict, name: str = "") -> list[str]:
-    """Settings of `new` that are others in `old`, those inside dicts by dotted names."""
+    """Settings of `new` that are others in `old`, those inside dicts and lists by dotted names."""
     found = []
     for key, value in new.items():
-        if isinstance(value, dict) and isinstance(old.get(key), dict):
-            found += differences(old[key], value, f"{name}{key}.")
-        elif old.get(key) != value:
-            found.append(f"{name}{key} {str(old.get(key))[:60]} -> {str(value)[:60]}")
+        was = old.get(key)
+        if isinstance(value, (list, tuple)) and isinstance(was, (list, tuple)) and len(value) == len(was):
+            value, was = dict(enumerate(value)), dict(enumerate(was))
+        if isinstance(value, dict) and isinstance(was, dict):
+            found += differences(was, value, f"{name}{key}.")
+        elif was != value:
+            found.append(f"{name}{key} {str(was)[:60]} -> {str(value)[:60]}")
     return found
 
 
@@ -830,6 +836,7 @@ class System:
 
 @dataclass
 class Table:
+    """A table of a paper: its columns, its rows, and where the paper's numbers are from."""
     title: str
     columns: dict           # metric, such as painting.single -> what it is
     lower: tuple            # those of which less is better
@@ -839,7 +846,8 @@ class Table:
 
 
 def make_table(args, tables: dict[str, Table], measure):
-    """Runs, or finds, every system of --table with every seed; measure(seed, system) -> its metrics. Prints the table and writes it into --out, as JSON, Markdown and bars."""
+    """Runs, or finds, every system of --table with every seed; measure(seed, system) -> its metrics. Prints the table and writes it into --out, as JSON, Markdown and bars.
+    Raises ValueError for a table that is not there, and for rows that do not compare."""
     if args.table not in tables:
         raise ValueError(f"--table is {args.table!r}, expected one of {', '.join(tables)}")
     table, seeds, begun = tables[args.table], range(args.seed, args.seed + args.seeds), time.time()
@@ -853,16 +861,19 @@ def make_table(args, tables: dict[str, Table], measure):
             if None not in values:
                 ours[column] = {"mean": sum(values) / len(values), "spread": max(values) - min(values), "values": values}
         rows.append({"label": system.label, "run": system.name, "ours": ours, "paper": {name: value for name, value in system.paper.items() if value is not None},
-                     "seconds": [metrics["seconds"] for metrics in by_seed.values()], "commits": sorted({metrics["commit"] for metrics in by_seed.values()})})
+                     "seconds": [metrics["seconds"] for metrics in by_seed.values()], **{f"{what}s": sorted({metrics[what] for metrics in by_seed.values()}) for what in ("commit", "device")}})
+    if len(counts := {metrics["images"] for by_seed in found for metrics in by_seed.values() if "images" in metrics}) > 1:
+        raise ValueError(f"the rows of --table {args.table} were evaluated on {' and '.join(map(str, sorted(counts)))} images; name one --eval-images, and another --out, or delete those of the others")
     ranks = Ranks(args.device)
     if ranks.first:
         path = os.path.join(args.out, f"table-{args.table}")
         write_json(path + ".json", {"table": table.title, "preset": args.preset, "seeds": [*seeds], "paper": table.source, **machine(ranks), "rows": rows})
-        text = table_text(table, rows, f"preset {args.preset}, seeds {', '.join(map(str, seeds))}, {machine(ranks)['device']}, torch {torch.__version__}")
+        devices = sorted({device for row in rows for device in row["devices"]})
+        text = table_text(table, rows, f"preset {args.preset}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {' and '.join(devices)}, torch {torch.__version__}")
         with open(path + ".md", "w", encoding="utf-8") as file:
             file.write(text)
         draw_bars(table, rows, path + ".png")
-        if table.curve:
+        if table.curve and any({*table.curve} <= row["ours"].keys() for row in rows):
             draw_curve(table, rows, path + "-curve.png")
         print(f"\n{text}\n{path}.md, .json, .png; {(time.time() - begun) / 60:.1f} minutes")
 
@@ -1274,7 +1285,7 @@ def compile_parts(*modules: nn.Module):
     """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they are too."""
     for module in modules:
         for part in module.modules():
-            if type(part).__name__ in ("Layer", "Decoder", "LLMLayer", "DepthLayer"):
+            if type(part).__name__ in ("Layer", "Decoder", "ConvEncoder", "LLMLayer", "DepthLayer"):
                 part.compile()
             for block in part.model.blocks if isinstance(part, TimmTower) else ():
                 block.compile()
@@ -1487,16 +1498,23 @@ def report(metrics: dict):
 def train_table(args):
     """The tokenizers of --table."""
     taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]      # not sizes, which are those of all rows
+    taken += [name for name, default in (("semantic_weight", 1), ("shared_gradient", -1)) if args.table == "trade" and getattr(args, name) != default]
     if taken:
         raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
+    if args.backbone and args.table in ("7", "9"):
+        raise ValueError(f"--table {args.table} counts the layers of a SigLIP; give it with --siglip in place of --backbone, or train one")
     args.out = "out/tables" if args.out == "out/tokenizer" else args.out
-    make_table(args, tables(args.preset), lambda seed, system: train_row(args, seed, system.name, system.changes))
+    layers = (read_towers(hub.folder(args.siglip))[0].num_hidden_layers,) if args.siglip else ()
+    make_table(args, tables(args.preset, layers), lambda seed, system: train_row(args, seed, system.name, system.changes))
 
 
 def train_row(args, seed: int, name: str, changes: dict) -> dict:
-    """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP. -> its metrics."""
-    home = os.path.join(args.out, f"seed-{seed}")
-    row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "", **changes})
+    """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP. Flags that say nothing to
+    its design are left out. -> its metrics."""
+    home, design = os.path.join(args.out, f"seed-{seed}"), DESIGNS[changes["design"]]
+    idle = {} if design.means else dict(semantic_weight=1.0, zero_shot_data="", class_names="", templates="", retrieval_data="", retrieval_images="")
+    idle |= ({} if design.paints else dict(vgg="", lpips="", gan=None)) | ({} if changes["design"] == "dual" else dict(shared_gradient=-1.0))
+    row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "", **idle, **changes})
     main(args=row, siglip_folder=os.path.join(home, f"siglip-{row.layers}" if row.layers else "siglip"))
     return metrics_of(row.out)
 
@@ -1533,8 +1551,12 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     if siglip:
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
     config = init.config if init else preset_config(args.preset, args.image_size, args.layers, **changes)
-    if (args.zero_shot_data or args.retrieval_data) and not DESIGNS[config.design].means:
-        raise ValueError(f"the design {config.design} learns no semantics, so that --zero-shot-data and --retrieval-data measure nothing; leave them out")
+    design = DESIGNS[config.design]
+    idle = {"shallow_layer": "shallow" in design.features, "shared_gradient": config.design == "dual", **dict.fromkeys(("semantic_weight", "zero_shot_data", "retrieval_data"), design.means),
+            **dict.fromkeys(("gan", "vgg"), design.paints)}
+    idle = [name for name, does in idle.items() if not does and getattr(args, name) != dict(shallow_layer=0, shared_gradient=-1.0, semantic_weight=1.0, gan=None).get(name, "")]
+    if idle:
+        raise ValueError(f"the design {config.design} has nothing that --{', --'.join(idle).replace('_', '-')} could change; leave that out")
     if not siglip:
         config.text.vocab_size = BYTES      # a SigLIP of its own reads bytes, whatever the preset's pretrained one reads
     if args.eval:
@@ -1580,11 +1602,12 @@ def main(argv=None, args=None, siglip_folder: str = ""):
             ranks.say(f"siglip: {stage.folder} is kept from an earlier run with these settings; delete it to train it again")
         else:
             train(stage, data.batches(stage.batch))
-        siglip, args.siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder), siglip_folder        # for the record, where it is not beside the tokenizer
+        siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
+        args.siglip = siglip_folder and os.path.relpath(siglip_folder, args.out)        # for the record, where it is not beside the tokenizer
 
     # ---- stage 2: the tokenizer
     if args.shallow_layer == "split":
-        alike = layer_similarity(siglip.vision_model.to(ranks.device), next(iter(data.validation(256)))[0])
+        alike = layer_similarity(siglip.vision_model.to(ranks.device), next(iter(data.validation(max(1, 256 // ranks.count))))[0])
         config = replace(config, shallow_layer=split_layers(all_reduce(alike) / ranks.count)[0])
         ranks.say(f"the pixel stream leaves after layer {config.shallow_layer} of {config.vision.num_hidden_layers}, where the shallow layers end")
     if not args.vgg:
@@ -1592,7 +1615,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
     if args.bench:
         bench(stage, data.batches(stage.batch))
-    elif args.resume and kept(stage):
+    elif args.resume and kept(stage) and not any(files):
         ranks.say(f"tokenizer: {stage.folder} is kept, since it is finished")
     else:
         train(stage, data.batches(stage.batch))
@@ -1600,37 +1623,43 @@ def main(argv=None, args=None, siglip_folder: str = ""):
         ranks.say("pictures: " + ", ".join(os.path.join(stage.folder, path) for path in paths))
 
 
-def tables(preset: str) -> dict[str, Table]:
-    """The tables of the paper that are about tokenizers. 7 and 9 have two ViTs, of the preset's layers and of twice as many, each trained here."""
+def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
+    """The tables of the paper that are about tokenizers. 7 and 9 have ViTs of so many layers each, by default the preset's and twice as many, which are trained here."""
     every = dict(zero_shot="zero-shot accuracy", fd="Frechet distance", psnr="PSNR, dB", ssim="SSIM")
-    lower = ("fd",)
-    three = lambda label, design, paper, **rename: System(label, design, dict(design=design), dict(zip(every, paper)), rename)
-    some = {name: every[name] for name in ("zero_shot", "fd", "psnr")}
+    some, lower = {name: every[name] for name in ("zero_shot", "fd", "psnr")}, ("fd",)
+    own, usual = PRESETS[preset]["vision"]["num_hidden_layers"], preset_config(preset).shallow_layer
+    quarters = {n: [math.ceil(n * part / 4) for part in (1, 2, 3)] for n in layers or (own, 2 * own)}
 
-    def at(layers: int, shallow: int, **paper) -> System:
-        own = PRESETS[preset]["vision"]["num_hidden_layers"]
-        return System(f"layer {shallow} of {layers}", f"dual-{shallow}-of-{layers}", dict(design="dual", shallow_layer=shallow, layers=0 if layers == own else layers), paper)
-    own = PRESETS[preset]["vision"]["num_hidden_layers"]
-    quarters = {layers: [math.ceil(layers * part / 4) for part in (1, 2, 3)] for layers in (own, 2 * own)}
+    def three(label, design, *paper, **rename):
+        return System(label, design, dict(design=design), dict(zip(every, paper)), rename)
+
+    def at(n: int, shallow: int, *paper):
+        name = "dual" if (n, shallow) == (own, usual) else f"dual-{shallow}-of-{n}"
+        return System(f"layer {shallow} of {n}", name, dict(design="dual", shallow_layer=shallow, layers=0 if layers or n == own else n), dict(zip(some, paper)))
+
+    def ten(label, name, design, quantizer, *paper):
+        return System(label, name, dict(design=design, quantizer=quantizer), dict(zip(every, paper)))
+
+    def trade(weight, share):
+        name = "dual" if (weight, share) == (1, SETTINGS[preset].shared_gradient) else f"dual-weight-{weight:g}-shared-{share:g}"
+        return System(f"dual, semantic weight x {weight:g}, shared gradient x {share:g}", name, dict(design="dual", semantic_weight=weight, shared_gradient=share))
+
+    seven = ((78.8, 0.78), (76.3, 1.27), (72.9, 2.61)), ((81.0, 0.73), (79.5, 1.28), (74.3, 2.78))
+    shallow = three("(c) reconstruction, shallow layer", "recon-shallow", None, 0.29, 28.12, 0.745)
     return {
         "3": Table("Table 3: reconstruction and semantics in one codebook, or in two", every, lower, [
-            three("initial state, continuous", "quantised", (83.2,), zero_shot="teacher_zero_shot"), three("initial state, quantised", "quantised", (82.4,)),
-            three("(a) both losses, deep layer", "naive", (72.3, 3.86, 12.64, 0.574)), three("(b) reconstruction, deep layer", "recon-deep", (None, 0.27, 27.88, 0.722)),
-            three("(c) reconstruction, shallow layer", "recon-shallow", (None, 0.29, 28.12, 0.745)), three("(d) dual", "dual", (82.0, 0.25, 28.69, 0.744))], "so400m-384"),
-        "7": Table("Tables 7 and 8: the layer that pixels leave after", some, lower, [at(layers, shallow, zero_shot=acc, fd=fid) for layers, paper in zip(
-            quarters, (((78.8, 0.78), (76.3, 1.27), (72.9, 2.61)), ((81.0, 0.73), (79.5, 1.28), (74.3, 2.78)))) for shallow, (acc, fid) in zip(quarters[layers], paper)],
-            "SigLIP-L/16-256 at 6, 12, 18 of 24; DFN-H/14-224 at 8, 16, 24 of 32"),
-        "9": Table("Table 9: layers near the first quarter", some, lower, [at(layers, shallow) for layers in quarters for shallow in range(quarters[layers][0] - 2, quarters[layers][0] + 3) if shallow > 0],
-                   "it has 79.0 to 79.2 and 0.82 to 0.84 at 5 to 7 of 24 for DFN-L/14-224, 81.0 to 81.3 and 0.66 to 0.72 at 5 to 9 of 27 for SigLIP2-SO/16-256"),
-        "10": Table("Table 10: residual and multi-codebook quantisation, of as many bits", every, lower, [
-            System(label, name, dict(design=design, quantizer=quantizer), paper) for label, name, design, quantizer, paper in (
-                ("(a) one codebook stream, MCQ", "naive-mcq", "naive", "mcq", dict(zero_shot=78.6, fd=0.38)), ("(b) dual, RVQ", "dual", "dual", "", dict(zero_shot=80.3, fd=0.39)),
-                ("(c) dual, MCQ", "dual-mcq", "dual", "mcq", dict(zero_shot=82.2, fd=0.25)))], "ViTamin-L/16; (a) is UniTok itself"),
-        "trade": Table("What semantics cost reconstruction", every, lower, [
-            System("reconstruction alone, shallow layer", "recon-shallow", dict(design="recon-shallow"), dict(fd=0.29, psnr=28.12, ssim=0.745)),
-            *(System(f"dual, semantic weight x {weight:g}, shared gradient x {share:g}", "dual" if (weight, share) == (1, SETTINGS[preset].shared_gradient) else f"dual-weight-{weight:g}-shared-{share:g}",
-                     dict(design="dual", semantic_weight=weight, shared_gradient=share)) for weight, share in ((5, 1), (1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0)))],
-            "so400m-384, where dual has 28.69 dB", curve=("psnr", "zero_shot")),
+            three("initial state, continuous", "quantised", 83.2, zero_shot="teacher_zero_shot"), three("initial state, quantised", "quantised", 82.4),
+            three("(a) both losses, deep layer", "naive", 72.3, 3.86, 12.64, 0.574), three("(b) reconstruction, deep layer", "recon-deep", None, 0.27, 27.88, 0.722),
+            shallow, three("(d) dual", "dual", 82.0, 0.25, 28.69, 0.744)], "So400m/14-384"),
+        "7": Table("Tables 7 and 8: the layer that pixels leave after", some, lower, [at(n, layer, *paper) for n, papers in zip(quarters, seven) for layer, paper in zip(quarters[n], papers)],
+                   "SigLIP-L/16-256 at 6, 12, 18 of 24, and DFN-H/14-224 at 8, 16, 24 of 32"),
+        "9": Table("Table 9: layers near the first quarter", some, lower, [at(n, layer) for n in quarters for layer in range(quarters[n][0] - 2, quarters[n][0] + 3) if layer > 0],
+                   "78.9 to 79.2 and 0.82 to 0.84 at 5 to 7 of 24 for DFN-L/14-224, 81.0 to 81.3 and 0.66 to 0.72 at 5 to 9 of 27 for SigLIP2-SO/16-256"),
+        "10": Table("Table 10: residual and multi-codebook quantisation; (b) and (c) have as many bits, (a) half of them", every, lower, [
+            ten("(a) one codebook, MCQ", "naive-mcq", "naive", "mcq", 78.6, 0.38), ten("(b) dual, RVQ", "dual", "dual", "", 80.3, 0.39),
+            ten("(c) dual, MCQ", "dual-mcq", "dual", "mcq", 82.2, 0.25)], "ViTamin-L/16; (a) is UniTok itself"),
+        "trade": Table("What semantics cost reconstruction", every, lower, [shallow, *(trade(*row) for row in ((5, 1), (1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0)))],
+                       "So400m/14-384, where dual has 28.69 dB", curve=("psnr", "zero_shot")),
     }
 
 
@@ -1669,6 +1698,19 @@ def estimate(args, s: Settings, config):
     dry_run(args, [*first, tokenizer_stage], count, "image")
 
 
+def teacher_of(folder: str) -> str:
+    """Where the SigLIP is that a tokenizer of ours was trained from: a folder, a name on the hub, or timm:NAME; "" where its config.json does not say."""
+    told = read_config(folder).get("teacher", "")
+    return next((path for path in (os.path.join(folder, "siglip"), told and os.path.join(folder, told)) if os.path.isdir(path)), told)
+
+
+def load_teacher(folder: str, image_size: int, name: str = "") -> nn.Module:
+    """The ViT of `name`, by default of what the tokenizer in a folder was trained from, frozen. Raises ValueError where it is not there."""
+    name = name or teacher_of(folder) or os.path.join(folder, "siglip")
+    siglip = SigLIP.from_timm(name[5:], image_size) if name.startswith("timm:") else SigLIP.from_pretrained(hub.folder(name), image_size)
+    return siglip.vision_model.eval().requires_grad_(False)
+
+
 def load_init(args, changes: dict) -> DualTokenizer:
     """The tokenizer of --init (of --eval, by default that in --out). Its teacher is --siglip or --backbone, by default the SigLIP that lies beside a tokenizer of ours."""
     if changes or args.image_size:
@@ -1677,8 +1719,7 @@ def load_init(args, changes: dict) -> DualTokenizer:
     if args.eval and os.path.realpath(args.init) != os.path.realpath(args.out) and os.path.exists(os.path.join(args.out, "model.safetensors")):
         raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; name another --out")
     if ours and not teacher:
-        beside = os.path.join(args.init, "siglip")
-        teacher = beside if os.path.isdir(beside) else read_config(args.init).get("teacher", "")
+        teacher = teacher_of(args.init)
         args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
     if not teacher:
         raise ValueError(f"{args.init} holds a tokenizer without the SigLIP that it is compared with; give it with --siglip")
@@ -1696,6 +1737,8 @@ def kept(stage: Stage) -> bool:
 def train(stage: Stage, batches):
     """Fit a stage, from the beginning or from its checkpoint, and write its metrics; batches as in `fit`."""
     step, seconds = 0, 0.0
+    if stage.ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(stage.ranks.device)
     os.makedirs(stage.folder, exist_ok=True)
     old = [path for path in (os.path.join(stage.folder, name) for name in ("state.pt", "metrics.json", "log.jsonl")) if os.path.exists(path)]
     if stage.args.resume and os.path.exists(os.path.join(stage.folder, "state.pt")):
