@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from data import shapes
+from data import hub, shapes
 from data.images import ImageData, centre_crop, decode
 from losses import Moments, frechet_distance, psnr, ssim
 from mllm import DualMLLM, code_tables
@@ -273,6 +273,7 @@ def features_of(tokenizer: DualTokenizer, images: Tensor) -> dict[str, Tensor]:
 def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
     """DualToken, Fig. 3 left and Fig. 7."""
     name = args.siglip or teacher_of(args.tokenizer)
+    name = name if args.siglip or name.startswith("timm:") or os.path.isdir(hub.folder(name)) else ""
     vit = load_teacher(args.tokenizer, 0, name).to(device) if name else tokenizer.siglip_model.vision_model
     images, _, where = pictures_for(args, vit.config.image_size, 1, device)
     similarity = layer_similarity(vit, images).cpu()

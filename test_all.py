@@ -2490,7 +2490,7 @@ def test_train_num_samples(run_folder, tmp_path, capsys):
     steps, batch = (json.load(open(tmp_path / "run/metrics.json"))["settings"][key] for key in ("steps", "batch"))
     assert f"38 images to train on, 2 held out; 10 of 38 samples an epoch, epochs in this run: tokenizer {steps * batch / 10:.2f}" in out
     go = [*TINY, "--out", str(tmp_path / "run"), "--siglip", str(run_folder / "siglip"), "--resume"]
-    assert "(10 an epoch)'" in stopped(*go, *data)      # other images would follow
+    assert "(10 an epoch)" in stopped(*go, *data)      # other images would follow
     assert "--num-samples is 39, expected at most the 38 images" in stopped(*go, *data, "--num-samples", "39")
     assert "--num-samples goes with images" in stopped(*go, "--num-samples", "3") and "--num-samples is -1" in stopped(*go, "--num-samples", "-1")
 
@@ -2636,6 +2636,7 @@ def test_train_never_unpickles_code(run_folder, tmp_path):
             return open, (str(tmp_path / "executed"), "w")
 
     shutil.copytree(run_folder, tmp_path / "copy")
+    (tmp_path / "copy/metrics.json").unlink()       # else it is finished, and nothing is read
     torch.save({"settings": Bomb()}, tmp_path / "copy/state.pt")
     assert "cannot be resumed from" in stopped(*TINY, "--gan", "--gan-start", "0.25", "--resume", "--out", str(tmp_path / "copy"))
     assert not os.path.exists(tmp_path / "executed")

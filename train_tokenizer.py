@@ -568,7 +568,8 @@ def differences(old: dict, new: dict, name: str = "") -> list[str]:
         if isinstance(value, dict) and isinstance(was, dict):
             found += differences(was, value, f"{name}{key}.")
         elif was != value:
-            found.append(f"{name}{key} {str(was)[:60]} -> {str(value)[:60]}")
+            short = lambda x: x if len(x) <= 80 else f"{x[:25]}...{x[-50:]}"
+            found.append(f"{name}{key} {short(str(was))} -> {short(str(value))}")
     return found
 
 
