@@ -359,10 +359,11 @@ def telling_codes(codes: Tensor, k: int, pictures: int) -> tuple[list[int], list
     place, scores = torch.cartesian_prod(*[torch.arange(grid) / grid] * 2), []                  # (N, 2)
     for code in found:
         member = (codes[(codes == code).any(1)] == code).float()                                # (pictures that have it, N)
+        rare, wide = len(member) < max(2, len(codes) // 20), member.mean() > 0.25               # nowhere to be seen, or a ground that comes in patches
         member /= member.sum(1, keepdim=True)
         mean = member @ place
         within = (member @ place.square() - mean.square()).mean(0)
-        scores.append((mean.var(0, correction=0) - within).sum().item() if len(member) >= max(2, len(codes) // 20) else -9.0)
+        scores.append((mean.var(0, correction=0) - within).sum().item() - 9.0 * (rare or wide))
     chosen = found[torch.tensor(scores).topk(min(k, len(found))).indices]
     has = (codes[..., None] == chosen).any(1).float()                                           # (B, k)
     return chosen.tolist(), (has / has.sum(0)).sum(1).topk(min(pictures, len(codes))).indices.tolist()
