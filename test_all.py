@@ -1818,6 +1818,18 @@ def test_tokenizer_timm_round_trips(timm_stand_in, pictures, tmp_path):
         SigLIP.from_pretrained(str(tmp_path / "siglip"), 64)
 
 
+@pytest.mark.parametrize("design", DESIGNS)
+def test_tokenizer_designs_train_what_gets_a_gradient_in_timms_vits_too(timm_stand_in, design):
+    siglip = randomised(SigLIP.from_timm("tiny", 32))
+    config = TokenizerConfig(vision=siglip.vision_config, text=TextConfig(64, 96, 2, 4), design=design, codebook_size=16, depth=2, code_dim=32, decoder_channels=16, decoder_multipliers=(1, 1, 2),
+                             decoder_blocks=0, decoder_groups=8, decoder_in=32, latent_grid=8)
+    model, images = DualTokenizer(config, siglip), torch.rand(2, 3, 32, 32) * 2 - 1
+    model.set_trainable()
+    out = model(images)
+    weighted(tokenizer_losses(out, images, (torch.randn(2, 16, 64), torch.randn(2, 64)), model.design.losses), Weights()).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad != (p.grad is not None)]
+
+
 @pytest.mark.parametrize("name, more", [("eva02_tiny_patch14_224", dict(img_size=56)), ("vitamin_small_224", dict(img_size=64))])
 def test_tokenizer_timm_backbones_are_timms(tmp_path, name, more):
     timm = pytest.importorskip("timm", reason="timm or its torchvision cannot be imported: no parity with it", exc_type=ImportError)
