@@ -1359,10 +1359,11 @@ class TokenizerStage(Stage):
             raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, expected {config.vision}; train or name another SigLIP")
         self.folder, self.data, self.weights, self.files = args.out, data, settings.weights, files
         self.steps, self.batch, self.lr, self.warmup = settings.steps, settings.batch, settings.lr, settings.warmup
-        self.teacher = copy.deepcopy(siglip.vision_model).eval().requires_grad_(False).to(ranks.device)
         torch.manual_seed(args.seed)
         started = {"init": digest(init)} if init else {}
         self.model = (init or DualTokenizer(config, siglip)).to(ranks.device).train()
+        own = None if init else self.model.teacher      # sde has one already
+        self.teacher = (own or copy.deepcopy(siglip.vision_model)).eval().requires_grad_(False).to(ranks.device)
         self.design, self.streams = config.design, config.streams
         self.model.shared_gradient = settings.shared_gradient if config.design == "dual" else 1.0
         self.model.set_trainable()
