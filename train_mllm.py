@@ -743,7 +743,8 @@ class MLLMStage(Stage):
 
 @torch.no_grad()
 def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: int, ranks: Ranks, grid: str, kinds, how: dict = SAMPLING) -> dict:
-    """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; look: the ViT that Frechet distances are measured in; `grid`: where a picture of these goes. Called on all ranks."""
+    """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; look: the ViT that Frechet distances are measured in; grid: where a
+    picture of these goes. Called on all ranks."""
     was_training, metrics = model.training, {}
     model.eval()
     if data.source in shapes.DIFFICULTIES:
@@ -814,7 +815,8 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
     else:
         raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a folder with config.json, weights and vocabulary, or a name on the hub such as Qwen/Qwen2.5-3B")
     c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name not in ("", "none"))
-    config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=split(args.streams_in) or c.streams, streams_out=split(args.streams_out or ",".join(c.streams if c.image_stream else ())), positions=c.positions, depth=c.depth,
+    paints = split(args.streams_out) if args.streams_out else c.streams if c.image_stream else ()
+    config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=split(args.streams_in) or c.streams, streams_out=paints, positions=c.positions, depth=c.depth,
                         codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim, tables=tables,
                         feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256, **HEADS.get(args.preset, {}))
     if config.streams_out and c.image_stream not in config.streams_out:
@@ -884,7 +886,6 @@ def train_table(args):
 def main(argv=None, args=None):
     """A run, or those of a table. args: in place of argv."""
     args = args or flags(argv)
-    rows = STAGES[args.preset]
     if args.table:
         return train_table(args)
     if args.parameters:
