@@ -942,7 +942,7 @@ def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, heig
         draw.text((x(v), bottom + 6), f"{v:.2f}", fill="black", font_size=11, anchor="mt")
         draw.text((left - 6, y(w)), f"{w:.3f}", fill="black", font_size=11, anchor="rm")
     draw.text(((left + right) / 2, bottom + 26), table.columns[across], fill="black", font_size=12, anchor="mt")
-    draw.text((8, top - 8), table.columns[up], fill="black", font_size=12)
+    draw.text((left + 8, top + 6), f"up: {table.columns[up]}", fill="black", font_size=12)
     for n, row in enumerate(have, 1):
         a, b = value(row, across), value(row, up)
         if b is None:
