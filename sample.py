@@ -267,7 +267,8 @@ def features_of(tokenizer: DualTokenizer, images: Tensor) -> dict[str, Tensor]:
     """What feeds the streams, averaged over positions: (B, C), by name and layer."""
     layers = {name: getattr(tokenizer.config, f"{name}_layer") for name in ("shallow", "deep")}
     parts = [{name: x.float().mean(1).cpu().double() for name, x in tokenizer.sources(part).items()} for part in images.split(16)]
-    return {f"{name} layer {layers[name]}" if name in layers else name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    names = [name for stream in tokenizer.design.streams.values() for name in stream]       # the pixel stream's first
+    return {f"{name} layer {layers[name]}" if name in layers else name: torch.cat([part[name] for part in parts]) for name in names}
 
 
 def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --fsdp --accumulate 8 --compile --checkpointing \\
         --conversations llava_v1_5_mix665k.json --documents interleaved.jsonl,edits.jsonl --image-folder images         # their form: data/records.py
     python train_mllm.py --stage 3                                          # one stage, from the one before it in --out
+    python train_mllm.py --table 4                                          # all rows of the paper's Table 4, tokenizers included, and the table -> out/tables
     python train_mllm.py --resume                                           # go on: finished stages are kept, the one under way continues
     python train_mllm.py --bench                                            # seconds per step of every stage; writes nothing
     python train_mllm.py --preset qwen2.5-3b --parameters --code-dim 1024   # the table of the paper's App. D.1; needs no weights
