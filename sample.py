@@ -33,7 +33,7 @@ from losses import Moments, frechet_distance, psnr, ssim
 from mllm import DualMLLM, code_tables
 from rvq import all_reduce
 from tokenizer import DualTokenizer, layer_similarity, read_config, read_json, split_layers, write_json
-from train_mllm import SAMPLING, ImageSequences, encoder, evaluate
+from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge
 from train_mllm import flags as train_flags
 from train_tokenizer import VALIDATION_SEED, Ranks, digest, load_teacher, read_lines, report, run, save_grid, teacher_of, to_picture
 
@@ -454,8 +454,7 @@ def main(argv=None):
             more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])
             data = ImageSequences(data.source, more, ranks, model.text, model.config, tokenizer.config.vision.image_size, encode, train=False)
         kinds = ("caption", "question", *(["paint"] if model.heads else []))
-        look = load_teacher(args.tokenizer, tokenizer.config.vision.image_size).to(ranks.device) if teacher_of(args.tokenizer) else tokenizer.siglip_model.vision_model
-        metrics = evaluate(model, tokenizer, look, data, encode, args.eval_images, ranks, grid, kinds, how)
+        metrics = evaluate(model, tokenizer, judge(tokenizer, args.tokenizer, ranks) if data.source in shapes.DIFFICULTIES else None, data, encode, args.eval_images, ranks, grid, kinds, how)
         write_json(os.path.join(args.out, "metrics.json"), metrics)
         report(metrics)
         return print(os.path.join(args.out, "metrics.json"), grid if model.heads else "")

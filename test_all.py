@@ -4983,6 +4983,13 @@ def test_train_mllm_table_of_other_tokenizers_is_refused(tmp_path, monkeypatch):
     assert "(steps 2 -> 3)" in mllm_words("--out", str(tmp_path / "more"), "--table", "4")
 
 
+def test_train_mllm_measures_in_the_teacher_and_says_where_it_cannot(tokenizer_folder, tokenizer, tmp_path, capsys):
+    ranks, teacher = train_tokenizer.Ranks("cpu"), SigLIP.from_pretrained(tokenizer_folder / "siglip").vision_model
+    assert equal(train_mllm.judge(tokenizer, str(tokenizer_folder), ranks).state_dict(), teacher.state_dict()) and not capsys.readouterr().out
+    tokenizer.save_pretrained(tmp_path)
+    assert train_mllm.judge(tokenizer, str(tmp_path), ranks) is tokenizer.siglip_model.vision_model and "own ViT" in capsys.readouterr().out
+
+
 def test_train_mllm_until_a_stage(tokenizer_folder, tmp_path, monkeypatch):
     """And, without it, on from there."""
     shrink(monkeypatch, TWO_ROWS[0], TWO_ROWS[1], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)))

@@ -797,6 +797,14 @@ def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: 
     return encode
 
 
+def judge(tokenizer: DualTokenizer, folder: str, ranks: Ranks):
+    """The ViT that Frechet distances of what is painted are measured in: the tokenizer's teacher, or, where it is not there, and that is said, the tokenizer's own."""
+    if teacher_of(folder):
+        return load_teacher(folder, tokenizer.config.vision.image_size).to(ranks.device)
+    ranks.say(f"Frechet distances are in the tokenizer's own ViT, since {folder} does not say where its teacher is")
+    return tokenizer.siglip_model.vision_model
+
+
 def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, say=print) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
     """The configuration that flags and tokenizer give, the text tokenizer, and the LLM where one is loaded."""
     llm, name = None, args.llm or args.preset
@@ -867,7 +875,8 @@ def train_table(args):
     if args.data not in ("", *shapes.DIFFICULTIES):
         raise ValueError(f"--data is {args.data!r}, but these tables ask and mark by the built-in world; expected one of {', '.join(shapes.DIFFICULTIES)}")
     args.out = "out/tables" if args.out == "out/mllm" else args.out
-    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images", str(args.eval_images)])
+    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images", str(args.eval_images), "--precision", args.precision,
+                                   *(f"--{name}" for name in ("compile", "checkpointing") if getattr(args, name))])
     trained = {}
 
     def measure(seed, system):
@@ -938,9 +947,7 @@ def main(argv=None, args=None):
         if args.data == "none" and not {*row.mixture} - {"caption", "paint"}:
             raise ValueError(f"stage {row.name} is of captioned images, and --data is none; name some with --data, or another --stage")
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
-    look = tokenizer.siglip_model.vision_model
-    if source in shapes.DIFFICULTIES and config.streams_out and not args.bench:
-        look = load_teacher(args.tokenizer, tokenizer.config.vision.image_size).to(ranks.device) if teacher_of(args.tokenizer) else look
+    look = judge(tokenizer, args.tokenizer, ranks) if source in shapes.DIFFICULTIES and config.streams_out and not args.bench else None
     kind_of_data, size = WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences, tokenizer.config.vision.image_size
     data = kind_of_data(source, args, ranks, text, config, size, encode)
     if args.conversations or args.documents:
