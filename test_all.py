@@ -4966,6 +4966,15 @@ def test_train_mllm_tables_train_what_they_name_and_nothing_twice(tmp_path, monk
     assert len(begun) == len({*begun})         # all was there
 
 
+def test_train_mllm_tables_compare_what_the_papers_do():
+    """(tokenizer, reads, paints, until) of each row."""
+    rows = {name: [(system.tokenizer[0], *system.changes.values()) for system in table.systems] for name, table in train_mllm.tables().items()}
+    reads = lambda design, streams="": (design, streams, "none", "2")
+    assert rows == {"2": [reads("dual", "continuous"), reads("recon-deep")], "4": [reads("dual", "continuous"), reads("naive"), reads("dual", "semantic"), reads("dual")],
+                    "5": [("naive", "", "", ""), ("dual", "", "pixel", ""), ("dual", "", "", "")], "6": [(design, "", "", "") for design in ("naive", "dual", "dual-encoder")],
+                    "muse-6": [reads("sde-image"), reads("sde-semantic"), reads("sde")]}
+
+
 def test_train_mllm_table_of_other_tokenizers_is_refused(tmp_path, monkeypatch):
     """Those of another preset, and those that were trained for longer than the rest."""
     few_steps(monkeypatch)
