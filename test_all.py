@@ -2909,6 +2909,15 @@ def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypat
     assert len(begun) == count + {"3": 4, "10": 0}.get(name, 2)      # dual is in all of them
 
 
+def test_train_tables_compare_what_the_paper_does():
+    tables = train_tokenizer.tables("nano")
+    assert [system.changes["design"] for system in tables["3"].systems] == ["quantised", "quantised", "naive", "recon-deep", "recon-shallow", "dual"]
+    layers = {name: [(system.changes["layers"] or 6, system.changes["shallow_layer"]) for system in tables[name].systems] for name in "79"}
+    assert layers == {"7": [(6, 2), (6, 3), (6, 5), (12, 3), (12, 6), (12, 9)], "9": [(6, n) for n in (1, 2, 3, 4)] + [(12, n) for n in (1, 2, 3, 4, 5)]}
+    assert [(system.changes["design"], system.changes["quantizer"]) for system in tables["10"].systems] == [("naive", "mcq"), ("dual", ""), ("dual", "mcq")]
+    assert [(*system.changes.values(),) for system in tables["trade"].systems[1:]] == [("dual", *row) for row in ((1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0))]
+
+
 def test_train_tables_of_bits_that_are_equal():
     for system in train_tokenizer.tables("nano")["10"].systems:
         c = preset_config("nano", **{key: value for key, value in system.changes.items() if value})
@@ -4901,6 +4910,8 @@ def test_train_mllm_dry_run_tells_of_every_stage(capsys, tmp_path, monkeypatch):
     rows = dry_rows(capsys, train_mllm, "--text-length", "32")
     assert [name for name in rows if "check" not in name] == ["stage-3, 4", "stage-4-1, 4"] and not os.listdir(tmp_path)
     assert all(rows[f"{name}, checkpointing"]["activations"] <= row["activations"] for name, row in rows.items() if "check" not in name)
+    assert [name for name in dry_rows(capsys, train_mllm, "--text-length", "32", "--until", "3") if "check" not in name] == ["stage-3, 4"]
+    assert [name for name in dry_rows(capsys, train_mllm, "--text-length", "32", "--streams-out", "none") if "check" not in name] == ["stage-4-1, 4"]
 
 
 def test_train_mllm_parameters_by_part_add_up():

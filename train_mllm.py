@@ -928,9 +928,7 @@ def main(argv=None, args=None):
     if not config.streams_out:
         ranks.say("pictures are read alone: nothing is painted, and stage 3 is left out")
     rows = stages_for(args, config, bool(llm))
-    names = [row.name for row in rows]
-    if args.stage not in ("all", *names) or args.until not in ("", *names):
-        raise ValueError(f"--stage is {args.stage!r} and --until {args.until!r}, but with these flags there is only {', '.join(names)}")
+    names, chosen = [row.name for row in rows], named(rows, args)
 
     # ---- where to start
     first = 0 if args.stage == "all" else names.index(args.stage)
@@ -942,7 +940,6 @@ def main(argv=None, args=None):
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     # ---- data
-    chosen = rows[:names.index(args.until) + 1] if args.until else rows if args.stage == "all" else [rows[first]]
     for row in chosen:
         if args.data == "none" and not {*row.mixture} - {"caption", "paint"}:
             raise ValueError(f"stage {row.name} is of captioned images, and --data is none; name some with --data, or another --stage")
@@ -991,6 +988,14 @@ def stages_for(args, config: MLLMConfig, pretrained: bool) -> list[Row]:
     return rows
 
 
+def named(rows: list[Row], args) -> list[Row]:
+    """Those that --stage and --until name. Raises ValueError where one is not there."""
+    names = [row.name for row in rows]
+    if args.stage not in ("all", *names) or args.until not in ("", *names):
+        raise ValueError(f"--stage is {args.stage!r} and --until {args.until!r}, but with these flags there is only {', '.join(names)}")
+    return rows[:names.index(args.until) + 1] if args.until else [row for row in rows if args.stage in ("all", row.name)]
+
+
 def tokenizer_preset(args) -> str:
     """The tokenizer whose shapes stand for one that is not there: --tokenizer, if it names a preset, else --preset, else the paper's."""
     return args.tokenizer if args.tokenizer in PRESETS else args.preset if args.preset in PRESETS else "siglip-l-256"
@@ -1030,7 +1035,7 @@ def estimate(args):
     config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
     many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
     many.count, args.text_data = count, ""
-    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch) for row in stages_for(args, config, False) if args.stage in ("all", row.name)]
+    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch) for row in named(stages_for(args, config, False), args)]
 
     def data(row):
         made = DrySequences("", args, many, text, config)
