@@ -875,7 +875,7 @@ def train_table(args):
     if args.data not in ("", *shapes.DIFFICULTIES):
         raise ValueError(f"--data is {args.data!r}, but these tables ask and mark by the built-in world; expected one of {', '.join(shapes.DIFFICULTIES)}")
     args.out = "out/tables" if args.out == "out/mllm" else args.out
-    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images", str(args.eval_images), "--precision", args.precision,
+    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images", str(args.eval_images),
                                    *(f"--{name}" for name in ("compile", "checkpointing") if getattr(args, name))])
     trained = {}
 
