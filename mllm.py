@@ -25,6 +25,7 @@ K codebook size, E code dimension.
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import load_weights, lower, make_config, read_config, read_weights, recomputed, save_model
+from losses import linear_cross_entropy
+from tokenizer import attend, load_weights, lower, make_config, read_config, read_weights, recomputed, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text as ids: UTF-8 bytes without any file, or a GPT-2, Qwen2.5 or SmolLM2 vocabulary from local files; in each, four marks for images
@@ -303,21 +305,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention (B, heads, T, d), grouped where k and v have fewer heads. For bf16 on a CPU torch's kernel is slow (five times this, at the nano size)."""
-    with torch.autocast(q.device.type, enabled=False):
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        if mask is None:
-            bias = q.new_full((q.shape[2], k.shape[2]), -math.inf if causal else 0.0).triu(1)
-        else:
-            bias = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf).expand(q.shape[0], q.shape[1], -1, -1).flatten(0, 1)
-        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[3] ** -0.5)     # one pass over (T, T) where scaling and masking are two more
-        return scores.softmax(-1).unflatten(0, q.shape[:2]) @ v
-
-
 class LLMAttention(nn.Module):
     """Causal grouped-query attention; biases on q, k, v only, or nowhere."""
 
@@ -412,9 +399,14 @@ class LLM(nn.Module):
             cache.filled += T
         return self.model.norm(x)
 
+    @property
+    def classifier(self) -> Tensor:
+        """Of the words (V, C): the table of inputs where the head is tied."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
     def head(self, h: Tensor) -> Tensor:
         """States (..., C) -> logits (..., V)."""
-        return F.linear(h, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(h, self.classifier)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V); mask as in `hidden`."""
@@ -505,14 +497,18 @@ class VisualHead(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.classifiers = nn.Parameter(torch.randn(c.depth, width, c.codebook_size) * width ** -0.5)
 
-    def forward(self, h: Tensor, vectors: Tensor) -> Tensor:
-        """Teacher forcing, the first d depths at once: h (M, C), code vectors (M, d, E) of which the last is not looked at -> logits (d, M, K)."""
+    def forward(self, h: Tensor, vectors: Tensor, codes: Tensor | None = None) -> Tensor:
+        """Teacher forcing, the first d depths at once: h (M, C), code vectors (M, d, E) of which the last is not looked at -> logits (d, M, K), or, given the codes
+        (M, d), the sum of each depth's cross entropies (d,)."""
         before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
         x = torch.cat([self.projector(h)[:, None], self.code_in(before)], 1)                             # (M, d, head width)
         x = x + self.depth[:x.shape[1]]
         for layer in self.layers:
             x = layer(x)
-        return torch.bmm(self.norm(x).transpose(0, 1), self.classifiers[:x.shape[1]])
+        x = self.norm(x).transpose(0, 1)                                                                 # (d, M, head width)
+        if codes is None:
+            return torch.bmm(x, self.classifiers[:len(x)])
+        return torch.stack([linear_cross_entropy(y, weight.T, wanted) for y, weight, wanted in zip(x, self.classifiers, codes.T)])
 
     def sample(self, h: Tensor, table: Tensor, pick) -> Tensor:
         """Depth by depth: h (M, C), the stream's table (1 or D, K, E), pick(logits (M, K), depth) -> codes (M,). -> codes (M, D)."""
@@ -541,6 +537,25 @@ def choose(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_k: int =
     cumulative = p.cumsum(-1)
     rank = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
     return order.gather(1, rank.clamp(max=order.shape[1] - 1))[:, 0]
+
+
+def repeat(step, times: int, graph: bool, progress: bool):
+    """step(), so many times; all but the first three by a CUDA graph, if so wished."""
+    bar = tqdm(range(times), "painting", leave=False, disable=not progress)
+    if graph and times > 3:
+        side = torch.cuda.Stream()      # where torch wants a step warmed up before it is captured
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):        # records, and runs nothing
+            step()
+        bar.update(3)
+        step, bar = captured.replay, itertools.islice(bar, times - 3)
+    for _ in bar:
+        step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -649,7 +664,7 @@ class DualMLLM(nn.Module):
         """Sums of cross entropies by name (Eq. 6-7): `text` over the text tokens that have a loss, `STREAM_d` over painted positions, for each depth d (later
         depths: the positions `all_depths`). An empty part gives zero, and zero gradients: so every parameter takes part in every step, as DDP wants."""
         h = self.llm.hidden(self.embed(batch)).flatten(0, 1)                                            # (B * T, C)
-        terms = {"text": F.cross_entropy(self.llm.head(h[batch.text_from]).float(), batch.text_target, reduction="sum")}
+        terms = {"text": linear_cross_entropy(h[batch.text_from], self.llm.classifier, batch.text_target)}
         N, D = self.config.positions, self.config.depth
         # The state before a position predicts its codes: the first is predicted from the mark that opens the picture.
         before = (batch.at[batch.learned][:, None] + torch.arange(-1, N - 1, device=h.device)).flatten()
@@ -660,10 +675,8 @@ class DualMLLM(nn.Module):
                 if rows is None:
                     continue
                 target = codes[rows, s, :depths]                                                        # (M, depths)
-                logits = head(h[before[rows]], self.vectors(target, s)).float()                         # (depths, M, K)
-                for d in range(depths):
-                    name = f"{stream}_{d + 1}"
-                    terms[name] = terms.get(name, 0) + F.cross_entropy(logits[d], target[:, d], reduction="sum")
+                for d, loss in enumerate(head(h[before[rows]], self.vectors(target, s), target), 1):
+                    terms[f"{stream}_{d}"] = terms.get(f"{stream}_{d}", 0) + loss
         return terms
 
     # ---- generation
@@ -679,9 +692,10 @@ class DualMLLM(nn.Module):
 
     @torch.no_grad()
     def paint(self, prompts: list[str], pictures: Tensor | None = None, guidance: float = 3.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-              seeds: list[int] | None = None, progress: bool = False) -> Tensor:
+              seeds: list[int] | None = None, progress: bool = False, graph: bool = False) -> Tensor:
         """Pictures from text, or, with pictures to read (B, N, S, D), edited by instructions: -> codes (B, N, S, D), zero in streams that are not painted.
-        guidance s: u + s (c - u) on all logits, u being those without the words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone."""
+        guidance s: u + s (c - u) on all logits, u being those without the words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone.
+        graph: on CUDA, a position's kernels are launched together, which pays where they are short."""
         c, n, guided = self.config, len(prompts), guidance != 1
         if not self.heads:
             raise ValueError("this model paints nothing: it was trained to read alone; train one with --streams-out")
@@ -690,8 +704,12 @@ class DualMLLM(nn.Module):
         rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)] + [turn(self.text, [*g, ""]) + start for g in given if guided]
         h, cache = self._begin(rows, c.positions)
         noise = torch.stack([torch.rand(c.positions, len(c.streams), c.depth, generator=torch.Generator().manual_seed(s)) for s in seeds or range(n)]).to(h.device)
-        codes = torch.zeros(noise.shape, dtype=torch.int64, device=h.device)
-        for p in tqdm(range(c.positions), "painting", leave=False, disable=not progress):
+        codes, new = torch.zeros(noise.shape, dtype=torch.int64, device=h.device), torch.zeros_like(noise[:, :1], dtype=torch.int64)
+        place, painted = torch.zeros(1, dtype=torch.int64, device=h.device), torch.ones(n, dtype=torch.bool, device=h.device)
+
+        def write(h):
+            """The codes of the next position."""
+            drawn = noise.index_select(1, place)[:, 0]                                                  # (n, S, D)
             for stream, head in self.heads.items():
                 s = c.streams.index(stream)
 
@@ -699,12 +717,18 @@ class DualMLLM(nn.Module):
                     if guided:
                         conditional, unconditional = logits.float().chunk(2)
                         logits = unconditional + guidance * (conditional - unconditional)
-                    chosen = choose(logits, noise[:, p, s, d], temperature, top_k, top_p)
+                    chosen = choose(logits, drawn[:, s, d], temperature, top_k, top_p)
                     return chosen.repeat(2) if guided else chosen
-                codes[:, p, s] = head.sample(h, self.tables[s], pick)[:n]
-            if p < c.positions - 1:
-                x = self.project(codes[:, p:p + 1], torch.ones(n, dtype=torch.bool, device=h.device))
-                h = self.llm.hidden(x.repeat(2, 1, 1) if guided else x, cache=cache)[:, -1]
+                new[:, 0, s] = head.sample(h, self.tables[s], pick)[:n]
+            codes.index_copy_(1, place, new)
+            place.add_(1)
+
+        def step():
+            """The codes of the last position are read, those of the next written. Shapes never change and the host looks at nothing, so that it can be a CUDA graph."""
+            x = self.project(new, painted)
+            write(self.llm.hidden(x.repeat(2, 1, 1) if guided else x, cache=cache)[:, -1])
+        write(h)
+        repeat(step, c.positions - 1, graph and h.device.type == "cuda", progress)
         return codes
 
     @torch.no_grad()
@@ -718,17 +742,22 @@ class DualMLLM(nn.Module):
         noise = torch.stack([torch.rand(longest, generator=torch.Generator().manual_seed(s)) for s in seeds or range(len(rows))]).to(h.device)
         allowed = torch.zeros(self.config.llm.vocab_size, dtype=torch.bool)
         allowed[[*text.ordinary, stop]] = True
-        allowed, written = allowed.to(h.device), []
-        done = torch.zeros(len(rows), dtype=torch.bool, device=h.device)
-        for t in range(longest):
-            logits = self.llm.head(h).float().masked_fill(~allowed, -math.inf)
-            written.append(choose(logits, noise[:, t], temperature, top_k, top_p).masked_fill(done, stop))
-            done |= written[-1] == stop
-            if t == longest - 1 or done.all():
+        allowed, written, done = allowed.to(h.device), [], torch.zeros(len(rows), dtype=torch.bool, device=h.device)
+        for token in self.write(h, cache, longest, lambda logits, t: choose(logits.masked_fill(~allowed, -math.inf), noise[:, t], temperature, top_k, top_p)):
+            written.append(token.masked_fill(done, stop))
+            done |= token == stop
+            if done.all():
                 break
-            h = self.llm.hidden(self.llm.model.embed_tokens(written[-1])[:, None], cache=cache)[:, -1]
         rows = torch.stack(written, 1).tolist()
         return [text.decode(row[:row.index(stop)] if stop in row else row) for row in rows]
+
+    def write(self, h: Tensor, cache: Cache, longest: int, pick):
+        """Tokens (B,), one after the other, each read before the next: h (B, C) the state before the first, pick(logits (B, V), number) -> (B,)."""
+        for t in range(longest):
+            if t:
+                h = self.llm.hidden(self.llm.model.embed_tokens(token)[:, None], cache=cache)[:, -1]
+            token = pick(self.llm.head(h).float(), t)
+            yield token
 
     @torch.no_grad()
     def score(self, pictures: Tensor, captions: list[str]) -> Tensor:

@@ -18,6 +18,8 @@ Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B
 W numbers in a code vector.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -35,10 +37,14 @@ def all_reduce(x: Tensor) -> Tensor:
 CELLS = {"cpu": 2 ** 20}        # distances at once: on a CPU what fits a cache, elsewhere 2^26, 256 MiB
 
 
-def nearest(x: Tensor, table: Tensor) -> Tensor:
+def nearest(x: Tensor, table: Tensor, fused: bool = False) -> Tensor:
     """Index of the nearest row of table (K, E) for each row of x (M, E), by squared Euclidean distance in fp32: (M,) int64.
-    |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time."""
+    |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time. fused: by one kernel, in which they never leave the chip."""
     norms, codes = table.square().sum(1), torch.empty(len(x), dtype=torch.int64, device=x.device)
+    if fused:
+        rows = 64
+        fused_kernel()[(-(-len(x) // rows),)](x.contiguous(), table.contiguous(), norms, codes, len(x), len(table), x.shape[1], max(16, 1 << (x.shape[1] - 1).bit_length()), rows, 64)
+        return codes
     rows = max(1, CELLS.get(x.device.type, 2 ** 26) // len(table))
     distances = x.new_empty(min(rows, len(x)), len(table))      # one buffer, filled again and again
     for i in range(0, len(x), rows):
@@ -46,6 +52,33 @@ def nearest(x: Tensor, table: Tensor) -> Tensor:
         torch.addmm(norms, part, table.T, alpha=-2, out=distances[:len(part)])
         torch.argmin(distances[:len(part)], 1, out=codes[i:i + rows])
     return codes
+
+
+@functools.cache
+def fused_kernel():
+    """`nearest` in Triton, which comes with torch's CUDA builds: a program keeps ROWS vectors and the best distance so far in each of COLS columns, and runs down the table.
+    Products are three passes of TF32, as exact as fp32. Raises ValueError where there is no Triton."""
+    global tl       # a kernel finds names among its module's
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        raise ValueError("--fast-vq needs Triton, which comes with torch's CUDA builds; leave it out, or pip install triton") from None
+
+    @triton.jit
+    def kernel(x, table, norms, codes, M, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+        row, e, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, COLS)
+        query = -2.0 * tl.load(x + row[:, None] * E + e[None, :], (row[:, None] < M) & (e[None, :] < E), 0.0)                      # (ROWS, WIDTH >= E)
+        best, code = tl.full((ROWS, COLS), float("inf"), tl.float32), tl.zeros((ROWS, COLS), tl.int32)
+        for start in range(0, K, COLS):
+            k = start + column
+            vectors = tl.load(table + k[None, :] * E + e[:, None], (k[None, :] < K) & (e[:, None] < E), 0.0)                       # (WIDTH, COLS)
+            distance = tl.dot(query, vectors, input_precision="tf32x3") + tl.load(norms + k, k < K, float("inf"))[None, :]
+            closer = distance < best        # of equals the first stays, as in argmin
+            best, code = tl.where(closer, distance, best), tl.where(closer, k[None, :], code)
+        least = tl.min(best, 1)
+        tl.store(codes + row, tl.min(tl.where(best == least[:, None], code, K), 1).to(tl.int64), row < M)
+    return kernel
 
 
 class Quantizer(nn.Module):
@@ -60,6 +93,7 @@ class Quantizer(nn.Module):
     """
 
     shared = False      # one table for all depths?
+    fused = False       # nearest codes by one kernel: CUDA alone
 
     def __init__(self, dim: int, codebook_size: int, depth: int, tables: int, width: int, decay: float, threshold: float, grace: int, seed: int):
         super().__init__()
@@ -198,7 +232,7 @@ class ResidualVQ(Quantizer):
         """Greedily, depth by depth. Commitment counts all partial sums (M, D, E)."""
         codes, chosen, residual = [], [], x
         for d in range(self.depth):
-            codes.append(nearest(residual, self.table(d)))
+            codes.append(nearest(residual, self.table(d), self.fused))
             chosen.append(F.embedding(codes[-1], self.table(d)))
             residual = residual - chosen[-1]
         chosen = torch.stack(chosen, 1)                                                      # (M, D, E)
@@ -218,7 +252,7 @@ class MultiCodebookVQ(Quantizer):
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Chunk by chunk. There are no partial sums: commitment counts the quantized vector alone (M, 1, E)."""
         chunks = x.unflatten(1, (self.depth, -1)).clone()        # (M, D, W), a copy: `update` needs it, and z belongs to the caller
-        codes = torch.stack([nearest(chunks[:, d], self.table(d)) for d in range(self.depth)], 1)
+        codes = torch.stack([nearest(chunks[:, d], self.table(d), self.fused) for d in range(self.depth)], 1)
         chosen = self.codebook[torch.arange(self.depth, device=x.device), codes]             # (M, D, W)
         return codes, chunks, chosen.reshape(len(x), 1, self.dim)
 

@@ -35,7 +35,7 @@ from rvq import all_reduce
 from tokenizer import DualTokenizer, layer_similarity, read_config, read_json, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge
 from train_mllm import flags as train_flags
-from train_tokenizer import VALIDATION_SEED, Ranks, digest, load_teacher, read_lines, report, run, save_grid, teacher_of, to_picture
+from train_tokenizer import VALIDATION_SEED, Ranks, compile_parts, digest, load_teacher, read_lines, report, run, save_grid, teacher_of, to_picture
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -66,6 +66,8 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--top-p", type=float, default=SAMPLING["top_p"], help="sample among the likeliest codes that together have this probability")
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next have the next seeds")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the language model's weights and arithmetic; auto: bf16 on CUDA, else fp32")
+    p.add_argument("--compile", action="store_true", help="torch.compile transformer layers; on CUDA a position that is painted is then one CUDA graph: for many pictures")
     args = p.parse_args(argv)
     names = ("paint", "ask", "edit", "reconstruct", "figure", "paint_file", "answer_file", "fd")
     wishes = [name.replace("_", "-") for name in names if getattr(args, name) is not None] + ["eval"] * args.eval
@@ -437,12 +439,15 @@ def main(argv=None):
         return figure(args, tokenizer, ranks.device)
     if args.fd:
         return fd(args, tokenizer, ranks)
-    model = DualMLLM.from_pretrained(args.mllm).to(ranks.device)
+    low = args.precision == "bf16" or args.precision == "auto" and ranks.device.type == "cuda"
+    model = DualMLLM.from_pretrained(args.mllm).to(ranks.device, torch.bfloat16 if low else torch.float32)
     if model.config.tables_sha256 != code_tables(tokenizer)[1]:
         raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its --tokenizer")
     run_config = read_config(args.mllm)
     encode = encoder(model.config, tokenizer, args.tokenizer, run_config.get("teacher", ""))
-    how = dict(guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    how = dict(guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, graph=args.compile)
+    if args.compile:
+        compile_parts(model)
     if args.eval:
         data, grid = SimpleNamespace(source=run_config.get("data")), os.path.join(args.out, "painted.png")
         if not data.source:

@@ -9,6 +9,7 @@ import copy
 import functools
 import glob
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -38,8 +39,11 @@ import torch
 import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image, ImageCms
 from safetensors.torch import load_file, save_file
+from torch._subclasses import FakeTensor
 
+import losses
 import mllm
+import rvq
 import sample
 import train_mllm
 import train_tokenizer
@@ -1207,6 +1211,38 @@ def test_rvq_memory_stays_bounded():
     assert float(done.stdout) < 1
 
 
+FUSED = """
+import torch, rvq
+torch.manual_seed(0)
+for m, k, e in ((300, 1000, 32), (129, 64, 8), (70, 200, 20), (1, 65, 3)):
+    x, table = torch.randn(m, e), torch.randn(k, e)
+    exact = torch.cdist(x.double(), table.double()).argmin(1)
+    assert torch.equal(rvq.nearest(x, table, True), exact), (m, k, e)
+twice = torch.randn(100, 8).repeat(2, 1)
+assert torch.equal(rvq.nearest(x := torch.randn(200, 8), twice, True), rvq.nearest(x, twice[:100]))        # of equals the first
+vq, z = rvq.ResidualVQ(8, 50, 3), torch.randn(2, 40, 8)
+plain = vq.encode(z)
+vq.fused = True
+assert torch.equal(vq.encode(z), plain)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+def test_rvq_fused_kernel_finds_the_nearest():
+    """In Triton's interpreter, which needs no GPU."""
+    done = subprocess.run([sys.executable, "-c", FUSED], cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rvq_fused_kernel_without_triton_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    rvq.fused_kernel.cache_clear()
+    vq = rvq.ResidualVQ(8, 50, 3)
+    vq.fused = True
+    with pytest.raises(ValueError, match="--fast-vq needs Triton"):
+        vq(torch.randn(2, 40, 8))
+
+
 def test_rvq_usage_and_perplexity():
     counts = histogram(torch.tensor([[[0, 1], [0, 2], [0, 3], [0, 3]]]), 4)
     assert counts.tolist() == [[4, 0, 0, 0], [0, 1, 1, 2]]
@@ -2098,6 +2134,25 @@ def test_losses_adaptive_weight_is_the_ratio_of_gradients():
     assert adaptive_weight((100 * w).sum(), w.sum(), w).item() == 10 and abs(adaptive_weight(w.sum(), (100 * w).sum(), w).item() - 0.3) < 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_losses_linear_cross_entropy_is_the_plain_one(rows, monkeypatch):
+    """Value and gradients, in chunks and at once; in chunks, logits of a chunk alone exist."""
+    monkeypatch.setattr(losses, "LOGITS", rows * 300)
+    h, weight, target = torch.randn(30, 16), torch.randn(300, 16), torch.randint(300, (30,))
+    found, sizes, linear = [], [], F.linear
+    monkeypatch.setattr(losses.F, "linear", lambda x, w: (sizes.append(len(x)), linear(x, w))[1])
+    for function in (losses.linear_cross_entropy, lambda h, w, t: F.cross_entropy(h @ w.T, t, reduction="sum")):
+        inputs = [h.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = function(*inputs, target)
+        found.append((loss, *torch.autograd.grad(3 * loss, inputs)))
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)
+    assert max(sizes) == rows and sum(sizes) == 60
+    monkeypatch.setattr(losses, "LOGITS", 4 * 30 * 300)
+    torch.testing.assert_close(losses.linear_cross_entropy(h, weight, target), found[1][0].detach(), rtol=1e-5, atol=1e-4)
+    assert sizes[-1] == 30 and losses.linear_cross_entropy(h[:0], weight, target[:0]) == 0
+
+
 def test_losses_psnr():
     x = torch.zeros(2, 3, 16, 16)
     y = torch.stack([torch.full((3, 16, 16), 0.2), torch.full((3, 16, 16), 5.0)])       # 0.1 of the range; clamped to 0.5 of it
@@ -2602,6 +2657,46 @@ def test_train_dry_run_keeps_norms_in_fp32_as_cuda_does():
             with stage.autocast():
                 assert stage.model.siglip_model.vision_model.post_layernorm(torch.rand(1, 64, 96).half()).dtype == dtype
                 assert stage.model.decoder.conv_in(torch.rand(1, 64, 8, 8)).dtype == (torch.float16 if precision == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize("more", [(), ("--design", "naive"), ("--precision", "bf16", "--quantizer", "mcq")])
+def test_train_steps_never_wait_for_the_device(more):
+    """Nothing in a step, optimisers, discriminator and codebooks included, is looked at by the host: it runs on tensors that have no values."""
+    with train_tokenizer.fake():
+        stage, parts = dry_stage(*more)
+        stage.wrapped = stage.model
+        for quantizer in stage.model.quantizers.values():
+            quantizer._draws = 0        # at the start of a run it is read, once
+        for _ in range(2):
+            train_tokenizer.whole_step(stage, parts)
+
+
+def test_train_benches_write_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
+    train_tokenizer.main(["--bench", "quantizer", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "4096 vectors" in out and float(re.search(r"([\d.]+)% of the codes are the nearest", out)[1]) > 99.9 and abs(float(re.search(r"leave is (\S+) more", out)[1])) < 1e-6
+    assert out.count("exponent 0.00") == 3 and out.count("500.00 ms") >= 2
+    train_tokenizer.main(["--bench", "growth", "--device", "cpu", "--batch-size", "2"])
+    rows = re.findall(r"tokenizer, (.*?) (\d+), (\d+), (\d+): .*; ([\d.]+), ([\d.]+), ([\d.]+) GiB, exponent ([\d.]+)", capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["image size", "codebook size", "depth"] and not os.listdir(tmp_path)
+    assert all(float(row[4]) <= float(row[6]) for row in rows) and float(rows[0][4]) < float(rows[0][6])
+    for argv, words in ((["--bench", "speed"], "invalid choice"), (["--bench", "paint"], "invalid choice")):
+        with pytest.raises(SystemExit):
+            train_tokenizer.main(argv)
+        assert words in capsys.readouterr().err
+
+
+def test_train_exponents_are_those_of_power_laws():
+    assert train_tokenizer.exponent((1, 2, 4), (3, 12, 48)) == pytest.approx(2) and train_tokenizer.exponent((10, 20, 40), (7, 7, 7)) == pytest.approx(0)
+
+
+def test_train_importing_takes_no_more_than_it_must():
+    """What would make every start, and every error in a flag, seconds slower is imported where it is used."""
+    heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.fsdp", "torchvision", "transformers", "timm", "matplotlib", "scipy", "vector_quantize_pytorch")
+    code = f"import sys, sample, train_tokenizer, train_mllm; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_train_parameters_by_part_add_up(tokenizer):
@@ -3973,6 +4068,23 @@ def test_mllm_generates_in_bf16():
     assert not torch.equal(near, exact) and (near - exact).abs().mean() < 0.05 * exact.std()
 
 
+@pytest.mark.parametrize("how", [dict(guidance=3.0, top_k=5, top_p=0.9), dict(guidance=1.0)])
+def test_mllm_painting_never_waits_for_the_device(how):
+    """The host looks at no number while it paints: on tensors that have none, it paints the same shapes."""
+    model = small_mllm()
+    with train_tokenizer.fake():
+        copied = DualMLLM(model.config, model.text).eval()
+        codes = copied.paint(["red", "blue"], **how)
+    assert isinstance(codes, FakeTensor) and codes.shape == (2, 4, 2, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_mllm_painting_by_a_cuda_graph_changes_nothing():
+    model = small_mllm().cuda()
+    for seeds in ([0, 1], [5, 9]):
+        assert torch.equal(model.paint(["red", "blue"], seeds=seeds), model.paint(["red", "blue"], seeds=seeds, graph=True))
+
+
 @torch.no_grad()
 def test_mllm_heads_sample_what_they_are_taught():
     """Depth by depth with a cache equals all depths at once, whatever is picked."""
@@ -4859,6 +4971,24 @@ def test_train_mllm_bench_writes_nothing(tmp_path, monkeypatch, capsys):
     shrink(monkeypatch, replace(MIXED_ROW, batch=2))
     train_mllm.main([*TINY_MLLM, "--bench", "--tokenizer", "nano", "--out", str(tmp_path / "run")])
     assert capsys.readouterr().out.count("waiting for data") == 1 and not os.path.exists(tmp_path / "run")
+
+
+def test_train_mllm_benches_write_nothing(tmp_path, monkeypatch, capsys):
+    there = [*TINY_MLLM, "--tokenizer", "nano", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
+    monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
+    for what, words in (("paint", ["1 at a time, 64 positions, guided: 0.500 s, 2.00 images/s", "16 at a time, 64 positions, guided: 0.500 s, 32.00 images/s"]),
+                        ("answer", ["ours: 500.0 ms until the first token"]),
+                        ("growth", ["stage-4-2, positions 64, 128, 256: 0.500", "stage-4-2, words 256, 512, 1024", "stage-4-2, width 128, 256, 512", "stage-4-2, codebook size 256, 1024, 4096"])):
+        if what == "answer":        # at an instant speed, tokens a second divide by zero
+            took = iter((0.5, 1.0, 0.25, 0.75))
+            monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), next(took))[1])
+        train_mllm.main([*there, "--bench", what, *(["--batch-size", "2"] if what == "growth" else [])])
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), out
+    assert not os.path.exists(tmp_path / "run")
+    memory = [float(x) for x in re.search(r"words .*; ([\d.]+), ([\d.]+), ([\d.]+) GiB", out).groups()]
+    assert memory[0] < memory[1] < memory[2]
 
 
 def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, monkeypatch):

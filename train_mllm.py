@@ -29,7 +29,9 @@ import os
 import random
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -46,8 +48,8 @@ from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
-from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, System, Table, adamw, bench, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
-                             kept, load_part, load_teacher, make_table, metrics_of, precision, print_parts, run, save_grid, shared_flags, step_or_skip, teacher_of, train, whole)
+from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
+                             kept, load_part, load_teacher, make_table, metrics_of, precision, print_parts, run, save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -123,7 +125,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
     g.add_argument("--vocabulary", default="", help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
-    g = shared_flags(p, tables())
+    g = shared_flags(p, tables(), ("paint", "answer", "growth"))
     g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over the ranks of torchrun; an evaluation still needs all weights on each device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
     g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, other records that are longer are left out; "
@@ -672,7 +674,7 @@ def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds
 
 class MLLMStage(Stage):
     """One row of the table: freeze the rest, train its parts, evaluate what its mixture teaches."""
-    unit, cpu_bf16 = "sequences", True
+    unit = "sequences"
 
     def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, look, data: Sequences, encode):
         super().__init__(args, ranks)
@@ -683,7 +685,7 @@ class MLLMStage(Stage):
         pieces = "" if data.pieces is None else hashlib.sha256(data.pieces.tobytes()).hexdigest()
         self.settings = json.loads(json.dumps({
             "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length], "row": {**asdict(row), "mixture": data.mixture},
-            "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model), **common(args), "precision": self.precision}))
+            "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model), **common(args, ranks)}))
         model.requires_grad_(False)
         for part in row.trains:
             for parameter in model.parts()[part]:
@@ -916,6 +918,8 @@ def main(argv=None, args=None):
     if args.fsdp and ranks.count == 1:
         raise ValueError("--fsdp shares the model over ranks, and there is one process; start several with torchrun --nproc_per_node=N, or leave it out")
     torch.manual_seed(args.seed)
+    if args.bench == "growth":
+        return bench_stage_growth(args, ranks)
     if args.bench and args.tokenizer in PRESETS:
         tokenizer, source = DualTokenizer(preset_config(args.tokenizer)).eval(), args.data or "plain"       # random weights, for its shapes
     else:
@@ -939,6 +943,10 @@ def main(argv=None, args=None):
         model.take_tables(tables)
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
+    if args.bench in ("paint", "answer"):
+        model = model.eval().requires_grad_(False).to(torch.bfloat16 if ranks.device.type == "cuda" and args.precision != "fp32" else torch.float32)
+        return (bench_painting if args.bench == "paint" else bench_answering)(args, ranks, model, tokenizer)
+
     # ---- data
     for row in chosen:
         if args.data == "none" and not {*row.mixture} - {"caption", "paint"}:
@@ -959,7 +967,7 @@ def main(argv=None, args=None):
     parameters = sum(p.numel() for p in model.parameters())
     if args.fsdp:
         ranks.shard(model, [*model.llm.model.layers, *model.heads.values()])
-    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks, True)}, {parameters / 1e6:.1f} M parameters, data {source}, out {args.out}")
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)}, {parameters / 1e6:.1f} M parameters, data {source}, out {args.out}")
 
     # ---- the stages, in order
     earlier = {}
@@ -1025,6 +1033,63 @@ def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
         model.llm.hidden(model.project(codes, torch.ones(1, dtype=torch.bool)), cache=cache)
     position = counter.get_total_flops() - prompt
     return prompt + c.positions * position - (position - written), position       # the last position is written, but not read
+
+
+def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer):
+    """--bench paint: guided pictures, from words to pixels, one at a time, 16, and on CUDA 64; with --compile also by compiled layers and CUDA graphs. Weights need not be trained."""
+    decoded = lambda n, graph: tokenizer.decode(model.paint(["a red circle above a blue square"] * n, graph=graph, **SAMPLING))
+    for graph in (False, True) if args.compile else (False,):
+        if graph:
+            compile_parts(model)
+        for n in (1, 16, 64) if ranks.device.type == "cuda" else (1, 16):
+            begun = time.perf_counter()
+            decoded(n, graph)
+            first = time.perf_counter() - begun
+            seconds = seconds_of(lambda: decoded(n, graph), ranks.device, warmup=0, rounds=3)
+            ranks.say(f"painting{', compiled' * graph}, {n} at a time, {model.config.positions} positions, guided: {seconds:.3f} s, {n / seconds:.2f} images/s; the first time {first:.1f} s more")
+
+
+def bench_answering(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer, words: int = 64):
+    """--bench answer: a picture and a question, one at a time: until the first token, and tokens a second; the same for transformers' Qwen2 of this shape, if it is installed."""
+    c, device = model.config, ranks.device
+    begin = lambda: model._begin([turn(model.text, [Picture(torch.zeros(c.positions, len(c.streams), c.depth, dtype=torch.int64)), "what colour is the circle?"])], words)
+    ours = lambda n: list(model.write(*begin(), n, lambda logits, t: logits.argmax(-1)))
+    systems = {"ours": ours}
+    try:
+        import transformers
+        with torch.device(device):
+            peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**asdict(c.llm))).to(next(model.parameters()).dtype).eval()
+        x = begin()[1].valid.sum().item()       # as many places
+        ids = torch.randint(c.llm.vocab_size, (1, x), device=device)
+        systems["transformers"] = lambda n: peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
+    except ImportError:
+        ranks.say("transformers is not installed, so there is no peer to compare with")
+    with torch.no_grad():
+        for name, write in systems.items():
+            first, whole = (seconds_of(lambda n=n: write(n), device) for n in (1, words))
+            ranks.say(f"answering, {name}: {1000 * first:.1f} ms until the first token, then {(words - 1) / (whole - first):.1f} tokens/s")
+
+
+def bench_stage_growth(args, ranks: Ranks):
+    """--bench growth: the last stage of a preset at other sizes, on a random picture's codes."""
+    row, tokenizer = STAGES[args.preset][-1], preset_config(tokenizer_preset(args))
+    usual, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
+    row = replace(row, batch=args.batch_size or row.batch)
+
+    def make(what, size):
+        llm, given = usual.llm, copy.copy(args)
+        if what == "width":
+            llm = replace(llm, hidden_size=size, intermediate_size=llm.intermediate_size * size // llm.hidden_size)
+        if what == "words":
+            given.text_length = size
+        config = replace(usual, llm=replace(llm, max_position_embeddings=32_768), **{"positions": dict(positions=size), "codebook size": dict(codebook_size=size)}.get(what, {}))
+        data = DrySequences("", given, ranks, text, config)
+        data.key, data.pictures = {}, np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
+        model = DualMLLM(config, text).to(ranks.device)
+        return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), next(iter(data.batches(row)(0)))[0]
+    width = usual.llm.hidden_size
+    bench_growth(ranks, {"positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)], "width": [width, 2 * width, 4 * width],
+                         "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
 
 
 def estimate(args):

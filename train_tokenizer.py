@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -52,7 +53,7 @@ from data import hub, shapes
 from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
-from rvq import CELLS, all_reduce, histogram, usage_and_perplexity
+from rvq import CELLS, ResidualVQ, all_reduce, histogram, usage_and_perplexity
 from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers, split_layers, write_json
 
 
@@ -124,12 +125,13 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; default: a photo of a {}.")
     g.add_argument("--retrieval-data", default="", help="captions as Flickr8k has them, image,caption or image#number TAB caption: retrieval is then measured on them")
     g.add_argument("--retrieval-images", default="", help="folder of their images; default: Images or images beside the file, else its own folder")
-    g = shared_flags(p, tables("nano"))
+    g = shared_flags(p, tables("nano"), ("quantizer", "growth"))
     g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
     g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
     g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
     g.add_argument("--semantic-weight", type=float, default=1.0, help="times the preset's weights of the semantic terms")
     g.add_argument("--shared-gradient", type=float, default=-1.0, help="share, 0 to 1, of the semantic losses' gradient that enters the layers which feed the pixel stream too; -1: the preset's, and in the paper 1")
+    g.add_argument("--fast-vq", action=argparse.BooleanOptionalAction, default=False, help="nearest codes by a kernel of our own (Triton, CUDA), for large codebooks")
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
     args = p.parse_args(argv)
@@ -151,12 +153,12 @@ def flags(argv=None) -> argparse.Namespace:
     return args
 
 
-def shared_flags(p: argparse.ArgumentParser, tables):
-    """The flags of every training script, whose tables have these names -> the group of those about optimisation, to add to."""
+def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
+    """The flags of every training script, whose tables and measurements have these names -> the group of those about optimisation, to add to."""
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, data order and crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 autocast on CUDA (the MLLM: also on a CPU with AVX-512 BF16), else fp32; quantizers are always fp32")
+    g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 autocast on CUDA and on a CPU with AVX-512 BF16, else fp32; quantizers are always fp32")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile transformer layers and decoder")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations in the backward pass to save memory")
     g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
@@ -168,7 +170,7 @@ def shared_flags(p: argparse.ArgumentParser, tables):
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
     g.add_argument("--table", default="", help=f"run the rows of a table of the papers ({', '.join(tables)}), each in a folder of its own in --out (default: out/tables), and write the table there")
     g.add_argument("--seeds", type=int, default=1, help="of every row of --table: --seed and those that follow it")
-    g.add_argument("--bench", action="store_true", help="time 20 steps of each stage, write nothing")
+    g.add_argument("--bench", nargs="?", const="steps", default="", choices=("steps", *benches), help="time 20 steps of each stage, or something else, and write nothing")
     g = p.add_argument_group("dry run: what a run would cost, before there are data, weights or a GPU")
     g.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and time of each stage, with and without --checkpointing; train and write nothing")
     g.add_argument("--ranks", type=int, default=0, help="GPUs that it is for; 0: 8 in the paper's presets, 1 in ours")
@@ -353,9 +355,9 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def precision(args, ranks: Ranks, on_cpu: bool = False) -> str:
-    """bf16 or fp32. auto is bf16 on CUDA, and, if on_cpu, on a CPU that multiplies bf16 itself (AVX-512 BF16; torch may not say): elsewhere it is slower."""
-    native = ranks.device.type == "cuda" or on_cpu and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+def precision(args, ranks: Ranks) -> str:
+    """bf16 or fp32. auto is bf16 on CUDA, and on a CPU that multiplies bf16 itself (AVX-512 BF16; torch may not say): elsewhere it is slower."""
+    native = ranks.device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return args.precision if args.precision != "auto" else "bf16" if native else "fp32"
 
 
@@ -363,11 +365,10 @@ class Stage:
     """A step of the recipe, as `fit` sees it: `name`, `folder`, `model`, `optimizer`, `steps`, `batch` (samples of all ranks), `lr`, `warmup`, and
     `settings`, a dict that must not change when a run resumes. What is fitted, and how, is in the methods."""
     unit, design, streams = "images", "", ()        # what a batch is counted in; for the record
-    cpu_bf16 = False                        # whether --precision auto means bf16 on a CPU that multiplies it natively
 
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
-        self.precision = precision(args, ranks, self.cpu_bf16)
+        self.precision = precision(args, ranks)
         keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights until the step ends: of shared weights, that would be the whole model
         self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16, cache_enabled=keeps) if self.precision == "bf16" else contextlib.nullcontext()
 
@@ -653,34 +654,106 @@ def flop_counter() -> FlopCounterMode:
     return counter
 
 
-def bench(stage: Stage, batches, steps: int = 20, warmup: int = 3):
-    """Time some steps of a stage and print what they take; writes nothing."""
-    device, stream = stage.ranks.device, iter(batches(0))
-    stage.wrapped = stage.ranks.wrap(stage.model)
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-
-    def one():
-        begun = time.time()
-        parts, _ = next(stream)
-        waited = time.time() - begun
-        gradients(stage, parts, stage.steps, {})        # a step past the end: everything is on
-        take_step(stage, stage.lr)
-        return waited
-
-    counter = flop_counter()
-    with counter:
-        one()
+def seconds_of(one, device: torch.device, times: int = 1, warmup: int = 2, rounds: int = 5) -> float:
+    """Seconds that one() takes: the median over some rounds of so many times."""
+    wait, took = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None), []
     for _ in range(warmup):
         one()
-    wait()
-    begun = time.time()
-    waited = sum(one() for _ in range(steps))
-    wait()
-    seconds = (time.time() - begun) / steps
+    for _ in range(rounds):
+        wait()
+        begun = time.perf_counter()
+        for _ in range(times):
+            one()
+        wait()
+        took.append((time.perf_counter() - begun) / times)
+    return statistics.median(took)
+
+
+def whole_step(stage: Stage, parts: list[tuple]):
+    gradients(stage, parts, stage.steps, {})        # a step past the end: everything is on
+    take_step(stage, stage.lr)
+
+
+def bench(stage: Stage, batches, what: str = ""):
+    """Time 20 steps of a stage and print what they take; writes nothing."""
+    device, stream, waited, counter = stage.ranks.device, iter(batches(0)), [], flop_counter()
+    stage.wrapped = stage.ranks.wrap(stage.model)
+
+    def one():
+        begun = time.perf_counter()
+        parts, _ = next(stream)
+        waited.append(time.perf_counter() - begun)
+        whole_step(stage, parts)
+    with counter:
+        one()
+    seconds = seconds_of(one, device, times=4)
     peak = next((flops for name, flops in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     used = f", {counter.get_total_flops() / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""
-    stage.ranks.say(f"{stage.name}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} {stage.unit}/s, {counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
-                    f"{used}, {waited / steps / seconds:.2%} of it waiting for data, peak memory {peak_memory_gib(device):.2f} GiB")
+    stage.ranks.say(f"{stage.name}{what}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} {stage.unit}/s, {counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
+                    f"{used}, {statistics.mean(waited[-20:]) / seconds:.2%} of it waiting for data, peak memory {peak_memory_gib(device):.2f} GiB")
+
+
+def bench_quantizer(args, ranks: Ranks):
+    """Training and evaluation of a residual quantizer of the size that peers are measured at, beside vector-quantize-pytorch where it is installed; whether its codes are the nearest; how its time grows."""
+    cuda = ranks.device.type == "cuda"
+    M, K, E, D = (32 * 729, 16_384, 32, 8) if cuda else (4096, 1024, 32, 4)
+
+    def z(M):
+        return torch.randn(1, M, E, generator=torch.Generator().manual_seed(args.seed)).to(ranks.device)
+
+    def ours(M, K, D):
+        vq, x = ResidualVQ(E, K, D).to(ranks.device), z(M)
+        vq.fused = args.fast_vq
+        return vq, lambda: (vq(x), vq.training and vq.update())
+    rows = {"ours" + ", --fast-vq" * args.fast_vq: ours(M, K, D)}
+    try:
+        from vector_quantize_pytorch import ResidualVQ as Peer
+        peer, x = Peer(dim=E, codebook_size=K, num_quantizers=D, shared_codebook=True, decay=0.99).to(ranks.device), z(M)
+        rows["vector-quantize-pytorch"] = peer, lambda: peer(x)
+    except ImportError:
+        ranks.say("vector-quantize-pytorch is not installed, so there is no peer to compare with")
+    ranks.say(f"{M} vectors of {E} numbers, {D} codes each out of {K}, on {machine(ranks)['device']}, torch {torch.__version__}")
+    with torch.no_grad():
+        for training in (True, False):
+            for name, (vq, one) in rows.items():
+                vq.train(training)
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                ranks.say(f"  {name}, {'training with EMA' if training else 'evaluation'}: {1000 * seconds_of(one, ranks.device):.2f} ms" + f", {peak_memory_gib(ranks.device):.2f} GiB" * cuda)
+        vq, x = next(iter(rows.values()))[0], z(M)
+        codes, wrong, ours_left, least_left = vq.encode(x)[0], 0, 0.0, 0.0
+        for part, chosen in zip(x[0].split(1024), codes.split(1024)):
+            left = part.double()        # what is left is that of our codes: each is judged by itself
+            for d in range(D):
+                distances = torch.cdist(left, vq.table(d).double())
+                nearest, left = distances.min(1), left - vq.table(d)[chosen[:, d]].double()
+                wrong, ours_left, least_left = wrong + (nearest.indices != chosen[:, d]).sum(), ours_left + left.square().sum(), least_left + nearest.values.square().sum()
+        ranks.say(f"  {1 - wrong / codes.numel():.4%} of the codes are the nearest in float64; what they leave is {ours_left / least_left - 1:.1e} more than the least")
+        for name, sizes in (("vectors", [(M * n, K, D) for n in (1, 2, 4)]), ("codebook size", [(M, K * n, D) for n in (1, 2, 4)]), ("depth", [(M, K, D * n) for n in (1, 2, 4)])):
+            times = [seconds_of(ours(*size)[1], ranks.device) for size in sizes]
+            ranks.say(f"  {name} x 1, 2, 4: " + ", ".join(f"{1000 * t:.2f}" for t in times) + f" ms in training, exponent {exponent((1, 2, 4), times):.2f}")
+
+
+def exponent(sizes, values) -> float:
+    """Of the power law through values at these sizes, by least squares of the logarithms."""
+    x, y = torch.tensor(sizes).double().log(), torch.tensor(values).double().log()
+    return ((x - x.mean()) * (y - y.mean())).sum().item() / (x - x.mean()).square().sum().item()
+
+
+def bench_growth(ranks: Ranks, axes: dict, make):
+    """How a step's time and memory grow. axes: {what: sizes}; make(what, size) -> (stage, micro-batches). Memory is the device's peak on CUDA, else what the dry run counts."""
+    for what, sizes in axes.items():
+        rows = []
+        for size in sizes:
+            if ranks.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            stage, parts = make(what, size)
+            stage.wrapped = ranks.wrap(stage.model)
+            seconds = seconds_of(lambda: whole_step(stage, parts), ranks.device, rounds=3)
+            rows.append((seconds, peak_memory_gib(ranks.device) if ranks.device.type == "cuda" else measure(stage, parts).memory / 2 ** 30))
+        seconds, memory = zip(*rows)
+        ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {', '.join(f'{x:.3f}' for x in seconds)} s a step, exponent {exponent(sizes, seconds):.2f}; "
+                  f"{', '.join(f'{x:.2f}' for x in memory)} GiB, exponent {exponent(sizes, memory):.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1292,9 +1365,9 @@ def compile_parts(*modules: nn.Module):
                 block.compile()
 
 
-def common(args) -> dict:
+def common(args, ranks: Ranks) -> dict:
     """Settings of every stage that a resumed run must share."""
-    return {name: getattr(args, name) for name in ("seed", "accumulate", "clip", "precision")}
+    return {"seed": args.seed, "accumulate": args.accumulate, "clip": args.clip, "precision": precision(args, ranks)}
 
 
 def digest(model: nn.Module) -> str:
@@ -1333,7 +1406,7 @@ class SigLIPStage(Stage):
             compile_parts(self.model)
         self.optimizer = adamw([self.model], self.lr, (0.9, 0.95), settings.weight_decay)
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch, "lr": self.lr,
-                         "vision": asdict(config.vision), "text": asdict(config.text), **common(args)}
+                         "vision": asdict(config.vision), "text": asdict(config.text), **common(args, ranks)}
 
     def loss(self, images, captions, *, step):
         ids = self.model.text_ids(captions).to(images.device, non_blocking=True)
@@ -1368,6 +1441,8 @@ class TokenizerStage(Stage):
         self.model.shared_gradient = settings.shared_gradient if config.design == "dual" else 1.0
         self.model.set_trainable()
         self.model.checkpointing(args.checkpointing)
+        for quantizer in self.model.quantizers.values():
+            quantizer.fused = args.fast_vq
         gan = settings.gan and self.model.design.paints
         self.perceptual = load_lpips(args.vgg, args.lpips).to(ranks.device) if args.vgg and self.model.design.paints else None
         if args.compile:
@@ -1381,7 +1456,7 @@ class TokenizerStage(Stage):
         self.gan_steps, self.gan_skipped, self.codes, self.pictures = 0, torch.zeros((), device=ranks.device), None, None
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
                          "lr": self.lr, "weights": asdict(settings.weights), "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
-                         "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args)}
+                         "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args, ranks)}
 
     def loss(self, images, captions, *, step):
         features = self.wrapped(images)
@@ -1546,6 +1621,11 @@ def main(argv=None, args=None, siglip_folder: str = ""):
         config.text.vocab_size = config.text.vocab_size if args.siglip else BYTES
         with fake():
             return estimate(args, s, config)
+    ranks = Ranks(args.device)
+    if args.fast_vq and ranks.device.type != "cuda":
+        raise ValueError(f"--fast-vq is a kernel for CUDA, and the device is {ranks.device.type}; leave it out")
+    if args.bench in ("quantizer", "growth"):
+        return bench_quantizer(args, ranks) if args.bench == "quantizer" else bench_stage_growth(args, s, ranks, changes)
     args.siglip, args.init = args.siglip and hub.folder(args.siglip), args.init or (args.out if args.eval else "")
     init = load_init(args, changes) if args.init else None
     side = init.config.vision.image_size if init else args.image_size
@@ -1567,8 +1647,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     files = (read_classes(args.zero_shot_data, args.class_names, args.templates) if args.zero_shot_data else (),
              read_captions(args.retrieval_data, args.retrieval_images) if args.retrieval_data else ())
 
-    # ---- device, ranks, data
-    ranks = Ranks(args.device)
+    # ---- data
     if ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True       # one image size per run
     runs = {} if args.eval else {**({} if siglip else {"siglip": s.siglip_steps * s.siglip_batch}), "tokenizer": s.steps * s.batch}
@@ -1617,6 +1696,10 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
     if args.bench:
         bench(stage, data.batches(stage.batch))
+        for what, off in ((", without the adversarial term", dict(gan_from=stage.steps + 1)), (", without it and LPIPS", dict(perceptual=None))):
+            if any(vars(stage)[name] not in (value, stage.steps + 1) for name, value in off.items()):
+                vars(stage).update(off)
+                bench(stage, data.batches(stage.batch), what)
     elif args.resume and kept(stage) and not any(files):
         ranks.say(f"tokenizer: {stage.folder} is kept, since it is finished")
     else:
@@ -1698,6 +1781,20 @@ def estimate(args, s: Settings, config):
     print_parts(rows)
     first = [] if args.siglip else [lambda: (SigLIPStage(args, ranks, s, config, data), parts(s.siglip_batch))]
     dry_run(args, [*first, tokenizer_stage], count, "image")
+
+
+def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
+    """--bench growth: the tokenizer stage of a preset at other sizes, on random images."""
+    usual = preset_config(args.preset, args.image_size, args.layers, **changes)
+
+    def make(what, size):
+        image_size = size if what == "image size" else args.image_size
+        config = preset_config(args.preset, image_size, args.layers, **changes | {"codebook size": dict(codebook_size=size), "depth": dict(depth=size)}.get(what, {}))
+        stage = TokenizerStage(args, ranks, s, config, argparse.Namespace(source="random", drawn="random"), SigLIP(config.vision, config.text))
+        side, share = config.vision.image_size, s.batch // args.accumulate
+        return stage, [(torch.randn(share, 3, side, side, device=ranks.device).clamp(-1, 1), [""] * share) for _ in range(args.accumulate)]
+    bench_growth(ranks, {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)], "codebook size": [usual.codebook_size * n for n in (1, 4, 16)],
+                         "depth": [usual.depth * n for n in (1, 2, 4)]}, make)
 
 
 def teacher_of(folder: str) -> str:
