@@ -1085,8 +1085,8 @@ def bench_stage_growth(args, ranks: Ranks):
         config = replace(usual, llm=replace(llm, max_position_embeddings=32_768), **{"positions": dict(positions=size), "codebook size": dict(codebook_size=size)}.get(what, {}))
         data = DrySequences("", given, ranks, text, config)
         data.key, data.pictures = {}, np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
-        model = DualMLLM(config, text).to(ranks.device)
-        return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), next(iter(data.batches(row)(0)))[0]
+        parts, model = next(iter(data.batches(row)(0)))[0], DualMLLM(config, text).to(ranks.device)
+        return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), parts
     width = usual.llm.hidden_size
     bench_growth(ranks, {"positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)], "width": [width, 2 * width, 4 * width],
                          "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)

@@ -314,11 +314,11 @@ class Muon(torch.optim.Optimizer):
         """Newton-Schulz: (..., m, n) with its singular values brought near 1 (to .7 to 1.2, for those that were not tiny)."""
         if x.shape[-2] > x.shape[-1]:
             return Muon.orthogonal(x.mT).mT
-        x = lower(x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7))
-        for _ in range(5):
+        shape, x = x.shape, lower(x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).reshape(-1, *x.shape[-2:])
+        for _ in range(5):      # x <- 3.4445 x + (2.0315 s^2 - 4.7750 s) x, of s = x x^T
             square = x @ x.mT
-            x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-        return x
+            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        return x.view(shape)
 
     @torch.no_grad()
     def step(self):
