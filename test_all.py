@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import unicodedata
 import warnings
 from collections import Counter
@@ -2285,8 +2287,7 @@ def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, mo
     ours, theirs = (torch.load(folder / "state.pt", weights_only=True) for folder in (run_folder, tmp_path))
     assert equal(ours["discriminator"], theirs["discriminator"])
     assert all(torch.equal(a[k], b[k]) for a, b in zip(*(s["optimizer"]["state"].values() for s in (ours, theirs))) for k in ("exp_avg", "exp_avg_sq", "step"))
-    timeless = [[{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waiting")} for line in log(f)] for f in (run_folder, tmp_path)]
-    assert timeless[0] == timeless[1]
+    assert timeless(run_folder) == timeless(tmp_path)
 
 
 @pytest.mark.parametrize("design, quantizer", [("naive", "mcq"), ("recon-shallow", "rvq"), ("quantised", "rvq"), ("dual-encoder", "mcq"), ("sde", "rvq")])
@@ -2499,10 +2500,10 @@ def test_train_full_disk_keeps_the_old_checkpoint(run_folder, tmp_path, monkeypa
     begun, save, before = ["--siglip", str(run_folder / "siglip"), "--save-every", "2"], train_tokenizer.save_state, {}
     files = "state.pt", "model.safetensors", "config.json"
 
-    def saves(stage, step, seconds):
+    def saves(stage, step, *more):
         before.update({name: (tmp_path / name).read_bytes() for name in files if step == 4})
         with full_disk(100_000) if step == 4 else contextlib.nullcontext():
-            save(stage, step, seconds)
+            save(stage, step, *more)
     monkeypatch.setattr(train_tokenizer, "save_state", saves)
     words = stopped(*TINY, "--out", str(tmp_path), *begun)
     assert "state.pt cannot be written at step 4" in words and "the checkpoint before it is kept" in words and "\n" not in words
@@ -2510,6 +2511,174 @@ def test_train_full_disk_keeps_the_old_checkpoint(run_folder, tmp_path, monkeypa
     monkeypatch.undo()
     train(tmp_path, *begun, "--resume")
     assert [line["step"] for line in log(tmp_path) if "loss" in line] == [*range(1, 9)]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("name, words", [("config.json", "state.pt cannot be written at step 4"), ("metrics.json", "make room or name another --out, then --resume goes on")])
+def test_train_device_without_space_is_a_sentence(run_folder, tmp_path, name, words):
+    begun = ["--siglip", str(run_folder / "siglip"), "--out", str(tmp_path)]
+    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+    said = stopped(*TINY, *begun)
+    assert words in said and "No space left on device" in said and "\n" not in said
+    (tmp_path / f"{name}.tmp").unlink(missing_ok=True)
+    train(tmp_path, *begun[:2], "--resume")
+    assert [line["step"] for line in log(tmp_path) if "loss" in line] == [*range(1, 9)] and (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/run", "/proc/run"])
+def test_train_folder_that_cannot_be_is_a_sentence(run_folder, folder):
+    assert "run" in stopped(*TINY, "--siglip", str(run_folder / "siglip"), "--out", folder)
+
+
+def test_train_one_run_a_folder(run_folder, tmp_path, monkeypatch):
+    """A second one is refused while the first lives, on that folder alone."""
+    code = f"import train_tokenizer as t, time; t.lock({str(tmp_path / 'one')!r}, t.Ranks('cpu')); print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    flags_ = [*TINY, "--siglip", str(run_folder / "siglip"), "--steps", "1", "--out"]
+    monkeypatch.setattr(train_tokenizer.time, "sleep", lambda _: None)
+    assert f"another run is writing into {tmp_path / 'one'}" in stopped(*flags_, str(tmp_path / "one")) and not os.listdir(tmp_path / "one")
+    train_tokenizer.main([*flags_, str(tmp_path / "two")])
+    holder.kill(), holder.wait()
+    for _ in range(2):      # a process may write into a folder that is its own twice
+        train_tokenizer.main([*flags_, str(tmp_path / "one")])
+
+
+def test_train_keeps_checkpoints_and_takes_the_newest_that_can_be_read(run_folder, tmp_path, capsys):
+    more = ["--siglip", str(run_folder / "siglip"), "--save-every", "2", "--keep-checkpoints", "3"]
+    train(tmp_path, *more)
+    steps = lambda: {name: torch.load(tmp_path / name, weights_only=True)["step"] for name in os.listdir(tmp_path) if re.fullmatch(r"state.*\.pt", name)}
+    assert steps() == {"state.pt": 8, "state-1.pt": 6, "state-2.pt": 4}
+    whole, lines = load_file(tmp_path / "model.safetensors"), timeless(tmp_path)
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:5000]), (tmp_path / "metrics.json").unlink(), (tmp_path / "state-1.pt").unlink()
+    train(tmp_path, *more, "--resume")
+    said = capsys.readouterr().out
+    assert "state.pt cannot be resumed from" in said and "an older one is taken" in said and "resumed at step 4 of 8" in said and (tmp_path / "state.pt.damaged").stat().st_size == 5000
+    assert equal(load_file(tmp_path / "model.safetensors"), whole) and timeless(tmp_path) == lines
+    for name in steps():
+        (tmp_path / name).write_bytes(b"no checkpoint")
+    (tmp_path / "metrics.json").unlink()
+    assert stopped(*TINY, *more, "--out", str(tmp_path), "--resume").count("cannot be resumed from") == 3
+
+
+def test_train_says_that_a_codebook_has_collapsed(run_folder, tmp_path, monkeypatch, capsys):
+    low = iter([0.5, 0.05, 0.05, 0.05, 0.05, 0.5, 0.05, 0.05])
+    monkeypatch.setattr(train_tokenizer, "LOW_STEPS", 3)
+    monkeypatch.setattr(train_tokenizer.TokenizerStage, "log", lambda self: {"usage_pixel": next(low), "usage_semantic": 0.9})
+    train(tmp_path, "--siglip", str(run_folder / "siglip"))
+    assert [line.get("collapsed") for line in log(tmp_path) if "loss" in line] == [None] * 3 + [["pixel"]] * 2 + [None] * 3
+    assert capsys.readouterr().out.count("codebook pixel: under 10% of its codes") == 2
+
+
+def test_train_workers_that_die_are_started_again(tmp_path, monkeypatch):
+    """The same batches as if none had died; a step that kills them twice ends in a sentence; other errors go through."""
+    for n in range(40):
+        Image.new("RGB", (16, 16), (6 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    data, said = images.ImageData(str(tmp_path), 8, seed=5), []
+    plain = [batch[0] for _, batch in zip(range(12), data.load(6, workers=0))]
+    stream = train_tokenizer.never_ending(lambda start: ((batch[0],) for batch in data.load(6, start=start, workers=1)), 0, said.append)
+    found = [next(stream)[0] for _ in range(3)]
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    found += [next(stream)[0] for _ in range(9)]
+    assert all(map(torch.equal, found, plain)) and len(said) == 1 and "died at step" in said[0]
+
+    def dies(start):
+        yield from range(start, 3)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+    with pytest.raises(ValueError, match="for step 4 died twice .*: Killed.*lower --workers"):
+        list(train_tokenizer.never_ending(dies, 0, said.append))
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(train_tokenizer.never_ending(lambda start: (_ for _ in ()).throw(RuntimeError("shapes")), 0, print))
+
+
+# A run that is asked to stop, and goes on
+
+STOPS = [*TINY, "--steps", "12", "--log-every", "5", "--save-every", "50", "--eval-every", "4", "--eval-images", "8", "--gan", "--gan-start", "0.25"]
+
+
+def timeless(folder):
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "sequences_per_second", "waiting")} for line in log(folder)]
+
+
+def same_run(one, other):
+    """Bit for bit: weights, codebooks, discriminator, optimisers, log and pictures."""
+    assert equal(load_file(one / "model.safetensors"), load_file(other / "model.safetensors")) and timeless(one) == timeless(other)
+    states = [{k: v for k, v in torch.load(folder / "state.pt", weights_only=True).items() if k not in ("seconds", "settings")} for folder in (one, other)]
+    flat = [torch.utils._pytree.tree_flatten_with_path(state)[0] for state in states]
+    assert [path for path, _ in flat[0]] == [path for path, _ in flat[1]]
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for (_, a), (_, b) in zip(*flat))
+    for picture in glob.glob(str(one / "samples/*.png")):
+        assert Path(picture).read_bytes() == Path(str(picture).replace(str(one), str(other))).read_bytes()
+    return True
+
+
+def until(true, seconds=120):
+    """Wait for it."""
+    end = time.time() + seconds
+    while not (found := true()):
+        assert time.time() < end
+        time.sleep(0.01)
+    return found
+
+
+def logged(folder):
+    return len(log(folder)) if os.path.exists(folder / "log.jsonl") else 0
+
+
+@pytest.fixture(scope="module")
+def whole_run(run_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train_tokenizer.main([*STOPS, "--siglip", str(run_folder / "siglip"), "--out", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_train_signals_finish_the_step_and_save(run_folder, whole_run, tmp_path, number):
+    """Wherever it is, and the folder may move before it goes on: the run is the same to the bit, its log too."""
+    flags_ = [*STOPS, "--siglip", str(run_folder / "siglip"), "--out"]
+    process = subprocess.Popen([sys.executable, "train_tokenizer.py", *flags_, str(tmp_path / "run")], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: logged(tmp_path / "run"))
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "Traceback" not in errors and "the step is finished and saved first" in errors
+    step = int(re.search(rf"{number.name}: tokenizer stopped after step (\d+) of 12, which is saved in (\S+)/run/state.pt", printed)[1])
+    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == step and 4 <= step <= 12
+    os.rename(tmp_path / "run", tmp_path / "moved")
+    train_tokenizer.main([*flags_, str(tmp_path / "moved"), "--resume"])
+    assert same_run(whole_run, tmp_path / "moved")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_train_second_signal_stops_at_once(run_folder, tmp_path, number):
+    code = ("import sys, time, train_tokenizer as t\n"
+            "step = t.take_step\n"
+            "t.take_step = lambda *a: (print('stepping', flush=True), time.sleep(100), step(*a))[2]\n"
+            "t.run(lambda: t.main(sys.argv[1:]))")
+    process = subprocess.Popen([sys.executable, "-c", code, *TINY, "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "stepping" not in process.stdout.readline():
+        pass
+    process.send_signal(number)
+    assert "the step is finished" in (process.stderr.readline() + process.stderr.readline())
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM) and "Traceback" not in errors and not os.path.exists(tmp_path / "state.pt")
+
+
+def test_train_a_signal_to_one_rank_stops_all_and_they_go_on(run_folder, tmp_path):
+    """Both save the same step; torchrun starts them again, and they end as if nothing had been."""
+    (tmp_path / "script.py").write_text("import os, train_tokenizer as t\nopen(f\"{os.path.dirname(__file__)}/{os.environ['TORCHELASTIC_RESTART_COUNT']}-{os.environ['RANK']}\", 'w').write(str(os.getpid()))\nt.run(t.main)\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", str(tmp_path / "script.py"), *STOPS, "--siglip", str(run_folder / "siglip"), "--resume", "--out"]
+    env = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert subprocess.run([*torchrun, str(tmp_path / "whole")], cwd=HERE, env=env, capture_output=True).returncode == 0
+    process = subprocess.Popen([*torchrun, str(tmp_path / "run")], cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: logged(tmp_path / "run"))
+    os.kill(int((tmp_path / "0-1").read_text()), signal.SIGTERM)
+    printed, errors = process.communicate(timeout=240)
+    step = re.search(r"SIGTERM: tokenizer stopped after step (\d+)", printed)[1]
+    assert process.returncode == 0 and f"tokenizer: resumed at step {step} of 12" in printed, errors
+    assert same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_tokenizer_full_disk_keeps_the_old_weights(tokenizer, tmp_path):

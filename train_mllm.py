@@ -49,7 +49,7 @@ from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Pictu
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
 from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
-                             kept, load_part, load_teacher, make_table, metrics_of, precision, print_parts, run, save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
+                             kept, load_part, load_teacher, lock, make_table, metrics_of, precision, print_parts, run, save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -171,6 +171,7 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
     if not os.path.exists(folder):
         if count < ranks.count:
             raise ValueError(f"{count} pictures for {ranks.count} ranks, expected at least one each; add images or start fewer ranks")
+        lock(args.out, ranks)
         temporary, mine = f"{folder}.{ranks.count}.tmp", range(ranks.rank, count, ranks.count)
         own = lambda rank: [os.path.join(temporary, f"{name}-{rank}.{end}") for name, end in (("pictures", "npy"), ("said", "jsonl"))]     # files: ranks may be on several nodes
         os.makedirs(temporary, exist_ok=True)

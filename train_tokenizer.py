@@ -21,16 +21,20 @@ import collections
 import contextlib
 import copy
 import csv
+import errno
 import gc
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 import weakref
@@ -167,6 +171,7 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     g.add_argument("--log-every", type=int, default=20, help="steps between log lines")
     g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0: only at the end")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    g.add_argument("--keep-checkpoints", type=int, default=1, help="newest ones; with 2 or more, --resume goes on from an older one where the newest is damaged")
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
     g.add_argument("--table", default="", help=f"run the rows of a table of the papers ({', '.join(tables)}), each in a folder of its own in --out (default: out/tables), and write the table there")
     g.add_argument("--seeds", type=int, default=1, help="of every row of --table: --seed and those that follow it")
@@ -189,7 +194,7 @@ def check_shared(args, **more: int):
     """ValueError for a flag below its least value; more: those of one script, by name."""
     if args.seeds != 1 and not args.table or args.table and (args.bench or args.dry_run):
         raise ValueError("--seeds goes with --table, and --table goes without --bench and --dry-run")
-    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1, eval_images=2, lr=0, ranks=0, seeds=1)
+    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1, keep_checkpoints=1, eval_images=2, lr=0, ranks=0, seeds=1)
     for name, value in {**least, **more}.items():
         if not getattr(args, name) >= value:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {value}")
@@ -224,6 +229,15 @@ class Ranks:
             # Two hours: at the end of a long extraction or evaluation ranks wait for each other. A rank that died is noticed by torchrun, at once.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         self.first = self.rank == 0
+        self.hosts = dist.new_group(backend="gloo") if self.count > 1 and self.device.type == "cuda" else None
+
+    def agree(self, number: int) -> int:
+        """The largest of all ranks' numbers. Only hosts wait for each other: what their devices have to do goes on."""
+        if self.count > 1:
+            numbers = torch.tensor(number)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.hosts)
+            number = int(numbers)
+        return number
 
     def say(self, *words):
         """Print, on the first rank only."""
@@ -427,52 +441,140 @@ def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
     return norm, bad
 
 
-def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0):
-    """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the device; losses, bad steps and code usage are looked at when a log line is due."""
-    args, ranks = stage.args, stage.ranks
+LOCKS = {}
+
+
+def lock(folder: str, ranks: Ranks):
+    """Makes the folder, and holds it until this process ends. Raises ValueError where another run does."""
+    os.makedirs(folder, exist_ok=True)
+    if not ranks.first or os.path.realpath(folder) in LOCKS:
+        return
+    import fcntl        # not on Windows
+    descriptor = os.open(folder, os.O_RDONLY)
+    for wait in range(21):      # a killed run's workers may live for some seconds
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS[os.path.realpath(folder)] = descriptor
+            return
+        except BlockingIOError:
+            time.sleep(0.5 if wait < 20 else 0)
+        except OSError as error:
+            os.close(descriptor)
+            return ranks.say(f"  {folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
+    os.close(descriptor)
+    raise ValueError(f"another run is writing into {folder}; wait for it, stop it, or name another --out")
+
+
+class Stopped(Exception):
+    """A run that was asked to stop, by the signal of this number, and has saved what it had."""
+
+
+class Signals:
+    """While training, the first SIGINT or SIGTERM is only noted, as `asked`, so that the step ends and is saved; the second one acts at once."""
+
+    def __enter__(self):
+        self.asked, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        self.asked = number
+        for each in self.before:
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+        os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first; once more stops at once\n".encode())     # print is not for handlers
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def never_ending(batches, start: int, say):
+    """batches(start), begun anew at the step where a worker died, as of too little memory. Raises ValueError where that step's batch comes a second time to nothing."""
+    step, failed = start, None
+    while True:
+        try:
+            for batch in batches(step):
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise in the middle of a step; the loader itself notices too, within seconds
+                yield batch
+                step += 1
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            if failed == step:
+                raise ValueError(f"the processes that read the data for step {step + 1} died twice ({str(error).splitlines()[0]}); give the machine more memory, or lower --workers") from None
+            failed = step
+            say(f"  a process that reads data died at step {step + 1}; it and the others are started again")
+
+
+LOW, LOW_STEPS = 0.1, 100       # a codebook of whose codes fewer than this share has been in use for so many steps has collapsed
+
+
+def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: dict | None = None):
+    """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the device; losses, bad steps and code usage are
+    looked at when a log line is due. since_log: what a checkpoint kept of the steps since the last one. Raises Stopped after SIGINT or SIGTERM, once it has saved."""
+    args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3)}
     stage.wrapped = ranks.wrap(stage.model)
-    stream, sums, waited, broken = iter(batches(start)), {}, 0.0, []
-    streak = torch.zeros((), device=ranks.device)       # bad steps in a row; the longest such row and all of them since the last look
-    longest, skipped = torch.zeros_like(streak), torch.zeros_like(streak)
+    stream, waited, broken, low = never_ending(batches, start, ranks.say), 0.0, [], {}
+    # Of the steps since the last log line: the sums of `gradients`; bad steps in a row, the longest such row, and all of them.
+    sums = {name: row.to(ranks.device) * ranks.first for name, row in since_log["sums"].items()}
+    streak, longest, skipped = since_log["bad"].to(ranks.device)
     begun, since, seen, training = time.time() - elapsed, time.time(), start, 0.0
-    for step in range(start, stage.steps):
-        before = time.time()
-        parts, reports = next(stream)
-        waited, broken = waited + time.time() - before, broken + reports
-        lr = stage.lr * cosine(step, stage.steps, stage.warmup)
-        gradients(stage, parts, step, sums)
-        norm, bad = take_step(stage, lr)
-        streak = (streak + 1) * bad
-        longest, skipped, done = torch.maximum(longest, streak), skipped + bad, step + 1
+    evaluated = {line["step"] for line in read_log(stage.folder) if any(name.startswith("eval_") for name in line)} if start else ()
+    if start == stage.steps or start and args.eval_every and start % args.eval_every == 0 and start not in evaluated:
+        evaluate_and_log(stage, start, log=start not in evaluated)      # it died before it had, or before metrics.json
+    with Signals() as signals:
+        for step in range(start, stage.steps):
+            before = time.time()
+            parts, reports = next(stream)
+            waited, broken = waited + time.time() - before, broken + reports
+            lr = stage.lr * cosine(step, stage.steps, stage.warmup)
+            gradients(stage, parts, step, sums)
+            norm, bad = take_step(stage, lr)
+            streak = (streak + 1) * bad
+            longest, skipped, done = torch.maximum(longest, streak), skipped + bad, step + 1
 
-        final = done == stage.steps
-        if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
-            for row in sums.values():       # the term may have been another rank's; all ranks are here together
-                all_reduce(row)
-            raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite ({not_finite(sums)}); "
-                             f"the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
-        if final or done % args.log_every == 0:
-            means = {name: row[0].item() / row[1].item() if row[1] else None for name, row in ((name, all_reduce(row)) for name, row in sums.items())}
-            line = {"step": done, **means, "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
-            if skipped.item():
-                line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
-            now = time.time()
-            line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since), "seconds": now - begun}
-            write_log(stage, line, broken)
-            training += now - since
-            sums, waited, broken, since, seen = {}, 0.0, [], now, done
-            longest.zero_(), skipped.zero_()
+            final = done == stage.steps
+            if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
+                for row in sums.values():       # the term may have been another rank's; all ranks are here together
+                    all_reduce(row)
+                raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite ({not_finite(sums)}); "
+                                 f"the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
+            if final or done % args.log_every == 0:
+                means = {name: row[0].item() / row[1].item() if row[1] else None for name, row in ((name, all_reduce(row)) for name, row in sums.items())}
+                line = {"step": done, **means, "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
+                if skipped.item():
+                    line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
+                low = {name[6:]: low.get(name[6:], seen) for name, value in line.items() if name.startswith("usage_") and value < LOW}
+                if collapsed := [stream for stream, step in low.items() if done - step >= LOW_STEPS]:
+                    line["collapsed"] = collapsed
+                now = time.time()
+                line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since), "seconds": now - begun}
+                write_log(stage, line, broken)
+                training += now - since
+                sums, waited, broken, since, seen = {}, 0.0, [], now, done
+                longest, skipped = torch.zeros_like(longest), torch.zeros_like(skipped)
 
-        before = time.time()
-        if final or done % args.save_every == 0:
-            save_state(stage, done, time.time() - begun)
-        if final or args.eval_every and done % args.eval_every == 0:
-            metrics = {name: value for name, value in stage.evaluate().items() if isinstance(value, float)}
-            ranks.say(f"{stage.name} {done}/{stage.steps}  evaluated: " + "  ".join(f"{name} {show(value)}" for name, value in metrics.items()))
-            if ranks.first:
-                append_log(stage.folder, {"step": done, **{f"eval_{name}": value for name, value in metrics.items()}})
-        since += time.time() - before       # evaluating and saving are not training
+            before, kept = time.time(), lambda: {"sums": {name: all_reduce(row.clone()) for name, row in sums.items()}, "bad": torch.stack([streak, longest, skipped])}
+            if saved := final or done % args.save_every == 0:
+                save_state(stage, done, time.time() - begun, kept())
+            if final or args.eval_every and done % args.eval_every == 0:
+                evaluate_and_log(stage, done)
+            if asked := ranks.agree(signals.asked):
+                if not saved:
+                    save_state(stage, done, time.time() - begun, kept())
+                ranks.say(f"{signal.Signals(asked).name}: {stage.name} stopped after step {done} of {stage.steps}, which is saved in {os.path.join(stage.folder, 'state.pt')}; --resume goes on")
+                raise Stopped(asked)
+            since += time.time() - before       # evaluating and saving are not training
     stage.seconds, stage.per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
+
+
+def evaluate_and_log(stage: Stage, step: int, log: bool = True):
+    metrics = {name: value for name, value in stage.evaluate().items() if isinstance(value, float)}
+    stage.ranks.say(f"{stage.name} {step}/{stage.steps}  evaluated: " + "  ".join(f"{name} {show(value)}" for name, value in metrics.items()))
+    if stage.ranks.first and log:
+        append_log(stage.folder, {"step": step, **{f"eval_{name}": value for name, value in metrics.items()}})
 
 
 def not_finite(sums: dict[str, Tensor]) -> str:
@@ -489,10 +591,12 @@ def write_log(stage: Stage, line: dict, broken: list[str]):
     if not stage.ranks.first:
         return
     left = (stage.steps - line["step"]) * stage.batch / line[f"{stage.unit}_per_second"]
-    words = [f"{name} {show(value)}" for name, value in line.items() if name not in ("step", "seconds", "not_finite", "waiting")]
+    words = [f"{name} {show(value)}" for name, value in line.items() if name not in ("step", "seconds", "not_finite", "waiting", "collapsed")]
     print(f"{stage.name} {line['step']}/{stage.steps}  " + "  ".join(words) + f"  left {left / 60:.1f} min", flush=True)
     if "skipped" in line:
         print(f"  {line['skipped']} steps skipped, not finite: {line['not_finite']}", flush=True)
+    if "collapsed" in line:
+        print(f"  codebook {' and '.join(line['collapsed'])}: under {LOW:.0%} of its codes in use for {LOW_STEPS} steps or more; it has collapsed: lower --lr, or look at the data", flush=True)
     if broken:
         line["broken"] = broken
         print(f"  {len(broken)} broken samples replaced: " + "; ".join(broken[:3]) + (" ..." if len(broken) > 3 else ""), flush=True)
@@ -512,34 +616,51 @@ def read_log(folder: str) -> list[dict]:
         return [json.loads(line) for line in file if line.endswith("\n")]       # a line that a kill cut short does not count
 
 
-def save_state(stage: Stage, step: int, seconds: float):
-    """state.pt, which holds the weights too: one file, one rename, so that a kill never pairs weights and optimiser of different steps.
-    Then what others load, curves and samples. The same files whatever the number of ranks, and whether they share the weights or not."""
-    parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}
-    state = whole_state({name: part.state_dict() for name, part in parts.items()}, stage.ranks.first)
+def checkpoints(folder: str) -> list[str]:
+    """state.pt, and those before it that were kept, state-1.pt, ...: the newest first."""
+    older = sorted((int(name[6:-3]), name) for name in os.listdir(folder) if re.fullmatch(r"state-\d+\.pt", name)) if os.path.isdir(folder) else []
+    return [path for path in (os.path.join(folder, name) for name in ("state.pt", *(name for _, name in older))) if os.path.exists(path)]
+
+
+def save_state(stage: Stage, step: int, seconds: float, since_log: dict):
+    """What others load, curves and samples; then state.pt, which holds the weights too: one file, one rename, so that a kill never pairs weights and optimiser of different steps.
+    The same files whatever the number of ranks, and whether they share the weights or not."""
+    parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state(), "since_log": since_log}
+    state = whole_state({name: part if isinstance(part, dict) else part.state_dict() for name, part in parts.items()}, stage.ranks.first)
     if stage.ranks.first:
-        path = os.path.join(stage.folder, "state.pt")
+        path, keep = os.path.join(stage.folder, "state.pt"), stage.args.keep_checkpoints
         try:
+            stage.save(state["model"])
+            draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))
             torch.save({"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state}, path + ".tmp")
+            with open(path + ".tmp", "rb+") as file:
+                os.fsync(file.fileno())     # on the disk before it gets its name
         except (OSError, RuntimeError) as error:    # torch's own for a full disk
             if os.path.exists(path + ".tmp"):
                 os.remove(path + ".tmp")
             raise OSError(f"{path} cannot be written at step {step} ({str(error).splitlines()[0][:100]}); the checkpoint before it is kept: make room, then --resume") from None
+        older = [os.path.join(stage.folder, f"state-{n}.pt") for n in range(keep)]       # of which the first is never there
+        for n in range(keep - 1, 0, -1):
+            if os.path.exists(before := older[n - 1] if n > 1 else path):
+                os.replace(before, older[n])
         os.replace(path + ".tmp", path)
-        stage.save(state["model"])
-        draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))
     if stage.ranks.count > 1:
         dist.barrier()
 
 
-def load_state(stage: Stage) -> tuple[int, float]:
-    """Back to where `save_state` was: -> step, seconds. The log loses what came after. Raises ValueError for a damaged file or other settings."""
-    path = os.path.join(stage.folder, "state.pt")
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)      # read where it is needed: ranks may share what none could hold
-        found = dict(state["settings"])
-    except Exception as error:      # torch.load raises nearly anything on damaged bytes
-        raise ValueError(f"{path} cannot be resumed from ({type(error).__name__}: {str(error).splitlines()[0][:100]}); expected what a run of this script wrote") from None
+def load_state(stage: Stage) -> tuple[int, float, dict | None]:
+    """Back to where `save_state` was: -> step, seconds, and what it knew since the last log line. Of several checkpoints the newest that can be read. The log loses what came after.
+    Raises ValueError for damaged files or other settings."""
+    damaged = []
+    for path in checkpoints(stage.folder):
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)      # read where it is needed: ranks may share what none could hold
+            found = dict(state["settings"])
+            break
+        except Exception as error:      # torch.load raises nearly anything on damaged bytes
+            damaged.append((path, f"{path} cannot be resumed from ({type(error).__name__}: {str(error).splitlines()[0][:100]})"))
+    else:
+        raise ValueError(f"{'; '.join(words for _, words in damaged)}; expected what a run of this script wrote")
     changed = differences(found, stage.settings)
     if changed:
         raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed[:4])}{f'; {len(changed) - 4} more' if len(changed) > 4 else ''}); "
@@ -555,8 +676,11 @@ def load_state(stage: Stage) -> tuple[int, float]:
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         os.replace(path + ".tmp", path)
+        for damaged_path, words in damaged:
+            os.replace(damaged_path, damaged_path + ".damaged")
+            print(f"  {words}, and is now {os.path.basename(damaged_path)}.damaged: an older one is taken")
     stage.ranks.say(f"{stage.name}: resumed at step {state['step']} of {stage.steps}")
-    return state["step"], state["seconds"]
+    return state["step"], state["seconds"], state.get("since_log")
 
 
 def differences(old: dict, new: dict, name: str = "") -> list[str]:
@@ -601,7 +725,7 @@ def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[s
 
 def draw_curves(log: list[dict], path: str, width: int = 300, height: int = 150):
     """A PNG with one small panel per number in the log, over steps."""
-    skip = {"step", "seconds", "waiting", "skipped"}
+    skip = {"step", "seconds", "waiting", "skipped", "collapsed"}
     names = [name for name in dict.fromkeys(key for line in log for key in line) if name not in skip and not isinstance(log[0].get(name, 0.0), (list, str))]
     series = {name: [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}
     series = {name: points for name, points in series.items() if len(points) > 1}
@@ -1835,22 +1959,20 @@ def kept(stage: Stage) -> bool:
 
 def train(stage: Stage, batches):
     """Fit a stage, from the beginning or from its checkpoint, and write its metrics; batches as in `fit`."""
-    step, seconds = 0, 0.0
+    begun = ()
     if stage.ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(stage.ranks.device)
-    os.makedirs(stage.folder, exist_ok=True)
-    old = [path for path in (os.path.join(stage.folder, name) for name in ("state.pt", "metrics.json", "log.jsonl")) if os.path.exists(path)]
-    if stage.args.resume and os.path.exists(os.path.join(stage.folder, "state.pt")):
-        step, seconds = load_state(stage)
+    lock(stage.folder, stage.ranks)
+    old = checkpoints(stage.folder) + [path for path in (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl")) if os.path.exists(path)]
+    if stage.args.resume and checkpoints(stage.folder):
+        begun = load_state(stage)
     elif old:
         stage.ranks.say(f"{stage.name}: starting anew; the earlier run in {stage.folder} is overwritten")
         for path in old if stage.ranks.first else ():
             os.remove(path)
     elif stage.args.resume:
         stage.ranks.say(f"{stage.name}: nothing to resume in {stage.folder}; starting at step 0")
-    fit(stage, batches, step, seconds)
-    if step == stage.steps:     # nothing was left to do but this
-        stage.evaluate()
+    fit(stage, batches, *begun)
     finish(stage)
 
 
@@ -1861,11 +1983,16 @@ def run(main):
         if dist.is_initialized():
             dist.barrier()      # a rank that leaves while others work may be taken for one that died
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")       # of an error in a worker, torch gives the traceback too
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        words = f"{error.strerror}: {error.filename or 'a file of this run'}; make room or name another --out, then --resume goes on from the last checkpoint" if full else str(error).strip().splitlines()[-1]
+        sys.exit(f"error: {words}")       # of an error in a worker, torch gives the traceback too
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory; try --checkpointing, --accumulate 2, or a smaller --batch-size")
+    except Stopped as stop:
+        sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
-        sys.exit("interrupted; --resume goes on from the last checkpoint")
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             gc.collect()        # what shards a model holds the process group in cycles, and its threads must end before the interpreter does
