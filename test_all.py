@@ -2681,6 +2681,96 @@ def test_train_a_signal_to_one_rank_stops_all_and_they_go_on(run_folder, tmp_pat
     assert same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def killed_and_resumed(start, folder: Path, states: str, kills: int, rng: random.Random, longest: float) -> Counter:
+    """Kills a run by SIGKILL so many times, half of them while it writes a checkpoint, starting it again each time, and lets it end. start() -> a process that resumes; states: a pattern of
+    its checkpoints. Nothing that was saved may be lost. -> how often it was killed where."""
+    found, last, begun = Counter(), {}, 0
+    while found.total() < kills:
+        process, at, saving = start(), time.time() + rng.uniform(0.2, longest), found.total() % 2
+        while process.poll() is None and time.time() < (at if not saving else at + longest):
+            if saving and time.time() > at and glob.glob(str(folder / states.replace("state.pt", "*.tmp")), recursive=True):
+                break
+            time.sleep(0.0005)
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read()
+            return found        # it was faster
+        with contextlib.suppress(ProcessLookupError):
+            writing = bool(glob.glob(str(folder / states.replace("state.pt", "*.tmp")), recursive=True))
+            process.destroy(rng)
+        process.communicate()
+        steps = {path: torch.load(path, weights_only=True, mmap=True)["step"] for path in glob.glob(str(folder / states), recursive=True)}
+        assert all(steps[path] >= step for path, step in last.items()), (last, steps)
+        found["while saving" if writing else "elsewhere"] += 1
+        last = steps
+    process = start()
+    printed, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    return found
+
+
+class Run(subprocess.Popen):
+    """A script, or torchrun and its ranks, in a process group of its own."""
+
+    def __init__(self, argv, ranks=1, **env):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        self.ranks = ranks
+        super().__init__([sys.executable, *torchrun, *map(str, argv)], cwd=HERE, env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         text=True, start_new_session=True)
+
+    def destroy(self, rng):
+        """All of it, or, of several ranks, one alone, which torchrun ends the others for."""
+        if self.ranks > 1:
+            children = [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+            if children:
+                os.kill(rng.choice(children), signal.SIGKILL)
+                self.communicate(timeout=120)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, kills", [(1, 30), (2, 8)])
+def test_train_killed_anywhere_loses_nothing(run_folder, tmp_path, ranks, kills):
+    """At random moments and in the middle of saving; of two ranks, one: bit for bit the run that was never killed."""
+    argv = ["train_tokenizer.py", *STOPS, "--siglip-steps", "120", "--steps", "240", "--save-every", "3", "--resume", "--keep-checkpoints", "2"]
+    assert Run([*argv, "--out", tmp_path / "whole"], ranks).wait() == 0
+    found = killed_and_resumed(lambda: Run([*argv, "--out", tmp_path / "run"], ranks), tmp_path / "run", "**/state.pt", kills, random.Random(0), 12 * ranks)
+    print(f"\n{ranks} ranks, killed {dict(found)}")
+    assert same_run(tmp_path / "whole", tmp_path / "run") and same_run(tmp_path / "whole/siglip", tmp_path / "run/siglip") and found["while saving"] > kills // 4
+
+
+@pytest.mark.slow
+def test_train_mllm_killed_anywhere_loses_nothing(tokenizer_folder, tmp_path):
+    """In every stage, and while it extracts codes."""
+    (tmp_path / "script.py").write_text("import train_mllm as t\nRow, t.SCENES['nano'] = t.Row, 300\nt.STAGES['nano'] = %r\nt.run(t.main)\n" % (tuple(replace(row, steps=25, batch=8) for row in train_mllm.NANO),))
+    argv = [tmp_path / "script.py", *TINY_MLLM, "--save-every", "3", "--log-every", "5", "--eval-images", "8", "--tokenizer", tokenizer_folder, "--resume"]
+    assert Run([*argv, "--out", tmp_path / "whole"]).wait() == 0
+    found = killed_and_resumed(lambda: Run([*argv, "--out", tmp_path / "run"]), tmp_path / "run", "**/state.pt", 14, random.Random(1), 10)
+    print(f"\nkilled {dict(found)}")
+    assert all(same_run(tmp_path / "whole" / name, tmp_path / "run" / name) for name in (*(f"stage-{row.name}" for row in train_mllm.NANO[:-1]), "."))
+
+
+@pytest.mark.slow
+def test_train_goes_on_for_long(tmp_path):
+    """The nano preset for 20,000 steps, or the minutes in NANODUALTOKEN_SOAK: memory flat within 1 %, codes in use, no slower at the end than at the beginning."""
+    minutes = float(os.environ.get("NANODUALTOKEN_SOAK", 60))
+    process = subprocess.Popen([sys.executable, "train_tokenizer.py", "--siglip-steps", "20", "--steps", "20000", "--out", str(tmp_path), "--device", "cpu"], cwd=HERE, stdout=subprocess.DEVNULL)
+    until(lambda: logged(tmp_path) >= 10, 600)      # first allocations and the first checkpoint are over
+    memory, end = [], time.time() + 60 * minutes
+    while process.poll() is None and time.time() < end:
+        memory.append(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]))
+        time.sleep(1)
+    process.terminate()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    lines = [line for line in log(tmp_path) if "loss" in line]
+    n = len(lines) // 4
+    first, last = (np.median([line["images_per_second"] for line in part]) for part in (lines[:n], lines[-n:]))
+    grown = np.median(memory[-len(memory) // 4:]) / np.median(memory[:len(memory) // 4]) - 1
+    usage = {stream: np.mean([line[f"usage_{stream}"] for line in lines[-n:]]) for stream in ("pixel", "semantic")}
+    print(f"\n{lines[-1]['step']} steps in {minutes:g} minutes: memory {grown:+.2%}, {first:.0f} images/s at first, {last:.0f} at last, usage {usage}")
+    assert abs(grown) < 0.01 and min(usage.values()) >= 0.9 and last > 0.9 * first
+
+
 def test_tokenizer_full_disk_keeps_the_old_weights(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
