@@ -2661,6 +2661,9 @@ def test_train_second_signal_stops_at_once(run_folder, tmp_path, number):
         pass
     process.send_signal(number)
     assert "the step is finished" in (process.stderr.readline() + process.stderr.readline())
+    process.send_signal(number)     # at once: torchrun's
+    time.sleep(1.2)
+    assert process.poll() is None
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM) and "Traceback" not in errors and not os.path.exists(tmp_path / "state.pt")

@@ -470,19 +470,22 @@ class Stopped(Exception):
 
 
 class Signals:
-    """While training, the first SIGINT or SIGTERM is only noted, as `asked`, so that the step ends and is saved; the second one acts at once."""
+    """While training, the first SIGINT or SIGTERM is only noted, as `asked`, so that the step ends and is saved; one more acts at once, unless it comes within a second: torchrun sends on to
+    its ranks what a job's end has sent to all of them already."""
 
     def __enter__(self):
-        self.asked, self.before = 0, {}
+        self.asked, self.first, self.before = 0, 0.0, {}
         if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
             self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def note(self, number, _):
-        self.asked = number
-        for each in self.before:
-            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
-        os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first; once more stops at once\n".encode())     # print is not for handlers
+    def note(self, number, frame):
+        if not self.asked:
+            self.asked, self.first = number, time.time()
+            os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first; once more, a second from now, stops at once\n".encode())      # print is not for handlers
+        elif time.time() > self.first + 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.default_int_handler(number, frame) if number == signal.SIGINT else os.kill(os.getpid(), number)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
