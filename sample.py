@@ -185,7 +185,7 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
     prompts, n = read_lines(args.paint_file), args.n or 1
     wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts) if prompt.strip() for k in range(n)]
     missing = [item for item in wanted if not os.path.exists(item[2])]
-    path, asked = os.path.join(args.out, "asked.json"), {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model), **how}
+    path, asked = os.path.join(args.out, "asked.json"), {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model), **{name: value for name, value in how.items() if name != "graph"}}
     if os.path.exists(path) and read_json(path) != asked:
         raise ValueError(f"{args.out} holds pictures of other prompts, or of another model, seed or sampling; name another --out")
     if ranks.first:
@@ -429,9 +429,20 @@ def figure(args, tokenizer: DualTokenizer, device):
     print(path)
 
 
+def or_weights(args, needs_mllm: bool):
+    """Where there is no run of one's own, the weights that come with this code, and that is said."""
+    there = {name: os.path.exists(os.path.join(getattr(args, name), "config.json")) or getattr(args, name) != f"out/{name}" for name in ("tokenizer", "mllm")}
+    missing = [name for name in ("tokenizer", *["mllm"] * needs_mllm) if not there[name]]
+    if missing and args.tokenizer == "out/tokenizer":       # a model and its tokenizer come together
+        for name in ("tokenizer", *["mllm"] * needs_mllm):
+            setattr(args, name, os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", name))
+        print(f"nothing is trained in out/{' and out/'.join(missing)} yet: these are the weights that come with the code (preset nano, the built-in world)")
+
+
 def main(argv=None):
     args = flags(argv)
     ranks = Ranks(args.device)
+    or_weights(args, args.reconstruct is None and not args.figure and not args.fd)
     tokenizer = DualTokenizer.from_pretrained(args.tokenizer).to(ranks.device)
     if args.reconstruct is not None:
         return reconstruct(args, tokenizer, ranks.device)

@@ -711,7 +711,7 @@ def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[s
     """A PNG with one row of pictures per tensor (B, 3, H, W), each picture at least `cell` pixels wide, enlarged by a whole number, its title below."""
     pictures = [to_picture(row) for row in rows]
     side, cell = pictures[0][0].width, cell if titles is None else max(cell, 160)
-    gap, cell = 4, side * max(1, cell // side)
+    gap, cell = 4 if len(pictures) * len(pictures[0]) > 1 or titles else 0, side * max(1, cell // side)      # one picture alone has no frame: it may be read again
     high = cell + gap + (36 if titles else 0)
     sheet = Image.new("RGB", (len(pictures[0]) * (cell + gap) + gap, len(rows) * high + gap), "white")
     draw = ImageDraw.Draw(sheet)
