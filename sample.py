@@ -11,13 +11,15 @@
     python sample.py --answer-file questions.jsonl                              # lines {"image": path, "question": words} -> the same with "answer"
     python sample.py --fd out/painted photos                                    # Frechet distance between two folders of pictures
 
-The last three also run under torchrun, each rank doing its share. Everything comes from the run folders (--tokenizer, --mllm); pictures go to --out, and their paths are printed. The same --seed gives the same picture.
+The last three also run under torchrun, each rank doing its share. Everything comes from the run folders (--tokenizer, --mllm), or, while there are none,
+from the weights that come with this code; pictures go to --out, and their paths are printed. The same --seed gives the same picture.
 """
 
 import argparse
 import json
 import os
 import re
+import sys
 import textwrap
 from types import SimpleNamespace
 
@@ -35,11 +37,11 @@ from rvq import all_reduce
 from tokenizer import DualTokenizer, layer_similarity, read_config, read_json, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge
 from train_mllm import flags as train_flags
-from train_tokenizer import VALIDATION_SEED, Ranks, compile_parts, digest, load_teacher, read_lines, report, run, save_grid, teacher_of, to_picture
+from train_tokenizer import VALIDATION_SEED, Parser, Ranks, compile_parts, digest, load_teacher, read_lines, report, run, save_grid, teacher_of, to_picture
 
 
 def flags(argv=None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--paint", nargs="+", metavar="PROMPT", help="texts to paint")
     p.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="question about --image; none: a caption of it")
     p.add_argument("--edit", metavar="INSTRUCTION", help="what to change in --image")
@@ -71,6 +73,9 @@ def flags(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     names = ("paint", "ask", "edit", "reconstruct", "figure", "paint_file", "answer_file", "fd")
     wishes = [name.replace("_", "-") for name in names if getattr(args, name) is not None] + ["eval"] * args.eval
+    if not (sys.argv[1:] if argv is None else argv):
+        print(f"{__doc__}\npython sample.py --help lists all flags.")
+        p.exit()
     if len(wishes) != 1:
         p.error(f"expected one of --eval, --{', --'.join(names).replace('_', '-')}, got {', '.join('--' + w for w in wishes) or 'none'}")
     if wishes[0] in ("ask", "edit") and not args.image:

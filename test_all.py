@@ -2954,6 +2954,14 @@ def test_train_exponents_are_those_of_power_laws():
     assert train_tokenizer.exponent((1, 2, 4), (3, 12, 48)) == pytest.approx(2) and train_tokenizer.exponent((10, 20, 40), (7, 7, 7)) == pytest.approx(0)
 
 
+@pytest.mark.parametrize("script, argv, status, words", [
+    ("train_tokenizer.py", ["--presett", "nano"], 2, "did you mean --preset?"), ("train_tokenizer.py", ["--preset", "nanno"], 1, "did you mean nano?"),
+    ("train_mllm.py", ["--streams-inn", "pixel"], 2, "did you mean --streams-in?"), ("train_mllm.py", ["--preset", "smal"], 1, "did you mean small?"), ("sample.py", ["--paintt", "x"], 2, "did you mean --paint?")])
+def test_train_flags_that_are_not_there_are_guessed(script, argv, status, words):
+    done = subprocess.run([sys.executable, script, *argv], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == status and words in done.stderr and "Traceback" not in done.stderr
+
+
 def test_train_importing_takes_no_more_than_it_must():
     """What would make every start, and every error in a flag, seconds slower is imported where it is used."""
     heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.fsdp", "torchvision", "transformers", "timm", "matplotlib", "scipy", "vector_quantize_pytorch")
@@ -5688,6 +5696,11 @@ def test_sample_paints(there, tmp_path, capsys):
     assert same < 0.2 * unlike
 
 
+def test_sample_alone_says_what_it_can_do():
+    done = subprocess.run([sys.executable, "sample.py"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and all(f"sample.py --{what}" in done.stdout for what in ("paint", "ask", "edit", "eval", "reconstruct", "figure", "fd"))
+
+
 @pytest.mark.parametrize("mine", [False, True])
 def test_sample_has_weights_of_its_own(tmp_path, monkeypatch, capsys, mine, run_folder):
     """Without a run, those that come with the code, which paint what one asks for and answer about it; with a tokenizer alone, that reconstructs, and a model and its tokenizer come together."""
@@ -5874,9 +5887,10 @@ def test_project_imports_only_what_requirements_name():
     for path in glob.glob(os.path.join(HERE, "*.py")) + glob.glob(os.path.join(HERE, "data/*.py")):
         if not path.endswith("test_all.py"):
             tree = ast.parse(open(path, encoding="utf-8").read())
-            assert "timm" not in {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}        # optional: imported where it is asked for
+            optional = {"timm", "triton", "transformers", "vector_quantize_pytorch"}        # imported where they are asked for
+            assert not optional & {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
             nodes = list(ast.walk(tree))
             found = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
-            found -= {"timm", *sys.stdlib_module_names}
+            found -= {*optional, *sys.stdlib_module_names}
             assert found <= allowed, (path, found - allowed)
             assert all(name in named for name in found & {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken"})

@@ -48,8 +48,8 @@ from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
-from train_tokenizer import (VALIDATION_SEED, Muon, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
-                             kept, load_part, load_teacher, lock, make_table, metrics_of, precision, print_parts, run, save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
+from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
+                             kept, load_part, load_teacher, lock, make_table, metrics_of, or_nearest, precision, print_parts, run, save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -105,7 +105,7 @@ SAMPLING = dict(guidance=3.0, temperature=1.0, top_k=900, top_p=0.96)     # in e
 
 
 def flags(argv=None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and stages: {', '.join(STAGES)}")
     g.add_argument("--stage", default="all", help="all, or one of the preset's: 0 (text alone, for an LLM from scratch), 1, 2, 3, 4-1, 4-2")
@@ -133,7 +133,7 @@ def flags(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     check_shared(args, text_length=2, code_dim=0, max_tokens=0)
     if args.preset not in STAGES:
-        raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}")
+        raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}", [args.preset], STAGES))
     if args.stage not in ("all", *(row.name for row in STAGES[args.preset])):
         raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(row.name for row in STAGES[args.preset])}")
     if args.until and (args.stage != "all" or args.until not in [row.name for row in STAGES[args.preset]]):

@@ -21,6 +21,7 @@ import collections
 import contextlib
 import copy
 import csv
+import difflib
 import errno
 import gc
 import hashlib
@@ -100,8 +101,25 @@ SETTINGS = {
 VALIDATION_SEED = 12_345            # whatever --seed is, so that numbers of different runs compare
 
 
+def or_nearest(words: str, given, known) -> str:
+    """An error's words, and which of the known names may have been meant."""
+    close = [match for name in given for match in difflib.get_close_matches(name, known, 1)]
+    return words + (f"; did you mean {' and '.join(close)}?" if close else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults; says what is wrong in a sentence, and which flag may have been meant."""
+
+    def __init__(self, words: str):
+        super().__init__(description=words.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        self.exit(2, f"error: {or_nearest(message, unknown, [*self._option_string_actions])} ({self.prog} --help lists all flags)\n")
+
+
 def flags(argv=None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and settings: {', '.join(PRESETS)}")
     g.add_argument("--out", default="out/tokenizer", help="run folder")
@@ -1727,7 +1745,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     """A run, or those of a table. args: in place of argv; siglip_folder: where the SigLIP that is trained first goes, by default into --out."""
     args = args or flags(argv)
     if args.preset not in SETTINGS:
-        raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}")
+        raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}", [args.preset], SETTINGS))
     if args.table:
         return train_table(args)
 
