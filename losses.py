@@ -12,7 +12,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -49,20 +48,6 @@ def tokenizer_losses(features, images: Tensor, teacher: tuple[Tensor, Tensor], n
     if "cosine" in names:
         terms["cosine"] = 1 - F.cosine_similarity(features.deep.float(), teacher[0].float(), dim=-1).mean()
     return terms
-
-
-LOGITS = 2 ** 26        # at once: 256 MiB in fp32
-
-
-def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """States h (M, C), classifier (V, C), classes (M,) -> the sum of the cross entropies of h @ weight.T, in fp32. Where logits are many they are made a chunk of rows
-    at a time, and once more in the backward pass: of 151,936 words or 16,384 codes, those of all places would be larger than the model."""
-    def part(h, target):
-        return F.cross_entropy(F.linear(h, weight).float(), target, reduction="sum")
-    if len(h) * len(weight) <= LOGITS // 4:
-        return part(h, target)
-    rows = max(1, LOGITS // len(weight))
-    return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in zip(h.split(rows), target.split(rows))]).sum()
 
 
 def weighted(terms: dict[str, Tensor], weights: Weights) -> Tensor:

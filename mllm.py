@@ -39,9 +39,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from losses import linear_cross_entropy
 from tokenizer import attend, load_weights, lower, make_config, read_config, read_weights, recomputed, save_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,7 +454,21 @@ def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the visual heads
+# the loss over words or codes, and the visual heads
+
+LOGITS = 2 ** 26        # at once: 256 MiB in fp32
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """States h (M, C), classifier (V, C), classes (M,) -> the sum of the cross entropies of h @ weight.T, in fp32. Where logits are many they are made a chunk of rows
+    at a time, and once more in the backward pass: of 151,936 words or 16,384 codes, those of all places would be larger than the model."""
+    def part(h, target):
+        return F.cross_entropy(F.linear(h, weight).float(), target, reduction="sum")
+    if len(h) * len(weight) <= LOGITS // 4:
+        return part(h, target)
+    rows = max(1, LOGITS // len(weight))
+    return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in zip(h.split(rows), target.split(rows))]).sum()
+
 
 class DepthLayer(nn.Module):
     """Causal transformer layer over the D codes of one position (RQ-Transformer, Lee et al. 2022); x is (M, d, C) with d of the D depths, from `first` on.

@@ -43,7 +43,6 @@ from PIL import EpsImagePlugin, Image, ImageCms
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor
 
-import losses
 import mllm
 import rvq
 import sample
@@ -2137,22 +2136,22 @@ def test_losses_adaptive_weight_is_the_ratio_of_gradients():
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7])
-def test_losses_linear_cross_entropy_is_the_plain_one(rows, monkeypatch):
+def test_mllm_linear_cross_entropy_is_the_plain_one(rows, monkeypatch):
     """Value and gradients, in chunks and at once; in chunks, logits of a chunk alone exist."""
-    monkeypatch.setattr(losses, "LOGITS", rows * 300)
+    monkeypatch.setattr(mllm, "LOGITS", rows * 300)
     h, weight, target = torch.randn(30, 16), torch.randn(300, 16), torch.randint(300, (30,))
     found, sizes, linear = [], [], F.linear
-    monkeypatch.setattr(losses.F, "linear", lambda x, w: (sizes.append(len(x)), linear(x, w))[1])
-    for function in (losses.linear_cross_entropy, lambda h, w, t: F.cross_entropy(h @ w.T, t, reduction="sum")):
+    monkeypatch.setattr(mllm.F, "linear", lambda x, w: (sizes.append(len(x)), linear(x, w))[1])
+    for function in (mllm.linear_cross_entropy, lambda h, w, t: F.cross_entropy(h @ w.T, t, reduction="sum")):
         inputs = [h.clone().requires_grad_(), weight.clone().requires_grad_()]
         loss = function(*inputs, target)
         found.append((loss, *torch.autograd.grad(3 * loss, inputs)))
     for ours, plain in zip(*found):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-4)
     assert max(sizes) == rows and sum(sizes) == 60
-    monkeypatch.setattr(losses, "LOGITS", 4 * 30 * 300)
-    torch.testing.assert_close(losses.linear_cross_entropy(h, weight, target), found[1][0].detach(), rtol=1e-5, atol=1e-4)
-    assert sizes[-1] == 30 and losses.linear_cross_entropy(h[:0], weight, target[:0]) == 0
+    monkeypatch.setattr(mllm, "LOGITS", 4 * 30 * 300)
+    torch.testing.assert_close(mllm.linear_cross_entropy(h, weight, target), found[1][0].detach(), rtol=1e-5, atol=1e-4)
+    assert sizes[-1] == 30 and mllm.linear_cross_entropy(h[:0], weight, target[:0]) == 0
 
 
 def test_losses_psnr():

@@ -25,6 +25,7 @@ import difflib
 import errno
 import gc
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -539,7 +540,8 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
     stage.wrapped = ranks.wrap(stage.model)
     stream, waited, broken, low = never_ending(batches, start, ranks.say), 0.0, [], {}
     # Of the steps since the last log line: the sums of `gradients`; bad steps in a row, the longest such row, and all of them.
-    sums = {name: row.to(ranks.device) * ranks.first for name, row in since_log["sums"].items()}
+    mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first       # each rank's own, in a checkpoint of as many
+    sums = {name: mine(rows).to(ranks.device) for name, rows in since_log["sums"].items()}
     streak, longest, skipped = since_log["bad"].to(ranks.device)
     begun, since, seen, training = time.time() - elapsed, time.time(), start, 0.0
     evaluated = {line["step"] for line in read_log(stage.folder) if any(name.startswith("eval_") for name in line)} if start else ()
@@ -577,7 +579,7 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
                 sums, waited, broken, since, seen = {}, 0.0, [], now, done
                 longest, skipped = torch.zeros_like(longest), torch.zeros_like(skipped)
 
-            before, kept = time.time(), lambda: {"sums": {name: all_reduce(row.clone()) for name, row in sums.items()}, "bad": torch.stack([streak, longest, skipped])}
+            before, kept = time.time(), lambda: {"sums": ranks.gather_rows({name: row[None] for name, row in sums.items()}), "bad": torch.stack([streak, longest, skipped])}
             if saved := final or done % args.save_every == 0:
                 save_state(stage, done, time.time() - begun, kept())
             if final or args.eval_every and done % args.eval_every == 0:
@@ -852,8 +854,7 @@ def bench_quantizer(args, ranks: Ranks):
         return vq, lambda: (vq(x), vq.training and vq.update())
     rows = {"ours" + ", --fast-vq" * args.fast_vq: ours(M, K, D)}
     try:
-        from vector_quantize_pytorch import ResidualVQ as Peer
-        peer, x = Peer(dim=E, codebook_size=K, num_quantizers=D, shared_codebook=True, decay=0.99).to(ranks.device), z(M)
+        peer, x = importlib.import_module("vector_quantize_pytorch").ResidualVQ(dim=E, codebook_size=K, num_quantizers=D, shared_codebook=True, decay=0.99).to(ranks.device), z(M)
         rows["vector-quantize-pytorch"] = peer, lambda: peer(x)
     except ImportError:
         ranks.say("vector-quantize-pytorch is not installed, so there is no peer to compare with")
