@@ -2206,7 +2206,7 @@ def test_losses_moments_come_batch_by_batch():
 # ---------------------------------------------------------------------------------------------------------------------
 # train_tokenizer
 
-TINY = ["--siglip-steps", "6", "--steps", "8", "--batch-size", "16", "--log-every", "1", "--save-every", "4", "--eval-images", "24", "--device", "cpu"]
+TINY = ["--siglip-steps", "6", "--steps", "8", "--batch-size", "16", "--log-every", "1", "--save-every", "4", "--eval-images", "24", "--device", "cpu", "--precision", "fp32"]
 
 
 def train(out, *more, script=train_tokenizer):
