@@ -180,14 +180,25 @@ def _is_image(name):
     return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")      # ._a.jpg: a Mac's note on a.jpg
 
 
+class _Headers(io.BufferedReader):
+    """A shard whose headers are read: tarfile takes a long name, or other words about a member, for as long as they say they are."""
+
+    def read(self, size=-1):
+        if not 0 <= size <= 1 << 20:
+            raise ValueError(f"a header of {size:,} bytes")
+        return super().read(size)
+
+
 def _scan_tar(path):
     """Shard -> RECORD array, names, reports. Only headers are read; links, folders and sparse members are passed over."""
     members, rows, broken = {}, [], []
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             total = os.path.getsize(path)
             while member := tar.next():
                 tar.members.clear()     # tarfile would keep them all
+                if tar.offset <= member.offset:     # a size below zero, and tarfile would go round in circles
+                    raise ValueError(f"a header that leads back at byte {member.offset:,} of {total:,}")
                 if member.size > MAX_BYTES:
                     broken.append(f"{path}/{member.name}: left out for its {member.size:,} bytes, expected at most {MAX_BYTES:,}")
                 elif member.isreg() and not member.issparse() and member.offset_data + member.size <= total:
@@ -195,7 +206,7 @@ def _scan_tar(path):
             file.seek(tar.offset)       # tarfile takes a damaged or missing header for the end, but a complete archive ends in zeros
             if file.read(512) != bytes(512):
                 raise ValueError(f"no header at byte {tar.offset:,} of {total:,}")
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, tarfile.TarError) as error:      # of sizes of 90 bits; of a thousand headers of one member
         broken.append(f"{path}: cut, damaged or not a plain tar ({error}); the {len(members):,} members before that are used")
     for name in filter(_is_image, members):
         stem = os.path.splitext(name)[0]
@@ -484,7 +495,7 @@ class Pictures(torch.utils.data.Dataset):
         try:
             return centre_crop(decode(self.paths[i], near=self.size), self.size), ""
         except (OSError, ValueError) as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)[:500]        # a path can be of any length
 
 
 class _Batches:
