@@ -591,9 +591,11 @@ class MLLMConfig:
         if self.continuous:
             self.streams_out = ()
         elif not self.streams_in or not set(self.streams_in + self.streams_out) <= set(self.streams):
-            raise ValueError(f"streams in {self.streams_in}, streams out {self.streams_out}: expected some of {self.streams}, or to read ('continuous',)")
+            raise ValueError(f"streams in {brief(self.streams_in)}, streams out {brief(self.streams_out)}: expected some of {brief(self.streams)}, or to read ('continuous',)")
         if self.streams_out and not set(self.streams_in) & set(self.streams_out):
             raise ValueError(f"the painted streams {self.streams_out} are not among those read, {self.streams_in}: the model could not see what it paints")
+        if self.head_width % self.head_heads:
+            raise ValueError(f"head_width {self.head_width} is not a multiple of head_heads {self.head_heads}")
 
     @property
     def continuous(self) -> bool:

@@ -133,6 +133,8 @@ class VisionConfig(TowerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.patch_size:
+            raise ValueError("patch_size is 0, expected at least 1 pixel")
         if any(len(x) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in x) for x in (self.pixel_mean, self.pixel_std)) or min(self.pixel_std) <= 0:
             raise ValueError(f"pixel_mean is {brief(self.pixel_mean)} and pixel_std {brief(self.pixel_std)}, expected three numbers each, and deviations above 0")
         name = self.timm.get("model_name")
@@ -188,6 +190,8 @@ class TokenizerConfig:
         self.shallow_layer = self.shallow_layer or max(1, layers // 4)
         self.deep_layer = self.deep_layer or layers - 1
         self.latent_grid = self.latent_grid or self.vision.grid
+        if (painted := self.latent_grid * 2 ** (len(self.decoder_multipliers) - 1)) > 4 * self.vision.image_size:
+            raise ValueError(f"latent_grid {self.latent_grid} and {len(self.decoder_multipliers)} decoder_multipliers make pictures of {painted} pixels out of {self.vision.image_size}; choose fewer")
         for name, n in (("shallow", self.shallow_layer), ("deep", self.deep_layer), ("shortcut", self.shortcut_layer)):
             if not 0 <= n <= layers:
                 raise ValueError(f"there is no {name} layer {n}: the ViT has layers 1 to {layers}")
@@ -1242,7 +1246,7 @@ def unbuilt(make, folder: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return make()
-    except (RuntimeError, KeyError) as error:       # KeyError: of a module's name
+    except (RuntimeError, ValueError, LookupError, ArithmeticError) as error:       # widths of 0, tensors of 2^70 numbers
         raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); copy it again from where the weights are") from None
 
 
@@ -1256,6 +1260,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assi
     wrong += [f"{name} is of {weights[name].dtype}, expected {own[name].dtype}"
               for name in own if name in weights and own[name].is_floating_point() != weights[name].is_floating_point()]
     if wrong:
-        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong[:20]) + "; ..." * (len(wrong) > 20))
+        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong[:10]) + "; ..." * (len(wrong) > 10))
     if not only_check:
         model.load_state_dict(weights, assign=assign)

@@ -588,7 +588,7 @@ def differences(old: dict, new: dict, name: str = "") -> list[str]:
             found += differences(was, value, f"{name}{key}.")
         elif was != value:
             short = lambda x: x if len(x) <= 80 else f"{x[:25]}...{x[-50:]}"
-            found.append(f"{name}{key} {short(str(was))} -> {short(str(value))}")
+            found.append(f"{name}{key} {short(' '.join(str(was).split()))} -> {short(str(value))}")
     return found
 
 

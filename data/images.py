@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import sys
 import tarfile
 import warnings
@@ -66,6 +67,7 @@ def decode(source, name=None, near=None):
     `near`: the size in pixels it is needed at; a JPEG is then decoded at 1/2, 1/4 or 1/8 where that leaves both sides twice as long.
     Raises ValueError, with `name`, for what is damaged, cut, no image, or has more pixels than Pillow's limit."""
     if isinstance(source, (str, os.PathLike)):
+        _check_file(source, name or source)
         with open(source, "rb") as file:
             return decode(file, name, near)
     data, name = (source, name or "image") if isinstance(source, bytes) else (source.read(), name or source.name)
@@ -84,6 +86,14 @@ def decode(source, name=None, near=None):
     except Exception as error:      # Pillow's plugins raise nearly anything on bad bytes: OSError, SyntaxError, struct.error, IndexError, ...
         reason = "0 bytes" if not data else "unknown format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{name}: cannot be read as an image ({reason}); expected a complete file in a format that Pillow opens") from None
+
+
+def _check_file(path, name):
+    """Raises ValueError for what is no file, such as a link to a device, which may have no end, or is larger than a picture; OSError where there is nothing."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+        got = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "a folder, a pipe or a device"
+        raise ValueError(f"{name}: {got}, expected a file of at most {MAX_BYTES:,} bytes")
 
 
 def _rgb(image):
@@ -466,8 +476,7 @@ class ImageData:
     def _read(self, path, file, offset, size):
         """The bytes at an offset of `files[file]`, or, where that is -1, of the file `path`."""
         if offset < 0:
-            if os.path.getsize(path) > MAX_BYTES:
-                raise ValueError(f"{path.decode('utf-8', 'replace')}: {os.path.getsize(path):,} bytes, expected at most {MAX_BYTES:,}")
+            _check_file(path, path.decode("utf-8", "replace"))
             with open(path, "rb") as handle:
                 return handle.read()
         if self.process != os.getpid():     # a forked worker reads through handles of its own: shared ones would share their position
