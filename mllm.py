@@ -429,7 +429,7 @@ class LLM(nn.Module):
         # Llama's defaults, where they differ from Qwen2's
         defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "attention_bias": qwen} | ({} if qwen else dict(
             vocab_size=32000, intermediate_size=11008, num_key_value_heads=config.get("num_attention_heads", 32), max_position_embeddings=2048))
-        sizes = make_config(LLMConfig, config, folder, defaults)
+        sizes = make_config(LLMConfig, defaults | {name: value for name, value in config.items() if value is not None}, folder)
         model = unbuilt(lambda: cls(sizes), folder)      # no time for random weights that are not used
         if (width := config.get("head_dim")) not in (None, model.config.hidden_size // model.config.num_attention_heads):
             raise ValueError(f"{folder}/config.json has head_dim {brief(width)}, expected hidden_size / num_attention_heads: this LLM's heads share its width")
