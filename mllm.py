@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from tokenizer import attend, load_weights, lower, make_config, read_config, read_weights, recomputed, save_model
+from tokenizer import attend, brief, check_fields, load_weights, lower, make_config, read_config, read_weights, recomputed, save_model, unbuilt
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text as ids: UTF-8 bytes without any file, or a GPT-2, Qwen2.5 or SmolLM2 vocabulary from local files; in each, four marks for images
@@ -271,6 +271,7 @@ class LLMConfig:
     attention_bias: bool = True         # on queries, keys and values; Llama has none
 
     def __post_init__(self):
+        check_fields(self)
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % groups or self.hidden_size // heads % 2:
             raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key-value heads: expected heads of even width, and key-value heads that divide heads")
@@ -418,18 +419,20 @@ class LLM(nn.Module):
         missing, left over or misshapen, and for variants of Qwen2 and Llama that this is not."""
         config = read_config(folder)
         rope, qwen = config.get("rope_parameters") or config.get("rope_scaling") or {}, config.get("model_type") == "qwen2"
+        if not isinstance(rope, dict):
+            raise ValueError(f"{folder}/config.json has rope_parameters {brief(rope)}, expected an object")
         for what, got, expected in (("model_type", config.get("model_type"), "qwen2" if qwen else "llama"), ("hidden_act", config.get("hidden_act", "silu"), "silu"),
                                     ("use_sliding_window", config.get("use_sliding_window", False), False), ("attention_bias", config.get("attention_bias", qwen), qwen),
                                     ("mlp_bias", config.get("mlp_bias", False), False), ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
             if got != expected:
-                raise ValueError(f"{folder}/config.json has {what} {got!r}, expected {expected!r}: this LLM is Qwen2's, or Llama's")
+                raise ValueError(f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: this LLM is Qwen2's, or Llama's")
         # Llama's defaults, where they differ from Qwen2's
         defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "attention_bias": qwen} | ({} if qwen else dict(
             vocab_size=32000, intermediate_size=11008, num_key_value_heads=config.get("num_attention_heads", 32), max_position_embeddings=2048))
-        with torch.device("meta"):      # no time for random weights that are not used
-            model = cls(make_config(LLMConfig, defaults | {name: value for name, value in config.items() if value is not None}, folder))
+        sizes = make_config(LLMConfig, defaults | {name: value for name, value in config.items() if value is not None}, folder)
+        model = unbuilt(lambda: cls(sizes), folder)      # no time for random weights that are not used
         if (width := config.get("head_dim")) not in (None, model.config.hidden_size // model.config.num_attention_heads):
-            raise ValueError(f"{folder}/config.json has head_dim {width}, expected hidden_size / num_attention_heads: this LLM's heads share its width")
+            raise ValueError(f"{folder}/config.json has head_dim {brief(width)}, expected hidden_size / num_attention_heads: this LLM's heads share its width")
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
         load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder, assign=True)
         return model
@@ -443,12 +446,12 @@ def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
     try:
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {error}); expected a weight_map from tensor to file") from None
     weights = {}
     for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name:
-            raise ValueError(f"{index} names the file {name!r}, expected one beside it")
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.isprintable() or len(name) > 200:
+            raise ValueError(f"{index} names the file {brief(name)}, expected one beside it")
         weights |= read_weights(folder, name, ignore)
     return weights
 
@@ -597,13 +600,16 @@ class MLLMConfig:
     tables_sha256: str = ""                     # of the code tables: which tokenizer's codes these are
 
     def __post_init__(self):
+        check_fields(self)
         self.streams, self.streams_in, self.streams_out = tuple(self.streams), tuple(self.streams_in), tuple(self.streams_out)
         if self.continuous:
             self.streams_out = ()
         elif not self.streams_in or not set(self.streams_in + self.streams_out) <= set(self.streams):
-            raise ValueError(f"streams in {self.streams_in}, streams out {self.streams_out}: expected some of {self.streams}, or to read ('continuous',)")
+            raise ValueError(f"streams in {brief(self.streams_in)}, streams out {brief(self.streams_out)}: expected some of {brief(self.streams)}, or to read ('continuous',)")
         if self.streams_out and not set(self.streams_in) & set(self.streams_out):
             raise ValueError(f"the painted streams {self.streams_out} are not among those read, {self.streams_in}: the model could not see what it paints")
+        if self.head_width % self.head_heads:
+            raise ValueError(f"head_width {self.head_width} is not a multiple of head_heads {self.head_heads}")
 
     @property
     def continuous(self) -> bool:
@@ -793,12 +799,11 @@ class DualMLLM(nn.Module):
         """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
         config = read_config(folder)
         if config.get("model_type") != "dualmllm":
-            raise ValueError(f"{folder}/config.json is no multimodal LLM of ours: model_type is {config.get('model_type')!r}, expected 'dualmllm'")
+            raise ValueError(f"{folder}/config.json is no multimodal LLM of ours: model_type is {brief(config.get('model_type'))}, expected 'dualmllm'")
         config["llm"] = make_config(LLMConfig, config.get("llm"), folder)
         config = make_config(MLLMConfig, config, folder)
         text = TextTokenizer.bytes() if config.text == "bytes" else TextTokenizer.from_folder(folder)
-        with torch.device("meta"):
-            model = cls(config, text)
+        model = unbuilt(lambda: cls(config, text), folder)
         load_weights(model, read_weights(folder), folder, assign=True)
         return model.eval()
 

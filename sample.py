@@ -211,7 +211,7 @@ def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: 
         try:
             record = json.loads(line)
             records.append((number, record, os.path.join(os.path.dirname(args.answer_file), record["image"]), str(record.get("question", ""))))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken.append(f"line {number} is no record with an image: {line[:60]!r}") if line.strip() and ranks.first else None
     for part in batches(records, args, ranks, "answering"):
         images, whose = [], []
@@ -220,7 +220,7 @@ def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: 
                 images.append(read_images([item[2]], tokenizer.config.vision.image_size))
                 whose.append(item)
             except ValueError as error:
-                broken.append(f"line {item[0]}: {error}")
+                broken.append(f"line {item[0]}: {error}"[:500])
         if whose:
             answers = model.answer(encode(torch.cat(images).to(ranks.device)), [question for *_, question in whose])
             done |= {number: {**record, "answer": answer} for (number, record, *_), answer in zip(whose, answers)}
@@ -230,7 +230,7 @@ def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: 
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
         path = os.path.join(args.out, "answers.jsonl")
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
+        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:     # half a letter stays as JSON writes it, "\ud800"
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for _, record in sorted(rows["done"], key=lambda row: row[0]))
         os.replace(path + ".tmp", path)
         print(f"{path}: {len(rows['done'])} answers, {len(rows['broken'])} records left out", *rows["broken"][:10], sep="\n  ")

@@ -1,8 +1,9 @@
 """The tests, grouped by component: `pytest test_all.py -q`, or one group, `pytest test_all.py -k rvq`. Groups: shapes, reader, images, rvq, tokenizer, losses,
-train, text, mllm, sample, project. Seconds each. Tests against reference numbers and real images find them through the variable NANODUALTOKEN_SHARED and
+train, text, mllm, sample, fuzz, project. Seconds each; minutes are marked slow and wait for `-m slow`. Tests against reference numbers and real images find them through the variable NANODUALTOKEN_SHARED and
 skip, with the reason, where it is not set; parity tests skip where transformers is not installed."""
 
 import ast
+import base64
 import collections
 import contextlib
 import copy
@@ -26,8 +27,10 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
+import traceback
 import unicodedata
 import warnings
 from collections import Counter
@@ -61,6 +64,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("NANODUALTOKEN_SHARED", "/nowhere")
 EMOJI, PHOTOS = os.path.join(SHARED, "data/fluent-emoji"), os.path.join(SHARED, "data/photos")
 os.environ["NANODUALTOKEN_INDEX"] = ""      # nothing of the tests stays in the user's cache
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")         # there is no pytest.ini where the mark could be made known
+    is_slow = pytest.mark.slow
+slow = lambda test: is_slow(pytest.mark.skipif("'slow' not in config.option.markexpr", reason="slow: python -m pytest test_all.py -q -m slow")(test))
 needs_shared = pytest.mark.skipif(not os.path.isdir(EMOJI), reason="no fluent-emoji and photos: set NANODUALTOKEN_SHARED")
 
 
@@ -1889,7 +1896,7 @@ def test_tokenizer_timm_backbones_are_timms(tmp_path, name, more):
 @pytest.mark.parametrize("call, words", [
     (lambda: preset_config("tiny"), "no preset 'tiny'; expected one of nano"), (lambda: preset_config("nano", 38), "38 is not a multiple of 4"),
     (lambda: preset_config("so400m-384", 380), "380 is not a multiple of 16"), (lambda: preset_config("nano", shallow_layer=6), "1 <= shallow <= deep"),
-    (lambda: preset_config("nano", shallow_layer=9), "there is no shallow layer 9: the ViT has layers 1 to 6"), (lambda: preset_config("nano", shallow_layer=-1), "no shallow layer -1"),
+    (lambda: preset_config("nano", shallow_layer=9), "there is no shallow layer 9: the ViT has layers 1 to 6"), (lambda: preset_config("nano", shallow_layer=-1), "shallow_layer is -1, expected a whole number from 0"),
     (lambda: preset_config("nano", deep_layer=7), "no deep layer 7"), (lambda: preset_config("nano", code_dim=40), "96 is not a multiple of the code dimension 40")])
 def test_tokenizer_configuration_errors_are_sentences(call, words):
     with pytest.raises(ValueError, match=words):
@@ -2585,7 +2592,7 @@ def test_train_workers_that_die_are_started_again(tmp_path, monkeypatch):
     def dies(start):
         yield from range(start, 3)
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-    with pytest.raises(ValueError, match="for step 4 died twice .*: Killed.*lower --workers"):
+    with pytest.raises(ValueError, match="for step 4 died twice .*Killed.*lower --workers"):
         list(train_tokenizer.never_ending(dies, 0, said.append))
     with pytest.raises(RuntimeError, match="shapes"):
         list(train_tokenizer.never_ending(lambda start: (_ for _ in ()).throw(RuntimeError("shapes")), 0, print))
@@ -2730,7 +2737,7 @@ class Run(subprocess.Popen):
             os.killpg(self.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("ranks, kills", [(1, 30), (2, 8)])
 def test_train_killed_anywhere_loses_nothing(run_folder, tmp_path, ranks, kills):
     """At random moments and in the middle of saving; of two ranks, one: bit for bit the run that was never killed."""
@@ -2741,7 +2748,7 @@ def test_train_killed_anywhere_loses_nothing(run_folder, tmp_path, ranks, kills)
     assert same_run(tmp_path / "whole", tmp_path / "run") and same_run(tmp_path / "whole/siglip", tmp_path / "run/siglip") and found["while saving"] > kills // 4
 
 
-@pytest.mark.slow
+@slow
 def test_train_mllm_killed_anywhere_loses_nothing(tokenizer_folder, tmp_path):
     """In every stage, and while it extracts codes."""
     (tmp_path / "script.py").write_text("import train_mllm as t\nRow, t.SCENES['nano'] = t.Row, 300\nt.STAGES['nano'] = %r\nt.run(t.main)\n" % (tuple(replace(row, steps=25, batch=8) for row in train_mllm.NANO),))
@@ -2752,7 +2759,7 @@ def test_train_mllm_killed_anywhere_loses_nothing(tokenizer_folder, tmp_path):
     assert all(same_run(tmp_path / "whole" / name, tmp_path / "run" / name) for name in (*(f"stage-{row.name}" for row in train_mllm.NANO[:-1]), "."))
 
 
-@pytest.mark.slow
+@slow
 def test_train_goes_on_for_long(tmp_path):
     """The nano preset for 20,000 steps, or the minutes in NANODUALTOKEN_SOAK: memory flat within 1 %, codes in use, no slower at the end than at the beginning."""
     minutes = float(os.environ.get("NANODUALTOKEN_SOAK", 60))
@@ -5854,6 +5861,727 @@ def test_sample_with_an_mllm_bad_input_ends_in_a_sentence(there, mllm_stages, ph
         capsys.readouterr()
         assert sample_words(*argv, *there, *out) == "2" and words in capsys.readouterr().err.splitlines()[-1]
     assert not os.path.exists(tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fuzz: files from strangers. A kind of input is a row of FUZZ: what makes valid files in a folder, which of them are mutated, and what reads them as the
+# project does. Whatever is in them, the reader goes on or ends in one sentence: within seconds, without a GiB, without running or writing anything.
+
+FUZZ, GUARD, WATCHING = {}, [], []      # kind -> (make, names); while an input is read, GUARD holds its folder
+EXECUTED = os.path.join(tempfile.gettempdir(), f"nanodualtoken-executed-{os.getpid()}")       # what no input may make
+CPU_SECONDS, ROOM = 5, 1 << 30
+
+
+class Trespass(BaseException):
+    """Not for an `except Exception` to catch."""
+
+
+RUNS = {"pickle.find_class", "subprocess.Popen", "socket.connect", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile"}
+WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod", "os.chown", "shutil.move", "shutil.rmtree"}
+
+
+def watch(event, args):
+    """Audit hook: what reading may never do."""
+    if GUARD and event in RUNS:
+        raise Trespass(f"{event} {args}")
+    if GUARD and (event in WRITES or event == "open" and (set("wax+") & set(args[1] or "") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))) and not isinstance(args[0], int):
+        path = os.path.realpath(os.fsdecode(args[0]))
+        passing = event in ("os.mkdir", "os.rmdir", "shutil.rmtree") and os.path.dirname(path) == os.path.realpath(tempfile.gettempdir())     # torch makes one before it refuses a tar
+        if not (path + os.sep).startswith((GUARD[0] + os.sep, "/dev/null")) and "__pycache__" not in path and not passing:
+            raise Trespass(f"{event} {path}")
+
+
+def stop(*_):
+    raise Trespass("a minute")
+
+
+@contextlib.contextmanager
+def guarded(folder):
+    """Within it, what `watch` forbids, a minute, or ROOM bytes more than now are too much."""
+    resource = pytest.importorskip("resource", reason="limits are those of Unix")
+    limits, begun = resource.getrlimit(resource.RLIMIT_AS), time.process_time()
+    if os.path.exists("/proc/self/statm"):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, limits[1]))
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)        # of the clock: for what waits; what computes has CPU_SECONDS
+    GUARD.append(os.path.realpath(folder))
+    try:
+        yield
+    finally:
+        GUARD.clear()
+        signal.alarm(0), signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert (took := time.process_time() - begun) < CPU_SECONDS, f"{took:.1f} s"
+
+
+def kind(name, *names):
+    """Decorates a maker of valid files, which returns their reader; names: those that are mutated."""
+    return lambda make: FUZZ.setdefault(name, (make, names)) and make
+
+
+# --- mutations
+
+def odd(rng):
+    """A value that nobody expects."""
+    return rng.choice([None, True, False, -1, 0, 1, 2, 3.5, 10 ** 3, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, 1e308, math.nan, math.inf, "", "x", "7", "\ud800", "a\0b", "a\nb",
+                       "../../x", "/etc/passwd", "x" * 99_999, [], [1], ["x", None], {}, {"x": 1}, [[[]]], [0.5, 0.5], "@deep", "@long"])
+
+
+def places(node):
+    """(container, key) of everything in it."""
+    for key in (list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()):
+        yield node, key
+        yield from places(node[key])
+
+
+def change(content, rng, odd=odd):
+    """Of a tree of dicts and lists, one to three values replaced, left out, copied, wrapped or scaled."""
+    root = [content]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at, key = rng.choice(list(places(root)))
+        what = rng.randrange(8)
+        if what == 0 and at is not root:
+            del at[key]
+        elif what == 1:
+            at[key] = copy.deepcopy(rng.choice([box[k] for box, k in places(root)]))
+        elif what == 2:
+            at[key] = [at[key]]
+        elif what == 3 and isinstance(at, dict):
+            at[rng.choice(("x", "", "type", "keys", "../x"))] = at[key]
+        elif what == 4 and type(at[key]) in (int, float):
+            at[key] *= rng.choice((-1, 0, 2, 3, 1000, 0.5))
+        else:
+            at[key] = odd(rng)
+    return root[0]
+
+
+def as_json(content, rng, head=b"") -> bytes:
+    text = json.dumps(content, ensure_ascii=rng.random() < 0.7).replace('"@deep"', "[" * 50_000 + "]" * 50_000 * rng.randrange(2)).replace('"@long"', "9" * 5000)
+    return head + text.encode(rng.choice(["utf-8"] * 9 + ["utf-16", "utf-8-sig", "utf-32"]), "surrogatepass")
+
+
+def mutate_json(data, rng):
+    return as_json(change(json.loads(data), rng), rng)
+
+
+def mutate_lines(data, rng):
+    lines = data.split(b"\n")
+    n = rng.randrange(len(lines))
+    with contextlib.suppress(ValueError):
+        lines[n] = mutate_json(lines[n], rng)
+    return b"\n".join(lines)
+
+
+def mutate_text(data, rng):
+    words = [b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b'"', b",", b"\t", b"#", b"\r", b"{}", b"x" * 200_000, b"\xef\xbb\xbf", "\u2028".encode(), b"../../x", b"-1", b"99999999999999999999"]
+    at = rng.randrange(len(data) + 1)
+    return data.decode("utf-8").encode(rng.choice(("utf-16", "utf-32", "utf-8-sig"))) if rng.random() < 0.1 else data[:at] + rng.choice(words) * rng.choice((1, 1, 2)) + data[at:]
+
+
+def mutate_image(data, rng):
+    """A number of its header, or another picture: huge, of one pixel a side, of another format."""
+    if rng.random() < 0.1:
+        return encoded(Image.new("L", rng.choice(((9000, 900), (1, 1), (30_000, 1), (1, 30_000)))), rng.choice(("png", "gif", "bmp", "tiff", "jpeg2000")))
+    data, at = bytearray(data), rng.randrange(min(len(data), rng.choice((32, 64, 600))))
+    field = struct.pack(rng.choice("<>") + rng.choice("HI"), rng.choice((0, 1, 7, 0x7fff, 0xffff, 60_000)))
+    data[at:at + len(field)] = field if rng.random() < 0.7 else rng.choice((b"\xff", b"\x7f", b"\x00")) * 4
+    return bytes(data)
+
+
+def tar_bytes(members):
+    """(TarInfo, data, raw size field or None) of each -> a tar, sums right."""
+    out = b""
+    for info, data, size in members:
+        head = bytearray(info.tobuf(tarfile.PAX_FORMAT if info.pax_headers else tarfile.GNU_FORMAT))
+        if size is not None:
+            head[-512 + 124:-512 + 136] = size
+            head[-512 + 148:-512 + 156] = b" " * 8
+            head[-512 + 148:-512 + 156] = b"%06o\0 " % sum(head[-512:])
+        out += bytes(head) + data + bytes(-len(data) % 512)
+    return out + bytes(1024)
+
+
+def mutate_tar(data, rng):
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = [[info, tar.extractfile(info).read(), None] for info in tar]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        member = rng.choice(members)
+        info, what = member[0], rng.randrange(8)
+        if what == 0:
+            info.name = rng.choice(("/etc/x.png", "../../x.png", "a/../../b.png", "d" * 300 + ".png", "\udcff.png", "", ".png", "._x.png", "a\nb.png", "0.tar", "x.json", info.name))
+        elif what == 1:
+            info.type = bytes([rng.choice(b"0123456789LKxgSVDMNZ\0")])
+            info.linkname = rng.choice(("0.png", "/etc/passwd", "../../x", ""))
+        elif what in (2, 3):
+            n = rng.choice((-1, -512, -1024, -2048, -10 ** 6, 2 ** 40, 2 ** 63, 2 ** 80, 10 ** 9, len(member[1]) + 1))
+            member[2] = rng.choice((bytes([255 if n < 0 else 128]) + n.to_bytes(11, "big", signed=True), b"zz          ", b"\0" * 12, b"77777777777\0", b"%011o\0" % rng.randrange(9999)))
+        elif what == 4:
+            info.pax_headers = dict([rng.choice((("size", "-512"), ("size", "-1024"), ("size", "9" * 30), ("size", "x"), ("path", "/etc/x.png"), ("path", "../x.png"), ("hdrcharset", "BINARY"),
+                                                 ("path", ""), ("GNU.sparse.size", "-1"), ("GNU.sparse.map", "1,x"), ("GNU.sparse.map", "0,99999999999,5,-7"), ("mtime", "nan"), ("uid", "x")))])
+            if rng.random() < 0.2:
+                info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "10", "GNU.sparse.name": "x.png"}
+        elif what == 5:
+            long = tarfile.TarInfo("././@LongLink")
+            long.type, long.size = rng.choice((b"L", b"K", b"x", b"g")), 0
+            members[0:0] = [[long, b"", None]] * rng.choice((1, 3000))
+        elif what == 6:
+            inner = tarfile.TarInfo(rng.choice(("in.tar", "in.png")))
+            inner.size = len(data)
+            members.append([inner, data, None])
+        else:
+            members.append(member)
+    return tar_bytes(members)
+
+
+def mutate_safetensors(data, rng):
+    """Lies in its header."""
+    size = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8:8 + size]), data[8 + size:]
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    row, what = header[name], rng.randrange(8)
+    if what == 0:
+        row["dtype"] = rng.choice(("F64", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "U16", "U64", "F128", ""))
+    elif what == 1:
+        row["dtype"], other = rng.choice((("I32", 4), ("F16", 2), ("BF16", 2), ("I16", 2), ("BOOL", 1), ("F8_E5M2", 1), ("U32", 4), ("F4", 0.5), ("C64", 8)))
+        row["shape"] = [int((row["data_offsets"][1] - row["data_offsets"][0]) / other)] if rng.random() < 0.5 else row["shape"]
+    elif what == 2:
+        row["shape"] = rng.choice(([2 ** 62, 4], [0, 2 ** 63], [2 ** 32, 2 ** 32], [-1], row["shape"][::-1], [*row["shape"], 1], [], [1] * 3000, [0], [2 ** 40, 0]))
+    elif what == 3:
+        row["data_offsets"] = rng.choice(([0, 0], [0, 2 ** 62], row["data_offsets"][::-1], [0, len(rest)], [8, 12], [2 ** 63, 2 ** 64]))
+    elif what == 4:
+        other = header[rng.choice([n for n in header if n != "__metadata__"])]
+        row.update(copy.deepcopy(other))
+    elif what == 5:
+        header[rng.choice(("extra", "", "\ud800", "x" * 5000))] = header.pop(name) if rng.random() < 0.5 else dict(row, data_offsets=[len(rest), len(rest)], shape=[0])
+    else:
+        head = mutate_json(json.dumps(header).encode(), rng)
+        lie = rng.choice((len(head),) * 4 + (0, 1, len(head) - 1, len(head) + 1, 2 ** 31, 2 ** 62, 2 ** 64 - 1))
+        return lie.to_bytes(8, "little") + head + rest
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + rest
+
+
+def odd_tensor(rng):
+    return rng.choice((lambda: torch.zeros(1).expand(2 ** 40), lambda: torch.zeros(1, dtype=torch.float64).expand(2 ** 20, 2 ** 20), lambda: torch.zeros(3, device="meta"),
+                       lambda: torch.zeros(3).to_sparse(), lambda: torch.zeros(0), lambda: torch.zeros((), dtype=torch.bool), lambda: torch.zeros(4, 4, dtype=torch.complex64),
+                       lambda: torch.full((4, 4), math.nan), lambda: torch.zeros(4, 4, dtype=torch.int64),
+                       lambda: torch.nn.Parameter(torch.ones(4)), lambda: torch.zeros(2, 3, 4).transpose(0, 2), lambda: odd(rng), lambda: odd(rng)))()
+
+
+class Bomb:
+    """What unpickling would call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def mutate_pickle(data, rng):
+    """A value in it changed, or one that would write a file, or take all memory, if it was made."""
+    executed, out = EXECUTED, io.BytesIO()
+    content = torch.load(io.BytesIO(data), weights_only=True)
+    if rng.random() < 0.3:
+        bomb = Bomb(*rng.choice(((open, (executed, "w")), (os.system, (f"touch {executed}",)), (exec, (f"open({executed!r}, 'w')",)), (Path.touch, (Path(executed),)),
+                                 (bytearray, (2 ** 40,)), (torch.Tensor, (2 ** 50,)), (torch.zeros, (2 ** 40,)), (os.mkdir, (executed,)), (pickle.loads, (pickle.dumps(Path),)))))
+        content = rng.choice((bomb, {"model": bomb}, {**content, "x": bomb}, [bomb]))
+        if rng.random() < 0.5:
+            return pickle.dumps(content, rng.randrange(6))
+    else:
+        content = change(content, rng, odd_tensor)
+    try:
+        torch.save(content, out, _use_new_zipfile_serialization=rng.random() < 0.8)
+    except Exception:       # not all of it can be saved
+        return pickle.dumps({"model": rng.choice((content, 1, "x")) if not isinstance(content, dict) else 1}, 2)
+    return out.getvalue()
+
+
+def mutate_bytes(data, rng):
+    """Cut, flip, overwrite, leave out, double, insert, zero; or nothing like it at all."""
+    if rng.random() < 0.04:
+        return rng.choice((b"", bytes(1000), b"<html>404</html>", pickle.dumps(Bomb(open, (EXECUTED, "w"))), b"\x1f\x8b" + rng.randbytes(99), rng.randbytes(999), b"[" * 99_999))
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 16, 512, len(data) // 4))
+        what = rng.randrange(8)
+        if what == 0:
+            del data[at:]
+        elif what in (1, 2) and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif what == 3:
+            data[at:at + size] = rng.randbytes(len(data[at:at + size]))
+        elif what == 4:
+            del data[at:at + size]
+        elif what == 5:
+            data[at:at] = data[at:at + size]
+        elif what == 6:
+            data[at:at] = rng.randbytes(size)
+        else:
+            data[at:at + size] = bytes(len(data[at:at + size]))
+    return bytes(data)
+
+
+MUTATE = {".json": mutate_json, ".jsonl": mutate_lines, ".txt": mutate_text, ".csv": mutate_text, ".tiktoken": mutate_text, ".tar": mutate_tar, ".safetensors": mutate_safetensors,
+          ".pt": mutate_pickle, ".pth": mutate_pickle}
+
+
+# --- kinds
+
+IMAGE_MODES = {"AVIF": "RGB", "BLP": "P", "BMP": "RGB", "DDS": "RGBA", "DIB": "L", "GIF": "P", "ICNS": "RGBA", "ICO": "RGBA", "IM": "RGB", "JPEG": "CMYK", "JPEG2000": "RGB", "MPO": "RGB", "MSP": "1",
+               "PCX": "P", "PNG": "I;16", "PPM": "RGB", "QOI": "RGB", "SGI": "RGB", "SPIDER": "F", "TGA": "RGBA", "TIFF": "RGB", "WEBP": "RGBA", "XBM": "1"}
+
+
+def training_goes_on(source):
+    """Every sample of it, also by the middle; the one in question may be replaced, and is then reported."""
+    data, reports = images.ImageData(source, 16), []
+    for train in (True, False):
+        data.train = train
+        for position in range(len(data)):
+            picture, caption, broken = data.sample(position)
+            assert picture.shape == (3, 16, 16) and isinstance(caption, str)
+            BYTES.encode(caption), CAPTIONS.ids([caption])
+            reports += broken
+    return not data.broken + reports
+
+
+CAPTIONS = TextVocabulary(TextConfig(vocab_size=257, max_position_embeddings=8))
+
+
+def make_image(name, folder):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    noise[:20] = 90
+    picture = Image.fromarray(noise) if name != "ICNS" else Image.fromarray(noise).resize((64, 64))
+    mode = IMAGE_MODES[name]
+    picture = Image.fromarray(noise[..., 0].astype(np.uint16) * 256) if mode == "I;16" else picture.convert(mode)
+    options = dict(compression="tiff_lzw", exif=Image.Exif()) if name == "TIFF" else dict(save_all=True, append_images=[picture]) if name in ("GIF", "WEBP", "MPO") else {}
+    (folder / "a.png").write_bytes(encoded(picture, name, **options))       # not by its path: Pillow's SPIDER takes over the suffix that it is saved under
+    flat(7).save(folder / "b.png")
+
+    def read():
+        picture, reason = images.Pictures([str(folder / "a.png")], 16)[0]
+        assert picture.shape == (3, 16, 16)
+        if not training_goes_on(str(folder)) or reason:
+            raise ValueError(reason or "b.png: reported by training alone")
+    return read
+
+
+for name in IMAGE_MODES:
+    FUZZ["image " + name] = (functools.partial(make_image, name), ["a.png"])
+
+
+@kind("shard", "x.tar")
+def make_shard(folder):
+    flat(7).save(folder / "b.png")
+    shard(folder / "x.tar", range(3))
+
+    def read():
+        whole = training_goes_on(str(folder))
+        images.ImageData(str(folder / "x.tar"), 16)
+        if not whole:
+            raise ValueError("x.tar: reported")
+    return read
+
+
+@kind("index", "i.npz")
+def make_index(folder):
+    (folder / "in").mkdir()
+    shard(folder / "in/x.tar", range(3))
+    os.environ["NANODUALTOKEN_INDEX"] = str(folder)
+
+    def read():
+        os.environ["NANODUALTOKEN_INDEX"] = str(folder)
+        for path in folder.glob("*.npz"):
+            if path.name != "i.npz":
+                os.replace(folder / "i.npz", path)
+        try:
+            assert training_goes_on(str(folder / "in/x.tar"))
+        finally:
+            os.environ["NANODUALTOKEN_INDEX"] = ""
+    images.ImageData(str(folder / "in/x.tar"), 16)
+    os.environ["NANODUALTOKEN_INDEX"] = ""
+    shutil.copyfile(next(folder.glob("*.npz")), folder / "i.npz")
+    return read
+
+
+@kind("captions", "a.txt", "metadata.jsonl", "c.json")
+def make_captions(folder):
+    (folder / "in").mkdir()
+    for name in "ab":
+        flat(ord(name)).save(folder / f"in/{name}.png")
+    (folder / "a.txt").write_text("a red circle")
+    (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a blue square"}\n\n')
+    (folder / "c.json").write_text('{"caption": "a green cross", "url": "x", "size": [1, 2]}')
+
+    def read():
+        for name in ("a.txt", "metadata.jsonl"):
+            os.replace(folder / name, folder / "in" / name)
+        write_tar(folder / "in/x.tar", [("c.png", encoded(flat(3))), ("c.json", (folder / "c.json").read_bytes())])
+        if not training_goes_on(str(folder / "in")):
+            raise ValueError("in: reported")
+    return read
+
+
+@kind("records", "chats.json", "chats.jsonl", "documents.jsonl")
+def make_records(folder):
+    chats = [{"id": n, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat \"is\" this?"}, {"from": "gpt", "value": "A cat."}]} for n in range(3)]
+    (folder / "chats.json").write_text(json.dumps(chats, indent=1))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (folder / "documents.jsonl").write_text('[{"image": "a.png"}, {"text": "make it blue", "loss": false}, {"image": "b.png", "paint": true}]\n[{"text": "words"}, {"image": "a.png"}]\n')
+
+    def read():
+        for name, parse in (("chats.json", records.conversation), ("chats.jsonl", records.conversation), ("documents.jsonl", records.document)):
+            of = train_mllm.RecordSequences.__new__(train_mllm.RecordSequences)
+            of.text, of.positions, of.paints, of.limit, of.records = BYTES, 4, True, 200, records.Records([(str(folder / name), parse)])
+            good, broken = of.read(train_tokenizer.Ranks("cpu"))
+            paths = sorted({path for *_, shown in good for path in shown})
+            "\n".join(map(train_mllm.state, paths)).encode("utf-8", "surrogatepass")
+            broken += [(0, reason) for _, reason in map(images.Pictures(paths, 16).__getitem__, range(len(paths))) if "No such file" not in reason]
+            for _, reason in broken:
+                one_sentence(reason)
+            if broken or len(good) < 2:
+                raise ValueError(f"{name}: {len(broken)} records left out")
+    return read
+
+
+@kind("answers", "ask.jsonl")
+def make_answers(folder):
+    flat(3).save(folder / "a.png")
+    (folder / "ask.jsonl").write_text('{"image": "a.png", "question": "what is this?"}\n{"image": "a.png"}\n')
+    stubs = (SimpleNamespace(answer_file=str(folder / "ask.jsonl"), out=str(folder), batch_size=1), SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=16))),
+             SimpleNamespace(answer=lambda codes, questions: [BYTES.decode(BYTES.encode(q)) for q in questions]), lambda x: x, train_tokenizer.Ranks("cpu"))
+
+    def read():
+        sample.answer_file(*stubs)
+        if len((folder / "answers.jsonl").read_text().splitlines()) < 2:
+            raise ValueError("ask.jsonl: left out")
+    return read
+
+
+@kind("classes", "names.txt", "templates.txt", "pairs.csv", "pairs.txt")
+def make_evaluation(folder):
+    for name in ("cat", "wild_dog"):
+        (folder / name).mkdir()
+        flat(5).save(folder / name / "a.png")
+    (folder / "names.txt").write_text("cat, tabby\nwild dog\n")
+    (folder / "templates.txt").write_text("a photo of a {}.\na {}.\n")
+    (folder / "pairs.csv").write_text('image,caption\ncat/a.png,"a cat, asleep"\nwild_dog/a.png,a dog\nno.png,nothing\n')
+    (folder / "pairs.txt").write_text("cat/a.png#0\ta cat\nwild_dog/a.png#0\ta dog\n")
+
+    def read():
+        _, _, prompts = train_tokenizer.read_classes(str(folder), str(folder / "names.txt"), str(folder / "templates.txt"))
+        CAPTIONS.ids(sum(prompts, []))
+        for name in ("pairs.csv", "pairs.txt"):
+            CAPTIONS.ids(train_tokenizer.read_captions(str(folder / name), "")[1])
+    return read
+
+
+def used(model):
+    """A little of what is done with a model that was read."""
+    with torch.no_grad():
+        if isinstance(model, DualTokenizer):
+            side = model.config.vision.image_size
+            assert model.decode(model.encode(torch.zeros(1, 3, side, side))).shape[0] == 1
+        elif isinstance(model, SigLIP):
+            side = model.vision_config.image_size
+            model(torch.zeros(1, 3, side, side), torch.zeros(1, model.text_config.max_position_embeddings, dtype=torch.int64))
+        elif isinstance(model, DualMLLM):
+            if model.config.llm.max_position_embeddings > model.config.positions + 40:
+                model.paint(["a"])
+        else:
+            model(torch.zeros(1, 3, dtype=torch.int64))
+
+
+def small_tokenizer():
+    return DualTokenizer(TokenizerConfig(vision=VisionConfig(32, 32, 3, 2, image_size=16, patch_size=8), text=TextConfig(16, 16, 1, 2, vocab_size=257, max_position_embeddings=8), codebook_size=8,
+                                         depth=2, code_dim=8, decoder_channels=32, decoder_multipliers=(1, 1, 1, 1), decoder_blocks=0, decoder_in=32))
+
+
+@kind("tokenizer", "config.json", "config.json", "model.safetensors")
+def make_tokenizer(folder):
+    small_tokenizer().save_pretrained(str(folder), teacher="siglip", data="plain")
+
+    def read():
+        train_tokenizer.teacher_of(str(folder))
+        used(DualTokenizer.from_pretrained(str(folder)))
+    return read
+
+
+@kind("SigLIP", "config.json", "preprocessor_config.json", "model.safetensors")
+def make_siglip(folder):
+    small_tokenizer().siglip_model.save_pretrained(str(folder))
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": {"height": 16}}')
+    return lambda: used(SigLIP.from_pretrained(str(folder)))
+
+
+@kind("CLIP", "config.json", "preprocessor_config.json", "model.safetensors")
+def make_clip(folder):
+    SigLIP(VisionConfig(32, 32, 2, 2, image_size=16, patch_size=8, class_token=True, projection_dim=8), TextConfig(16, 16, 1, 2, vocab_size=257, max_position_embeddings=8, causal=True)).save_pretrained(str(folder))
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.4], "image_std": [0.5, 0.5, 0.3]}')
+    return lambda: used(SigLIP.from_pretrained(str(folder), 24))
+
+
+@kind("release", "config.json", "config.json", "dualtoken.pt")
+def make_release(folder):
+    """The released layout, of a small tokenizer, as one .pt file."""
+    model = small_tokenizer()
+    c, weights = model.config, model.state_dict()
+    for stream in ("quantizer_pix", "quantizer_sem"):
+        for ours, theirs in (("codebook", "weight"), ("ema_sum", "embed_ema"), ("ema_count", "cluster_size_ema")):
+            table = weights.pop(f"{stream}.{ours}")[0]
+            weights[f"{stream}.codebooks.0.{theirs}"] = torch.cat([table, table[:1]])
+        del weights[f"{stream}.age"], weights[f"{stream}.updates"]
+    torch.save({"state_dict": weights}, folder / "dualtoken.pt")
+    sizes = {name: vars(part) for name, part in (("vision_config", c.vision), ("text_config", c.text))}
+    (folder / "config.json").write_text(json.dumps({"siglip": sizes, "rqvaesiglip": {
+        "layer_recon": c.shallow_layer, "layer_sem": c.deep_layer, "vq_pix": {"n_embed": 8, "code_shape": [2, 2, 2], "embed_dim": 8, "shared_codebook": True}, "decoder_latent_shape": [2, 2],
+        "ddconfig": {"attn_resolutions": [2], "resolution": 16, "ch_mult": [1, 1, 1, 1], "ch": 32, "num_res_blocks": 0, "decoder_in_channels": 32}}}))
+    return lambda: used(DualTokenizer.from_released(str(folder)))
+
+
+@kind("LLM", "config.json", "model.safetensors.index.json", "part-0.safetensors")
+def make_llm(folder):
+    weights = LLM(small_llm()).state_dict()
+    for n in range(2):
+        save_file({name: weights[name] for name in list(weights)[n::2]}, folder / f"part-{n}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: f"part-{i % 2}.safetensors" for i, name in enumerate(weights)}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **vars(small_llm()), "rope_scaling": {"type": "default"}, "head_dim": 8}))
+
+    def read():
+        with contextlib.suppress(ValueError):
+            hub._weights(str(folder))
+        used(LLM.from_pretrained(str(folder)))
+    return read
+
+
+@kind("MLLM", "config.json", "config.json", "model.safetensors")
+def make_mllm(folder):
+    small_mllm().save_pretrained(str(folder))
+    return lambda: used(DualMLLM.from_pretrained(str(folder)))
+
+
+def make_vocabulary(layout, folder):
+    """300 tokens, as KNOWN is told to know them."""
+    letters = list(mllm.BYTE)
+    vocab, merges = {letter: i for i, letter in enumerate(letters)}, [f"{a} {b}" for a, b in zip(letters[:44], letters[60:104])]
+    vocab |= {merge.replace(" ", ""): 256 + i for i, merge in enumerate(merges)}
+    content = {"tokenizer.json": json.dumps({"added_tokens": [{"id": 300, "content": SPECIALS[0]}], "model": {"vocab": vocab, "merges": merges}}), "vocab.json": json.dumps(vocab),
+               "merges.txt": "#version: 0.2\n" + "\n".join(merges), "qwen.tiktoken": "".join(f"{base64.b64encode(bytes(mllm.BYTE[c] for c in token)).decode()} {i}\n" for token, i in vocab.items())}
+    for name in layout:
+        (folder / name).write_text(content[name], encoding="utf-8")
+    return lambda: TextTokenizer.from_folder(str(folder)).encode("a caption, of 2 words")
+
+
+for names in (["tokenizer.json"], ["vocab.json", "merges.txt"], ["qwen.tiktoken"]):
+    FUZZ[" + ".join(names)] = functools.partial(make_vocabulary, names), names
+
+
+@kind("SigLIP's tokenizer.json", "tokenizer.json")
+def make_text_vocabulary(folder):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed: no vocabulary of SigLIP's")
+    vocab = [["</s>", 0.0], ["<unk>", 0.0], *([letter, -3.0] for letter in "\u2581" + string.ascii_lowercase)]
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+                                                       "post_processor": None, "decoder": None, "truncation": None, "padding": None, "model": {"type": "Unigram", "unk_id": 1, "vocab": vocab, "byte_fallback": False}}))
+    return lambda: TextVocabulary(TextConfig(vocab_size=len(vocab), max_position_embeddings=8), str(folder)).ids(["a photo of a cat", "caf\u00e9"])
+
+
+@kind("checkpoint", "state.pt", "state.pt", "log.jsonl", "metrics.json")
+def make_checkpoint(folder):
+    def stage():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        muon = train_tokenizer.Muon([model[0].weight], 0.1, 0.1)
+        optimizer = train_tokenizer.adamw([model], 1e-3, (0.9, 0.95), 0.1, [model[0].weight])
+        return SimpleNamespace(name="tokenizer", folder=str(folder), model=model, optimizer=optimizer, ranks=train_tokenizer.Ranks("cpu"), steps=9, settings={"lr": 0.1, "sizes": {"width": [1, 2]}},
+                               extra_state=lambda: {"muon": muon}, save=lambda weights: None)
+
+    def step(stage):
+        stage.model(torch.ones(2, 3)).sum().backward()
+        for optimizer in (stage.optimizer, *stage.extra_state().values()):
+            train_tokenizer.step_or_skip(optimizer, 0.1, torch.tensor(False))
+    first = stage()
+    step(first)
+    (folder / "log.jsonl").write_text("".join(json.dumps({"step": n, "loss": 0.5, "broken": ["a.png"]}) + "\n" for n in (1, 2, 3)))
+    train_tokenizer.save_state(first, 2, 1.5, {"sums": {"loss": torch.ones(1, 3)}, "bad": torch.zeros(3)})
+    (folder / "metrics.json").write_text(json.dumps({"settings": first.settings, "psnr": 20.0}))
+    (folder / "model.safetensors").write_bytes(b"")
+
+    def read():
+        again = stage()
+        train_tokenizer.kept(again)
+        at, seconds, _ = train_tokenizer.load_state(again)
+        assert 0 <= at <= again.steps and seconds >= 0
+        step(again)
+        train_tokenizer.draw_curves(train_tokenizer.read_log(again.folder), str(folder / "curves.png"))
+    return read
+
+
+@kind("hub", "refs-main", "model.safetensors.index.json")
+def make_hub(folder):
+    found = folder / "hub/models--a--b/snapshots/1"
+    found.mkdir(parents=True)
+    for name in ("config.json", "part.safetensors"):
+        (found / name).write_text("{}")
+    (folder / "refs-main").write_text("1\n")
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "part.safetensors", "b": "part.safetensors"}}')
+
+    def read():
+        (folder / "hub/models--a--b/refs").mkdir()
+        os.replace(folder / "refs-main", folder / "hub/models--a--b/refs/main")
+        os.replace(folder / "model.safetensors.index.json", found / "model.safetensors.index.json")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+            if not hub._cached("a/b"):
+                raise ValueError("hub: not there")
+        hub._weights(str(found))
+    return read
+
+
+# --- the run
+
+def one_sentence(words):
+    assert 10 < len(words) < 2000 and "\n" not in words.strip(), words
+    assert "MemoryError" not in words and "allocate" not in words or "state.pt" in words or "dualtoken.pt" in words, words      # torch makes what these ask for, or refuses
+
+
+@pytest.fixture
+def few_words(monkeypatch):
+    """A vocabulary of 300 tokens is known, pictures are large from 4 million pixels on, and the guard stands."""
+    monkeypatch.setitem(KNOWN, 300, (mllm.GPT2_SPLIT, False, SPECIALS[:1], 0, 256))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 22)
+    importlib.import_module("torch._dynamo")        # which torch imports where it is first needed, at its leisure
+    if not WATCHING:
+        sys.addaudithook(watch)     # there is no way to take it away again
+        WATCHING.append(True)
+
+
+def fuzz(name, tmp_path, numbers, seed):
+    """Inputs of one kind, a function of seed and number -> how many were accepted and refused. Fails with all that went wrong."""
+    (make, names), folder, whole, counts, wrong = FUZZ[name], tmp_path / "in", tmp_path / "whole", Counter(), []
+    folder.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # Pillow will drop IM
+        read = make(folder)
+    folder.rename(whole)
+    for number in numbers:
+        shutil.copytree(whole, folder)
+        rng = random.Random(f"{seed} {name} {number}")
+        if number:      # the first is as it was, and good
+            path = folder / names[number % len(names)]
+            data, structured = path.read_bytes(), mutate_image if name.startswith("image") else MUTATE.get(path.suffix)
+            path.write_bytes(structured(data, rng) if structured and rng.random() < 0.6 else mutate_bytes(data, rng))
+        try:
+            with guarded(folder), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read()
+            counts["accepted"] += 1
+        except (ValueError, OSError) as error:
+            counts["refused"] += 1
+            try:
+                one_sentence(str(error))
+                assert number, error
+                assert any(word in str(error) for word in [str(folder), *os.listdir(folder), *names]), f"names no file: {error!r}"
+            except AssertionError as error:
+                wrong.append(f"{name} {number}: {error}"[:300])
+        except (Exception, Trespass) as error:
+            wrong.append(f"{name} {number}: " + "".join(traceback.format_exception(error))[-1500:])
+        assert not os.path.exists(EXECUTED), (name, number)
+        shutil.rmtree(folder)
+    assert not wrong, f"{len(wrong)} of {len(numbers)}:\n" + "\n".join(wrong)
+    return counts
+
+
+SEED = 7
+
+
+@pytest.mark.parametrize("name", FUZZ)
+def test_fuzz_a_few(name, tmp_path, few_words):
+    fuzz(name, tmp_path, range(5), SEED)
+
+
+@slow
+@pytest.mark.parametrize("name", FUZZ)
+def test_fuzz_many(name, tmp_path, few_words, capsys):
+    """With NANODUALTOKEN_FUZZ as many inputs of each kind as it says."""
+    begun, number = time.time(), int(os.environ.get("NANODUALTOKEN_FUZZ", 100))
+    counts = fuzz(name, tmp_path, range(number), SEED)
+    with capsys.disabled():
+        print(f"fuzz, {name}: {number} inputs, {counts['accepted']} accepted, {counts['refused']} refused, seed {SEED}, {time.time() - begun:.0f} s")
+
+
+# --- what it found once
+
+def sized(name, size, kind=tarfile.REGTYPE):
+    """A member with this size field, as tar's binary numbers."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    return info, b"", bytes([255 if size < 0 else 128]) + size.to_bytes(11, "big", signed=True)
+
+
+@pytest.mark.parametrize("member", [[sized("a.png", -512)], [sized("a.png", -10 ** 9)], [sized("a.png", 2 ** 80)], [sized("a.png", 2 ** 40, tarfile.GNUTYPE_LONGNAME)],
+                                    [sized("a.png", 0, tarfile.GNUTYPE_LONGNAME)] * 3000], ids=["back", "far back", "far", "long name", "names"])
+def test_fuzz_headers_of_a_shard_lead_nowhere(member, tmp_path, few_words):
+    good = tarfile.TarInfo("0.png")
+    good.size = len(encoded(flat(3)))
+    (tmp_path / "x.tar").write_bytes(tar_bytes([(good, encoded(flat(3)), None), *member]))
+    with guarded(tmp_path):
+        data = images.ImageData(str(tmp_path), 8)
+        assert len(data) == 1 and "x.tar" in data.broken[0] and data.sample(0)[0].shape == (3, 8, 8)
+
+
+def test_fuzz_what_is_no_file_is_no_picture(tmp_path, few_words):
+    """A pipe would wait, and /dev/zero has no end."""
+    flat(3).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png"), os.symlink("/dev/zero", tmp_path / "c.png"), (tmp_path / "e").mkdir(), os.symlink(tmp_path / "e", tmp_path / "d.png")
+    with guarded(tmp_path):
+        data = images.ImageData(str(tmp_path), 8)
+        assert len(data) == 3 and [data.sample(i)[0][2].unique().tolist() for i in range(3)] == [[7]] * 3
+        assert all("expected a file" in images.Pictures([str(tmp_path / name)], 8)[0][1] for name in ("b.png", "c.png", "d.png"))
+
+
+def test_fuzz_half_letters_and_other_names_stop_nothing(monkeypatch, tmp_path):
+    """JSON can hold half a letter, which is no UTF-8; and what a terminal cannot write is written otherwise."""
+    assert torch.equal(CAPTIONS.ids(["a\ud800b"]), CAPTIONS.ids(["a?b"])) and BYTES.decode(BYTES.encode("a\ud800b")) == "a\ufffdb"
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    train_tokenizer.run(lambda: print("\udcff.png cannot be read"))
+    out.flush()
+    assert out.buffer.getvalue() == b"\\udcff.png cannot be read\n"
+    def silent():
+        raise ValueError
+    with pytest.raises(SystemExit, match="error: ValueError"):
+        train_tokenizer.run(silent)
+
+
+def test_fuzz_a_string_without_end_is_found_at_once(tmp_path, few_words):
+    (tmp_path / "chats.json").write_text('[{"a": "' + '\\"' * 100_000)
+    with guarded(tmp_path), pytest.raises(ValueError, match="its string at byte 7 has no end"):
+        records.Records([(str(tmp_path / "chats.json"), records.conversation)])
+
+
+@pytest.mark.parametrize("where, change, words", [
+    ("vision", {"hidden_size": 1 << 20, "num_attention_heads": 1}, "differences"), ("vision", {"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000, expected a whole number from 0 to 1,000"),
+    ("vision", {"image_size": 1 << 20}, "differences"), ("text", {"vocab_size": 10 ** 15}, "vocab_size is"), ("", {"codebook_size": 1 << 24}, "differences"), ("", {"depth": 10 ** 6}, "depth is 1000000"),
+    ("", {"latent_grid": 10 ** 5}, "make pictures of 800000 pixels"), ("", {"decoder_multipliers": [1] * 40}, "decoder_multipliers"), ("", {"decoder_blocks": 10 ** 7}, "decoder_blocks"),
+    ("", {"code_dim": 8.0}, "code_dim is 8.0"), ("", {"design": {"x": 1}}, "design is"), ("vision", {"pixel_std": [0, 1, 1]}, "deviations above 0"), ("vision", {"layer_norm_eps": math.nan}, "layer_norm_eps is nan"),
+    ("vision", {"timm": {"model_name": "hf-hub:a/b"}}, "weights come from model.safetensors alone"), ("vision", {"timm": {"model_name": "tiny", "checkpoint_path": "x.pth"}}, "model.safetensors alone")])
+def test_fuzz_absurd_sizes_are_refused_before_they_are_made(where, change, words, tmp_path, few_words):
+    small_tokenizer().save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config[where] if where else config).update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with guarded(tmp_path):
+        with pytest.raises(ValueError, match=words) as caught:
+            DualTokenizer.from_pretrained(str(tmp_path))
+        one_sentence(str(caught.value))
+
+
+def test_fuzz_a_tensor_is_no_larger_than_its_file(tmp_path, few_words):
+    for value in (torch.zeros(1, dtype=torch.float64).expand(2 ** 40), torch.zeros(3, device="meta"), torch.zeros(3).to_sparse()):
+        torch.save({"a.weight": value}, tmp_path / "a.pth")
+        with guarded(tmp_path):
+            refuses(lambda: train_tokenizer.load_lpips(str(tmp_path / "a.pth"), ""), "a.pth holds 'a.weight'", "larger than the file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

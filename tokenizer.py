@@ -91,6 +91,17 @@ DESIGNS = {
 SHORT = {"pixel": "pix", "semantic": "sem", "unified": "uni"}       # of the streams, in the names of weights
 
 
+def check_fields(config):
+    """Of a dataclass of sizes, perhaps read from a stranger's file: each value has its field's type, and no number is beyond any model, so that nothing is built without end.
+    Raises ValueError with the field's name."""
+    for f in fields(config):
+        value, counts = getattr(config, f.name), f.type is int
+        most = 1 << 24 if counts and not any(word in f.name for word in ("layers", "blocks", "depth")) else 1000
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(f.type, (f.type,))
+        if type(value) not in kinds or counts and not 0 <= value <= most or f.type is float and not math.isfinite(value):
+            raise ValueError(f"{f.name} is {brief(value)}, expected {f'a whole number from 0 to {most:,}' if counts else f'a {f.type.__name__}'}")
+
+
 @dataclass
 class TowerConfig:
     """Sizes of one transformer, by Hugging Face's names. The defaults are Hugging Face's too: a published config.json leaves them out."""
@@ -103,8 +114,9 @@ class TowerConfig:
     causal: bool = False                # positions see only those before them: CLIP's text
 
     def __post_init__(self):
+        check_fields(self)
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"hidden_act is {brief(self.hidden_act)}, expected one of {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
 
@@ -118,6 +130,16 @@ class VisionConfig(TowerConfig):
     pixel_mean: list = field(default_factory=lambda: [0.5] * 3)     # of pixels in [0, 1], as the ViT was trained: images in [-1, 1] are converted inside
     pixel_std: list = field(default_factory=lambda: [0.5] * 3)
     timm: dict = field(default_factory=dict)    # arguments that rebuild a ViT of the timm package; empty: SigLIP or CLIP
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.patch_size:
+            raise ValueError("patch_size is 0, expected at least 1 pixel")
+        if any(len(x) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in x) for x in (self.pixel_mean, self.pixel_std)) or min(self.pixel_std) <= 0:
+            raise ValueError(f"pixel_mean is {brief(self.pixel_mean)} and pixel_std {brief(self.pixel_std)}, expected three numbers each, and deviations above 0")
+        name = self.timm.get("model_name")
+        if self.timm and (not isinstance(name, str) or ":" in name or any(word in key for key in self.timm for word in ("pretrained", "checkpoint"))):
+            raise ValueError(f"timm is {brief(self.timm)}, expected the model_name of an architecture, and its arguments: weights come from model.safetensors alone")
 
     @property
     def grid(self) -> int:
@@ -157,14 +179,19 @@ class TokenizerConfig:
     latent_grid: int = 0                # side that the latent is resized to before the decoder; 0: the ViT's grid
 
     def __post_init__(self):
+        check_fields(self)
         for what, got, known in (("design", self.design, DESIGNS), ("quantizer", self.quantizer, QUANTIZERS)):
             if got not in known:
-                raise ValueError(f"there is no {what} {got!r}; expected one of {', '.join(known)}")
+                raise ValueError(f"there is no {what} {brief(got)}; expected one of {', '.join(known)}")
         self.decoder_multipliers = tuple(self.decoder_multipliers)
+        if not 1 <= len(self.decoder_multipliers) <= 10 or not all(type(m) is int and 1 <= m <= 1000 for m in self.decoder_multipliers):
+            raise ValueError(f"decoder_multipliers are {brief(self.decoder_multipliers)}, expected 1 to 10 whole numbers of at least 1")
         layers, width = self.vision.num_hidden_layers, self.vision.hidden_size
         self.shallow_layer = self.shallow_layer or max(1, layers // 4)
         self.deep_layer = self.deep_layer or layers - 1
         self.latent_grid = self.latent_grid or self.vision.grid
+        if (painted := self.latent_grid * 2 ** (len(self.decoder_multipliers) - 1)) > 4 * self.vision.image_size:
+            raise ValueError(f"latent_grid {self.latent_grid} and {len(self.decoder_multipliers)} decoder_multipliers make pictures of {painted} pixels out of {self.vision.image_size}; choose fewer")
         for name, n in (("shallow", self.shallow_layer), ("deep", self.deep_layer), ("shortcut", self.shortcut_layer)):
             if not 0 <= n <= layers:
                 raise ValueError(f"there is no {name} layer {n}: the ViT has layers 1 to {layers}")
@@ -286,6 +313,7 @@ class TextVocabulary:
         first, last, pad, prepare, encode = self.reader = self.reader or self._read()
         rows = torch.full((len(captions), self.length), pad)
         for row, caption in zip(rows, captions):
+            caption = caption.encode("utf-8", "replace").decode()       # JSON may hold half a letter, "\ud800", which is no UTF-8
             ids = first + encode(prepare(caption))[:self.length - len(first + last)] + last
             row[:len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return rows
@@ -550,13 +578,12 @@ class SigLIP(nn.Module):
         if not resized.grid:
             raise ValueError(f"images of {image_size} pixels are smaller than the patches of the SigLIP in {folder}, {vision.patch_size} pixels a side")
         own = int(vision.class_token)       # the class token's position stays as it is
-        if resized.grid != vision.grid and name in weights and len(weights[name]) == own + vision.grid ** 2:
+        if resized.grid != vision.grid and name in weights and weights[name].dim() == 2 and len(weights[name]) == own + vision.grid ** 2:
             first, rest = weights[name].float().split([own, vision.grid ** 2])
             grid = F.interpolate(rest.T.unflatten(1, (vision.grid, vision.grid))[None], (resized.grid, resized.grid), mode="bicubic", align_corners=False)[0]
             weights[name] = torch.cat([first, grid.flatten(1).T])
-        model = cls(resized, text)
+        model = built(lambda: cls(resized, text), weights, folder, bool(vision.timm))
         model.read_vocabulary(folder)
-        load_weights(model, weights, folder)
         return model
 
     @classmethod
@@ -587,15 +614,15 @@ def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
     if "vision_config" not in config or "text_config" not in config:
         raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got {', '.join(config)[:120]}")
     kind, defaults = config.get("model_type"), {"siglip": ({}, {}), "timm": ({}, {}), "clip": CLIP_DEFAULTS}
-    if kind not in defaults:
-        raise ValueError(f"{folder}/config.json has model_type {kind!r}, expected 'siglip' (SigLIP, and SigLIP2 at fixed resolution) or 'clip'")
+    if not isinstance(kind, str) or kind not in defaults:
+        raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (SigLIP, and SigLIP2 at fixed resolution) or 'clip'")
     pixels = {}
     if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
         found = read_config(folder, "preprocessor_config.json")
         pixels = {ours: found[theirs] for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")) if theirs in found}
-    vision, text = (make_config(cls, config[name], folder, more) for cls, name, more in
-                    ((VisionConfig, "vision_config", defaults[kind][0] | pixels), (TextConfig, "text_config", defaults[kind][1])))
-    return replace(vision, projection_dim=config.get("projection_dim", 512)) if kind == "clip" else vision, text
+    pooled = {"projection_dim": config.get("projection_dim", 512)} if kind == "clip" else {}
+    return tuple(make_config(cls, config[name], folder, more, given) for cls, name, more, given in
+                 ((VisionConfig, "vision_config", defaults[kind][0] | pixels, pooled), (TextConfig, "text_config", defaults[kind][1], {})))
 
 
 def _init(module: nn.Module):
@@ -1040,12 +1067,12 @@ class DualTokenizer(nn.Module):
         """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
         config = read_config(folder)
         if config.get("model_type") != "dualtoken":
-            raise ValueError(f"{folder}/config.json is no tokenizer of ours: model_type is {config.get('model_type')!r}, expected 'dualtoken'")
+            raise ValueError(f"{folder}/config.json is no tokenizer of ours: model_type is {brief(config.get('model_type'))}, expected 'dualtoken'")
         for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
             config[name] = make_config(kind, config.get(name), folder)
-        model = cls(make_config(TokenizerConfig, config, folder))
+        config = make_config(TokenizerConfig, config, folder)
+        model = built(lambda: cls(config), read_weights(folder), folder, bool(config.vision.timm))
         model.siglip_model.read_vocabulary(folder)
-        load_weights(model, read_weights(folder), folder)
         return model.eval()
 
     @classmethod
@@ -1054,22 +1081,25 @@ class DualTokenizer(nn.Module):
         `siglip` in that config.json, or in siglip_folder's. In eval mode. Raises ValueError as `from_pretrained` does."""
         config = read_config(folder)
         c, siglip = config.get("rqvaesiglip"), config.get("siglip") or (read_config(siglip_folder) if siglip_folder else None)
-        if not c:
+        if not isinstance(c, dict):
             raise ValueError(f"{folder}/config.json is not the released layout: expected rqvaesiglip, got {', '.join(config)[:120]}")
-        if not siglip or not {"vision_config", "text_config"} <= siglip.keys():
+        if not isinstance(siglip, dict) or not {"vision_config", "text_config"} <= siglip.keys():
             raise ValueError(f"the sizes of the backbone of {folder} are not known; give its SigLIP's folder with --siglip")
-        dd, vq = c["ddconfig"], c["vq_pix"]
-        if dd["attn_resolutions"] != [dd["resolution"] // 2 ** (len(dd["ch_mult"]) - 1)]:
-            raise ValueError(f"{folder}/config.json has decoder attention at {dd['attn_resolutions']}, expected it at the coarsest level alone")
-        text = make_config(TextConfig, siglip["text_config"], folder)
-        model = cls(TokenizerConfig(
-            vision=make_config(VisionConfig, siglip["vision_config"], folder), text=text, preset="released", shallow_layer=c["layer_recon"],
-            deep_layer=c["layer_sem"], shortcut_layer=c.get("layer_shortcut") or 0, shortcut_weight=c.get("weight_shortcut", 0.0),
-            codebook_size=vq["n_embed"], depth=vq["code_shape"][-1], code_dim=vq["embed_dim"], shared_codebook=vq["shared_codebook"],
-            decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"], decoder_in=dd["decoder_in_channels"],
-            latent_grid=(c.get("decoder_latent_shape") or [0])[0]))
+        vision, text = (make_config(kind, siglip[name], folder) for kind, name in ((VisionConfig, "vision_config"), (TextConfig, "text_config")))
+        try:
+            dd, vq = c["ddconfig"], c["vq_pix"]
+            if dd["attn_resolutions"] != [dd["resolution"] // 2 ** (len(dd["ch_mult"]) - 1)]:
+                raise ValueError(f"it has decoder attention at {brief(dd['attn_resolutions'])}, expected it at the coarsest level alone")
+            config = TokenizerConfig(
+                vision=vision, text=text, preset="released", shallow_layer=c["layer_recon"],
+                deep_layer=c["layer_sem"], shortcut_layer=c.get("layer_shortcut") or 0, shortcut_weight=c.get("weight_shortcut", 0.0),
+                codebook_size=vq["n_embed"], depth=vq["code_shape"][-1], code_dim=vq["embed_dim"], shared_codebook=vq["shared_codebook"],
+                decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"], decoder_in=dd["decoder_in_channels"],
+                latent_grid=(c.get("decoder_latent_shape") or [0])[0])
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a released tokenizer ({first_line(error)}); copy it again from where the weights are") from None
+        model = built(lambda: cls(config), _from_released(_read_released(folder), config), folder)
         model.siglip_model.read_vocabulary(siglip_folder or folder)
-        load_weights(model, _from_released(_read_released(folder), model.config), folder)
         return model.eval()
 
 
@@ -1097,9 +1127,11 @@ def read_tensors(path: str) -> dict[str, Tensor]:
         weights = next((weights[key] for key in ("state_dict", "model") if isinstance(weights.get(key), dict)), weights)
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     except Exception as error:      # torch.load raises nearly anything on damaged bytes
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:100]}); expected a whole file of tensors by name") from None
-    if odd := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{path} holds {', '.join(map(str, odd))[:100]} which are no tensors; expected tensors by name")
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); expected a whole file of tensors by name") from None
+    # A tensor may also claim more numbers than the file has, by repeating them: a copy of it would take all memory.
+    plain = lambda x: isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized and x.nbytes <= os.path.getsize(path)
+    if odd := [name for name, value in weights.items() if not plain(value)]:
+        raise ValueError(f"{path} holds {brief(', '.join(map(str, odd)))} which are no tensors, or larger than the file; expected plain tensors by name")
     return weights
 
 
@@ -1113,7 +1145,7 @@ def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, 
     for stream in ("quantizer_pix", "quantizer_sem"):
         for ours, theirs in (("codebook", "weight"), ("ema_sum", "embed_ema"), ("ema_count", "cluster_size_ema")):
             found = [weights.get(f"{stream}.codebooks.{d}.{theirs}") for d in range(tables)]
-            if all(value is not None for value in found):
+            if all(value is not None and value.dim() and value.shape == found[0].shape for value in found):
                 out[f"{stream}.{ours}"] = torch.stack([value[:c.codebook_size].float() for value in found])
         out[f"{stream}.age"] = torch.zeros(tables, c.codebook_size, dtype=torch.int32)
         out[f"{stream}.updates"] = torch.zeros((), dtype=torch.int64)
@@ -1142,32 +1174,44 @@ def write_json(path: str, content):
     os.replace(path + ".tmp", path)
 
 
+def brief(value) -> str:
+    """As Python writes it, cut: a file can hold anything."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def first_line(error: Exception) -> str:
+    """What another package says, which may be pages, or nothing."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:150]}"
+
+
 def read_json(path: str):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    """Raises ValueError for what is no JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:       # RecursionError: a hundred thousand brackets
+        raise ValueError(f"{path} is no JSON: {error}; copy or write it again") from None
 
 
 def read_config(folder: str, name: str = "config.json") -> dict:
     """config.json of a folder, or another. Raises ValueError if there is none or it is no JSON object."""
     path = os.path.join(folder, name)
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+        config = read_json(path)
     except OSError as error:
         raise ValueError(f"no model in {folder!r}: {path} cannot be read ({error.strerror}); expected a folder with config.json and model.safetensors") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object")
     return config
 
 
-def make_config(cls, values: dict, folder: str, defaults: dict = {}):
-    """A dataclass from the fields that it knows, `defaults` where they are left out; fields that others added are left alone."""
+def make_config(cls, values: dict, folder: str, defaults: dict = {}, given: dict = {}):
+    """A dataclass from the fields that it knows, `defaults` where they are left out or null, `given` in any case; fields that others added are left alone."""
     if not isinstance(values, dict):
-        raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {values!r}, expected an object")
+        raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {brief(values)}, expected an object")
     try:
-        return cls(**defaults | {f.name: values[f.name] for f in fields(cls) if f.name in values})
+        return cls(**defaults | {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None} | given)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{folder}/config.json does not describe a {cls.__name__}: {error}") from None
 
@@ -1179,18 +1223,43 @@ def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = (
         raise ValueError(f"no weights at {path}; expected a safetensors file")
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if key not in ignore}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); copy or save it again") from None
+            weights = {key: file.get_tensor(key) for key in file.keys() if key not in ignore}
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({first_line(error)}); copy or save it again") from None
+    if odd := [name for name, value in weights.items() if any(kind in str(value.dtype) for kind in ("float8", "float4", "complex"))]:
+        raise ValueError(f"{path} holds {brief(odd[0])} of {weights[odd[0]].dtype}, expected numbers of 16 bits or more; take a checkpoint that is not quantised")
+    return weights
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assign: bool = False):
-    """Load all or raise ValueError with every missing, unexpected and misshapen tensor by name. assign: of a model on the meta device."""
+def built(make, weights: dict[str, Tensor], folder: str, timm: bool = False) -> nn.Module:
+    """make(), with the weights of its folder. First without memory: the sizes are a config.json's, which can say anything, and what weights of these shapes are not there for is
+    not to be allocated. Raises ValueError as `load_weights` does."""
+    if not timm:        # which looks at numbers while it builds
+        load_weights(unbuilt(make, folder), weights, folder, only_check=True)
+    model = make()
+    load_weights(model, weights, folder)
+    return model
+
+
+def unbuilt(make, folder: str) -> nn.Module:
+    """make() on the meta device, where tensors have shapes alone. Raises ValueError for sizes that nothing has."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (RuntimeError, ValueError, LookupError, ArithmeticError) as error:       # widths of 0, tensors of 2^70 numbers
+        raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); copy it again from where the weights are") from None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assign: bool = False, only_check: bool = False):
+    """Load all or raise ValueError with missing, unexpected and misshapen tensors by name. assign: of a model on the meta device."""
     own = model.state_dict()
     wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in weights]
-    wrong += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in own]
-    wrong += [f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+    wrong += [f"unexpected {name if name.isprintable() and len(name) < 100 else brief(name)} {brief(tuple(weights[name].shape))}" for name in weights if name not in own]
+    wrong += [f"{name} is {brief(tuple(weights[name].shape))}, expected {tuple(own[name].shape)}"
               for name in own if name in weights and own[name].shape != weights[name].shape]
+    wrong += [f"{name} is of {weights[name].dtype}, expected {own[name].dtype}"
+              for name in own if name in weights and own[name].is_floating_point() != weights[name].is_floating_point()]
     if wrong:
-        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong))
-    model.load_state_dict(weights, assign=assign)
+        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong[:10]) + "; ..." * (len(wrong) > 10))
+    if not only_check:
+        model.load_state_dict(weights, assign=assign)

@@ -26,6 +26,7 @@ import errno
 import gc
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -60,7 +61,7 @@ from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import CELLS, ResidualVQ, all_reduce, histogram, usage_and_perplexity
-from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers, split_layers, write_json
+from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, brief, first_line, layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers, split_layers, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,8 +321,16 @@ def load_part(part, state: dict, source: str):
         own = part.state_dict()
         return load_weights(part, {name: share_of(value, own.get(name)) for name, value in state.items()}, source)
     parameters = [p for group in part.param_groups for p in group["params"]]
-    fit = lambda p, value: share_of(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
-    part.load_state_dict({**state, "state": {i: {name: fit(parameters[i], value) for name, value in row.items()} for i, row in state["state"].items()}})
+    names, rows = {"momentum"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}, state["state"]
+    for i, row in rows.items():     # torch looks at none of this before it steps
+        shapes = (parameters[i].shape, torch.Size())
+        if row.keys() != names or not all(value.is_floating_point() and value.shape == shapes[name == "step"] for name, value in row.items()):
+            raise ValueError(f"{source} holds the state of another optimiser ({brief(', '.join(map(str, row)))} for parameter {i} of shape {tuple(shapes[0])}); start anew, or take an older copy of it")
+    if missing := [i for i, p in enumerate(parameters) if p in part.state and i not in rows]:
+        raise ValueError(f"{source} lacks the optimiser's state for parameter {missing[0]}; start anew, or take an older copy of it")
+    fit = lambda p, value: share_of(value, p) if value.shape == p.shape else value
+    # Learning rates and the like are not the file's: `settings` says that they are the same.
+    part.load_state_dict({"param_groups": part.state_dict()["param_groups"], "state": {i: {name: fit(parameters[i], value) for name, value in row.items()} for i, row in rows.items()}})
 
 
 def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float, besides: list = ()) -> torch.optim.AdamW:
@@ -521,11 +530,11 @@ def never_ending(batches, start: int, say):
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise in the middle of a step; the loader itself notices too, within seconds
                 yield batch
                 step += 1
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:      # the last two where it died in the middle of a batch
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             if failed == step:
-                raise ValueError(f"the processes that read the data for step {step + 1} died twice ({str(error).splitlines()[0]}); give the machine more memory, or lower --workers") from None
+                raise ValueError(f"the processes that read the data for step {step + 1} died twice ({first_line(error)}); give the machine more memory, or lower --workers") from None
             failed = step
             say(f"  a process that reads data died at step {step + 1}; it and the others are started again")
 
@@ -632,11 +641,19 @@ def append_log(folder: str, line: dict):
 
 
 def read_log(folder: str) -> list[dict]:
-    path = os.path.join(folder, "log.jsonl")
+    """Its lines, each with its step. Raises ValueError for what is none, with the line's number."""
+    path, lines = os.path.join(folder, "log.jsonl"), []
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]       # a line that a kill cut short does not count
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):        # one that a kill cut short does not count
+                try:
+                    lines.append(json.loads(line))
+                    lines[-1]["step"] += 0
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    raise ValueError(f'{path}, line {number}: got {line[:60]!r}, expected an object with a "step"; take that line out') from None
+    return lines
 
 
 def checkpoints(folder: str) -> list[str]:
@@ -678,23 +695,26 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
     for path in checkpoints(stage.folder):
         try:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)      # read where it is needed: ranks may share what none could hold
-            found = dict(state["settings"])
+            changed, step, seconds, since_log = differences(state["settings"], stage.settings), state["step"], state["seconds"], state.get("since_log")
+            if type(step) is not int or not 0 <= step <= stage.steps or not isinstance(seconds, (int, float)):
+                raise ValueError(f"step {step} of {stage.steps} after {seconds} seconds")
+            if since_log and not all(rows.shape[1:] == (3,) and rows.isfinite().all() for rows in (*since_log["sums"].values(), since_log["bad"][None])):
+                raise ValueError("what it knew since the last log line is damaged")
             break
         except Exception as error:      # torch.load raises nearly anything on damaged bytes
-            damaged.append((path, f"{path} cannot be resumed from ({type(error).__name__}: {str(error).splitlines()[0][:100]})"))
+            damaged.append((path, f"{path} cannot be resumed from ({first_line(error)})"))
     else:
         raise ValueError(f"{'; '.join(words for _, words in damaged)}; expected what a run of this script wrote")
-    changed = differences(found, stage.settings)
     if changed:
         raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed[:4])}{f'; {len(changed) - 4} more' if len(changed) > 4 else ''}); "
                          "resume with the same ones, or start anew in another --out")
     try:
         for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
             load_part(part, state[name], path)
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of this stage: {type(error).__name__} {str(error).splitlines()[0]}") from None
+    except (KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); start anew, or take an older copy of it") from None
     if stage.ranks.first:
-        kept = [line for line in read_log(stage.folder) if line["step"] <= state["step"]]
+        kept = [line for line in read_log(stage.folder) if line["step"] <= step]
         path = os.path.join(stage.folder, "log.jsonl")
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -702,8 +722,8 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
         for damaged_path, words in damaged:
             os.replace(damaged_path, damaged_path + ".damaged")
             print(f"  {words}, and is now {os.path.basename(damaged_path)}.damaged: an older one is taken")
-    stage.ranks.say(f"{stage.name}: resumed at step {state['step']} of {stage.steps}")
-    return state["step"], state["seconds"], state.get("since_log")
+    stage.ranks.say(f"{stage.name}: resumed at step {step} of {stage.steps}")
+    return step, seconds, since_log
 
 
 def differences(old: dict, new: dict, name: str = "") -> list[str]:
@@ -717,7 +737,7 @@ def differences(old: dict, new: dict, name: str = "") -> list[str]:
             found += differences(was, value, f"{name}{key}.")
         elif was != value:
             short = lambda x: x if len(x) <= 80 else f"{x[:25]}...{x[-50:]}"
-            found.append(f"{name}{key} {short(str(was))} -> {short(str(value))}")
+            found.append(f"{name}{key} {short(' '.join(str(was).split()))} -> {short(str(value))}")
     return found
 
 
@@ -1397,7 +1417,7 @@ def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], li
                          "expected at least 2 folders, and a line for each, in sorted order")
     prompts = told(templates) if templates else ["a photo of a {}."]
     if wrong := [line for line in prompts if "{}" not in line]:
-        raise ValueError(f"{templates}: {wrong[0]!r} has no {{}}, where the class's name goes; correct that line")
+        raise ValueError(f"{templates}: {brief(wrong[0])} has no {{}}, where the class's name goes; correct that line")
     paths, labels = [], []
     for n, name in enumerate(classes):
         found = sorted(os.path.join(top, file) for top, _, files in os.walk(os.path.join(folder, name)) for file in files
@@ -1946,6 +1966,8 @@ def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
 def teacher_of(folder: str) -> str:
     """Where the SigLIP is that a tokenizer of ours was trained from: a folder, a name on the hub, or timm:NAME; "" where its config.json does not say."""
     told = read_config(folder).get("teacher", "")
+    if not isinstance(told, str):
+        raise ValueError(f"{folder}/config.json has the teacher {brief(told)}, expected a folder or a name; correct that, or take it out")
     return next((path for path in (os.path.join(folder, "siglip"), told and os.path.join(folder, told)) if os.path.isdir(path)), told)
 
 
@@ -1976,7 +1998,8 @@ def kept(stage: Stage) -> bool:
     path = os.path.join(stage.folder, "metrics.json")
     if not os.path.exists(path) or not os.path.exists(os.path.join(stage.folder, "model.safetensors")):
         return False
-    return read_json(path).get("settings") == stage.settings
+    metrics = read_json(path)
+    return isinstance(metrics, dict) and metrics.get("settings") == stage.settings
 
 
 def train(stage: Stage, batches):
@@ -2001,12 +2024,14 @@ def train(stage: Stage, batches):
 def run(main):
     """A script's entry: what a user can put right ends in one sentence and exit status 1, not in a traceback."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")       # the name of a broken file may be no UTF-8, or nothing that this terminal can write
         main()
         if dist.is_initialized():
             dist.barrier()      # a rank that leaves while others work may be taken for one that died
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-        words = f"{error.strerror}: {error.filename or 'a file of this run'}; make room or name another --out, then --resume goes on from the last checkpoint" if full else str(error).strip().splitlines()[-1]
+        words = f"{error.strerror}: {error.filename or 'a file of this run'}; make room or name another --out, then --resume goes on from the last checkpoint" if full else (str(error).strip() or repr(error)).splitlines()[-1]
         sys.exit(f"error: {words}")       # of an error in a worker, torch gives the traceback too
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory; try --checkpointing, --accumulate 2, or a smaller --batch-size")

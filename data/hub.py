@@ -48,7 +48,7 @@ def _weights(found: str) -> list[str]:
             names = sorted(set(json.load(file)["weight_map"].values()))
         if all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in names):
             return names
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{path} is no index of safetensors files; delete it to fetch it again")
 

@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import sys
 import tarfile
 import warnings
@@ -66,6 +67,7 @@ def decode(source, name=None, near=None):
     `near`: the size in pixels it is needed at; a JPEG is then decoded at 1/2, 1/4 or 1/8 where that leaves both sides twice as long.
     Raises ValueError, with `name`, for what is damaged, cut, no image, or has more pixels than Pillow's limit."""
     if isinstance(source, (str, os.PathLike)):
+        _check_file(source, name or source)
         with open(source, "rb") as file:
             return decode(file, name, near)
     data, name = (source, name or "image") if isinstance(source, bytes) else (source.read(), name or source.name)
@@ -84,6 +86,14 @@ def decode(source, name=None, near=None):
     except Exception as error:      # Pillow's plugins raise nearly anything on bad bytes: OSError, SyntaxError, struct.error, IndexError, ...
         reason = "0 bytes" if not data else "unknown format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{name}: cannot be read as an image ({reason}); expected a complete file in a format that Pillow opens") from None
+
+
+def _check_file(path, name):
+    """Raises ValueError for what is no file, such as a link to a device, which may have no end, or is larger than a picture; OSError where there is nothing."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+        got = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "a folder, a pipe or a device"
+        raise ValueError(f"{name}: {got}, expected a file of at most {MAX_BYTES:,} bytes")
 
 
 def _rgb(image):
@@ -180,14 +190,25 @@ def _is_image(name):
     return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")      # ._a.jpg: a Mac's note on a.jpg
 
 
+class _Headers(io.BufferedReader):
+    """A shard whose headers are read: tarfile takes a long name, or other words about a member, for as long as they say they are."""
+
+    def read(self, size=-1):
+        if not 0 <= size <= 1 << 20:
+            raise ValueError(f"a header of {size:,} bytes")
+        return super().read(size)
+
+
 def _scan_tar(path):
     """Shard -> RECORD array, names, reports. Only headers are read; links, folders and sparse members are passed over."""
     members, rows, broken = {}, [], []
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             total = os.path.getsize(path)
             while member := tar.next():
                 tar.members.clear()     # tarfile would keep them all
+                if tar.offset <= member.offset:     # a size below zero, and tarfile would go round in circles
+                    raise ValueError(f"a header that leads back at byte {member.offset:,} of {total:,}")
                 if member.size > MAX_BYTES:
                     broken.append(f"{path}/{member.name}: left out for its {member.size:,} bytes, expected at most {MAX_BYTES:,}")
                 elif member.isreg() and not member.issparse() and member.offset_data + member.size <= total:
@@ -195,7 +216,7 @@ def _scan_tar(path):
             file.seek(tar.offset)       # tarfile takes a damaged or missing header for the end, but a complete archive ends in zeros
             if file.read(512) != bytes(512):
                 raise ValueError(f"no header at byte {tar.offset:,} of {total:,}")
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, tarfile.TarError) as error:      # of sizes of 90 bits; of a thousand headers of one member
         broken.append(f"{path}: cut, damaged or not a plain tar ({error}); the {len(members):,} members before that are used")
     for name in filter(_is_image, members):
         stem = os.path.splitext(name)[0]
@@ -455,8 +476,7 @@ class ImageData:
     def _read(self, path, file, offset, size):
         """The bytes at an offset of `files[file]`, or, where that is -1, of the file `path`."""
         if offset < 0:
-            if os.path.getsize(path) > MAX_BYTES:
-                raise ValueError(f"{path.decode('utf-8', 'replace')}: {os.path.getsize(path):,} bytes, expected at most {MAX_BYTES:,}")
+            _check_file(path, path.decode("utf-8", "replace"))
             with open(path, "rb") as handle:
                 return handle.read()
         if self.process != os.getpid():     # a forked worker reads through handles of its own: shared ones would share their position
@@ -484,7 +504,7 @@ class Pictures(torch.utils.data.Dataset):
         try:
             return centre_crop(decode(self.paths[i], near=self.size), self.size), ""
         except (OSError, ValueError) as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)[:500]        # a path can be of any length
 
 
 class _Batches:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{},]', re.DOTALL)      # of JSON, those by which its outermost list falls into records
+TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[]["{},]', re.DOTALL)      # of JSON, those by which its outermost list falls into records
 SPEAKERS = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
 
 
@@ -82,6 +82,8 @@ def _spans(path: str, lists: bool):
         depth = begin = 0
         for token in TOKENS.finditer(data):
             mark = token[0]
+            if mark == b'"':        # each later one would be sought to the end of the file
+                raise ValueError(f"its string at byte {token.start():,} has no end")
             if depth == 1 and mark in (b",", b"]"):
                 if data[begin:token.start()].strip():
                     yield begin, token.start() - begin
