@@ -6393,7 +6393,7 @@ def make_checkpoint(folder):
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
         muon = train_tokenizer.Muon([model[0].weight], 0.1, 0.1)
         optimizer = train_tokenizer.adamw([model], 1e-3, (0.9, 0.95), 0.1, [model[0].weight])
-        return SimpleNamespace(name="tokenizer", folder=str(folder), model=model, optimizer=optimizer, ranks=train_tokenizer.Ranks("cpu"), steps=9, settings={"lr": 0.1, "sizes": {"width": [1, 2]}},
+        return SimpleNamespace(args=SimpleNamespace(keep_checkpoints=1), name="tokenizer", folder=str(folder), model=model, optimizer=optimizer, ranks=train_tokenizer.Ranks("cpu"), steps=9, settings={"lr": 0.1, "sizes": {"width": [1, 2]}},
                                extra_state=lambda: {"muon": muon}, save=lambda weights: None)
 
     def step(stage):
