@@ -2296,7 +2296,7 @@ def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, mo
     assert timeless(run_folder) == timeless(tmp_path)
 
 
-@pytest.mark.parametrize("design, quantizer", [("naive", "mcq"), ("recon-shallow", "rvq"), ("quantised", "rvq"), ("dual-encoder", "mcq"), ("sde", "rvq")])
+@pytest.mark.parametrize("design, quantizer", [("naive", "mcq"), ("recon-shallow", "rvq"), ("quantised", "rvq"), ("dual-encoder", "mcq"), ("sde", "rvq"), ("recon-deep", "mcq"), ("sde-image", "rvq"), ("sde-semantic", "rvq")])
 def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_folder, tmp_path, monkeypatch, design, quantizer):
     more = "--design", design, "--quantizer", quantizer, "--siglip", str(run_folder / "siglip"), "--eval-images", "4", *(["--gan", "--gan-start", "0.25"] if DESIGNS[design].paints else [])
     train(tmp_path / "whole", *more)
@@ -2307,7 +2307,7 @@ def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_fo
     assert equal(whole, parts)
     changed = {name for name, value in siglip.items() if not torch.equal(value, whole[f"siglip_model.{name}"])}
     layers = {int(name.split(".")[3]) + 1 for name in changed if name.startswith("vision_model.encoder.")}
-    assert layers == {*range(1, 1 + {"naive": 6, "recon-shallow": 2, "sde": 5}.get(design, 0))} and not any(name.startswith("text_model.") for name in changed)
+    assert layers == {*range(1, 1 + {"naive": 6, "recon-shallow": 2, "recon-deep": 5, "sde": 5, "sde-image": 5}.get(design, 0))} and not any(name.startswith("text_model.") for name in changed)
     assert any(name.startswith("vision_model.head.") for name in changed) == (design == "naive")
     if design == "sde":
         assert all(torch.equal(value, siglip[f"vision_model.{name.removeprefix('teacher.')}"]) for name, value in whole.items() if name.startswith("teacher."))
