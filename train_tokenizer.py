@@ -1850,6 +1850,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
         else:
             train(stage, data.batches(stage.batch))
         siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
+        config = replace(config, vision=siglip.vision_config, text=siglip.text_config)      # as if it had been given
         args.siglip = siglip_folder and os.path.relpath(siglip_folder, args.out)        # for the record, where it is not beside the tokenizer
 
     # ---- stage 2: the tokenizer
