@@ -656,7 +656,7 @@ def lower(x: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention (B, heads, T, d), grouped where k and v have fewer heads. On a CPU torch's kernel is slow for short sequences (half as fast as this at the nano size), and for all in bf16 (a fifth)."""
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):       # meta has no autocast
         k, v = k.to(q.dtype), v.to(q.dtype)
         if q.device.type != "cpu" or q.dtype != torch.bfloat16:
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
