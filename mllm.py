@@ -514,11 +514,15 @@ class VisualHead(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.classifiers = nn.Parameter(torch.randn(c.depth, width, c.codebook_size) * width ** -0.5)
 
+    def inputs(self, h: Tensor, vectors: Tensor) -> Tensor:
+        """Eq. 5: h (M, C), code vectors (M, d, E) of which the last is not looked at -> what the depth transformer reads (M, d, head width)."""
+        before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
+        return torch.cat([self.projector(h)[:, None], self.code_in(before)], 1)
+
     def forward(self, h: Tensor, vectors: Tensor, codes: Tensor | None = None) -> Tensor:
         """Teacher forcing, the first d depths at once: h (M, C), code vectors (M, d, E) of which the last is not looked at -> logits (d, M, K), or, given the codes
         (M, d), the sum of each depth's cross entropies (d,)."""
-        before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
-        x = torch.cat([self.projector(h)[:, None], self.code_in(before)], 1)                             # (M, d, head width)
+        x = self.inputs(h, vectors)
         x = x + self.depth[:x.shape[1]]
         for layer in self.layers:
             x = layer(x)
@@ -540,6 +544,12 @@ class VisualHead(nn.Module):
             total = total + F.embedding(codes[-1], table[d % len(table)])
             x = self.code_in(total)[:, None]
         return torch.stack(codes, 1)
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance: logits (2M, K), with the words c and without them u, one half below the other -> u + s (c - u), (M, K)."""
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 def choose(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -735,8 +745,7 @@ class DualMLLM(nn.Module):
 
                 def pick(logits, d):
                     if guided:
-                        conditional, unconditional = logits.float().chunk(2)
-                        logits = unconditional + guidance * (conditional - unconditional)
+                        logits = guide(logits, guidance)
                     chosen = choose(logits, drawn[:, s, d], temperature, top_k, top_p)
                     return chosen.repeat(2) if guided else chosen
                 new[:, 0, s] = head.sample(h, self.tables[s], pick)[:n]

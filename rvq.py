@@ -81,6 +81,16 @@ def fused_kernel():
     return kernel
 
 
+def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
+    """z_q, whose gradient goes to z as if nothing had been quantized: the nearest code has none of its own. Both of one shape."""
+    return z + (z_q - z).detach()
+
+
+def commitment_loss(z: Tensor, close: Tensor) -> Tensor:
+    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E), which has no gradient."""
+    return (z - close).square().mean()
+
+
 class Quantizer(nn.Module):
     """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables, statistics, restarts.
     A design says in `_search` how it codes.
@@ -121,8 +131,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1): the mean over approximations of
-        |z - approximation|^2, per element. Raises ValueError for another E."""
+        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1). Raises ValueError for another E."""
         if z.shape[-1] != self.dim:
             name = type(self).__name__
             raise ValueError(f"{name}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; check the projection before the quantizer")
@@ -131,8 +140,8 @@ class Quantizer(nn.Module):
             codes, seen, close = self._search(z.detach().reshape(-1, self.dim))              # (M, D), (M, D, W), (M, D or 1, E)
             if self.training:
                 self._collect(seen, codes)
-            commitment = (z.reshape(-1, 1, self.dim) - close).square().mean()
-            z_q = z + (close[:, -1].view_as(z) - z).detach()
+            commitment = commitment_loss(z.reshape(-1, 1, self.dim), close)
+            z_q = straight_through(z, close[:, -1].view_as(z))
         return z_q, codes.view(*z.shape[:-1], self.depth), commitment
 
     @torch.no_grad()
@@ -157,15 +166,10 @@ class Quantizer(nn.Module):
         if not self._seen:
             name = type(self).__name__
             raise RuntimeError(f"{name}.update: nothing was quantized in training mode since the last update; call it once after each optimiser step")
-        candidates = self._candidates()                                                      # (T, K, W)
         count, total = all_reduce(self.batch_count), all_reduce(self.batch_sum)
         new_count = self.ema_count.lerp(count, 1 - self.decay)
         new_sum = self.ema_sum.lerp(total, 1 - self.decay)
-        mean = new_count.mean(1, keepdim=True)                                               # (T, 1)
-        dead = (new_count < self.threshold * mean) & (self.age >= self.grace)                # (T, K)
-        # A restarted code starts as light as a live code may be, so that its first hits soon move it to where it is needed.
-        new_count = torch.where(dead, self.threshold * mean, new_count)
-        new_sum = torch.where(dead[..., None], candidates * new_count[..., None], new_sum)
+        new_count, new_sum, dead = self._restart(new_count, new_sum)
         book = torch.where(new_count[..., None] > 0, new_sum / new_count.clamp(min=1e-12)[..., None], self.codebook)
         age = torch.where(dead, 0, self.age + 1)
         keep = torch.zeros((), dtype=torch.bool, device=count.device) if skip is None else skip
@@ -173,6 +177,14 @@ class Quantizer(nn.Module):
             old.copy_(torch.where(keep, old, new))
         self.updates += 1        # skipped or not: the next draw is another one
         self.batch_count.zero_(), self.batch_sum.zero_(), self._seen.clear()
+
+    def _restart(self, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """EMA counts (T, K) and sums (T, K, W) -> the same with dead codes begun anew, and which those are (T, K)."""
+        candidates, mean = self._candidates(), count.mean(1, keepdim=True)                   # (T, K, W), (T, 1)
+        dead = (count < self.threshold * mean) & (self.age >= self.grace)
+        # A restarted code starts as light as a live code may be, so that its first hits soon move it to where it is needed.
+        count = torch.where(dead, self.threshold * mean, count)
+        return count, torch.where(dead[..., None], candidates * count[..., None], total), dead
 
     def _candidates(self) -> Tensor:
         """One vector of the global batch for every code, the same on all ranks (T, K, W). Vectors are numbered rank by rank, sample by sample, as they

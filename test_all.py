@@ -37,6 +37,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -1000,7 +1001,7 @@ layouts = pytest.mark.parametrize("options", [dict(), dict(shared=False), dict(d
 
 
 def filled(*, design="rvq", dim=8, codebook_size=64, depth=None, steps=30, **options):
-    """A quantizer after some updates on gaussian vectors, in training mode."""
+    """A quantizer after some updates on gaussian vectors, in training mode. Tests of what does not depend on updates take none."""
     torch.manual_seed(0)
     vq = QUANTIZERS[design](dim, codebook_size, depth or {"rvq": 3, "mcq": 4}[design], **options)
     for _ in range(steps):
@@ -1019,7 +1020,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_rvq_codes_are_the_nearest_at_every_depth(shared):
-    vq, z = filled(shared=shared).eval(), torch.randn(4, 16, 8)
+    vq, z = filled(shared=shared, steps=0).eval(), torch.randn(4, 16, 8)
     codes, residual = vq(z)[1], z.double()
     for d in range(3):
         far = torch.cdist(residual.reshape(-1, 8), vq.table(d).double())
@@ -1028,7 +1029,7 @@ def test_rvq_codes_are_the_nearest_at_every_depth(shared):
 
 
 def test_rvq_mcq_codes_are_the_nearest_in_every_chunk():
-    vq, z = filled(design="mcq").eval(), torch.randn(4, 16, 8)
+    vq, z = filled(design="mcq", steps=0).eval(), torch.randn(4, 16, 8)
     codes = vq(z)[1]
     assert vq.codebook.shape == (4, 64, 2) and codes.dtype == torch.int64
     for d in range(4):
@@ -1038,7 +1039,7 @@ def test_rvq_mcq_codes_are_the_nearest_in_every_chunk():
 
 @layouts
 def test_rvq_embed_vectors_and_forward_agree(options):
-    vq, z = filled(**options).eval(), torch.randn(4, 16, 8)
+    vq, z = filled(**options, steps=0).eval(), torch.randn(4, 16, 8)
     z_q, codes, _ = vq(z)
     assert codes.shape == (4, 16, vq.depth) and vq.vectors(codes).shape == (4, 16, vq.depth, 8)
     torch.testing.assert_close(vq.vectors(codes).sum(2), z_q, atol=1e-6, rtol=0)
@@ -1047,7 +1048,7 @@ def test_rvq_embed_vectors_and_forward_agree(options):
 
 @layouts
 def test_rvq_full_tables_are_where_vectors_look(options):
-    vq, codes = filled(**options).eval(), torch.randint(64, (2, 5, 4 if "design" in options else 3))
+    vq, codes = filled(**options, steps=0).eval(), torch.randint(64, (2, 5, 4 if "design" in options else 3))
     full = vq.full_tables()
     assert full.shape == (1 if vq.shared else vq.depth, 64, 8) and full.count_nonzero() == vq.codebook.numel()      # a chunk among zeros
     for d in range(vq.depth):
@@ -1058,7 +1059,7 @@ def test_rvq_full_tables_are_where_vectors_look(options):
 
 @designs
 def test_rvq_gradient_goes_straight_through(design):
-    vq, z = filled(design=design).eval(), torch.randn(2, 4, 8, requires_grad=True)
+    vq, z = filled(design=design, steps=0).eval(), torch.randn(2, 4, 8, requires_grad=True)
     weight = torch.randn(2, 4, 8)
     (vq(z)[0] * weight).sum().backward()
     assert torch.equal(z.grad, weight)
@@ -1066,7 +1067,7 @@ def test_rvq_gradient_goes_straight_through(design):
 
 @designs
 def test_rvq_commitment_is_the_mean_over_partial_sums_or_the_error(design):
-    vq, z = filled(design=design).eval(), torch.randn(2, 4, 8, requires_grad=True)
+    vq, z = filled(design=design, steps=0).eval(), torch.randn(2, 4, 8, requires_grad=True)
     _, codes, commitment = vq(z)
     sums = vq.vectors(codes).cumsum(2) if design == "rvq" else vq.embed(codes)[:, :, None]
     torch.testing.assert_close(commitment, torch.stack([(z - sums[:, :, d]).square().mean() for d in range(sums.shape[2])]).mean())
@@ -1203,7 +1204,7 @@ def test_rvq_resumes_exactly(design):
 
 @designs
 def test_rvq_ignores_autocast(design):
-    vq, z = filled(design=design).eval(), torch.randn(16, 64, 8, dtype=torch.bfloat16)
+    vq, z = filled(design=design, steps=0).eval(), torch.randn(16, 64, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         z_q, codes, _ = vq(z)
         assert torch.equal(codes, vq.encode(z)) and z_q.dtype == torch.float32
@@ -6589,8 +6590,9 @@ def test_fuzz_a_tensor_is_no_larger_than_its_file(tmp_path, few_words):
 
 def test_project_readme_commands_and_files_exist():
     text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    every = text + Path(HERE, "assets/exercises.md").read_text("utf-8")
     parsers = {"train_tokenizer.py": train_tokenizer.flags, "train_mllm.py": train_mllm.flags, "sample.py": sample.flags}
-    commands = re.findall(r"^ *(?:python|torchrun(?: --\S+)+) (\w+\.py)(.*?)(?:#.*)?$", text.replace("\\\n", " "), re.M)
+    commands = re.findall(r"^ *(?:python|torchrun(?: --\S+)+) (\w+\.py)(.*?)(?:#.*)?$", every.replace("\\\n", " "), re.M)
     assert {script for script, _ in commands} == set(parsers)
     for script, arguments in commands:
         parsers[script](shlex.split(arguments))         # exits where a flag is unknown
@@ -6621,3 +6623,57 @@ def test_project_imports_only_what_requirements_name():
             found -= {*optional, *sys.stdlib_module_names}
             assert found <= allowed, (path, found - allowed)
             assert all(name in named for name in found & {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken"})
+
+
+# The exercises that empty a function: (file, function, -k of its component's unit group, -k of the tests that are named).
+EXERCISES = re.findall(r'<!-- empty (\S+) (\S+), group (\S+) -->\n```\npython -m pytest test_all\.py -q -k "(.+)"\n```', Path(HERE, "assets/exercises.md").read_text("utf-8"))
+
+
+def emptied(source: str, name: str) -> str:
+    """A file's text with the body of one function ("f" or "Class.f"), but its docstring, taken out."""
+    node = ast.parse(source)
+    for part in name.split("."):
+        node = next(n for n in node.body if getattr(n, "name", "") == part)
+    body, lines = node.body[ast.get_docstring(node) is not None:], source.splitlines(keepends=True)
+    return "".join([*lines[:body[0].lineno - 1], " " * body[0].col_offset + "raise NotImplementedError\n", *lines[body[-1].end_lineno:]])
+
+
+@functools.cache
+def every_test() -> list[str]:
+    names = []
+
+    class Listener:
+        def pytest_collection_finish(self, session):
+            names.extend(item.name for item in session.items)
+    assert pytest.main([os.path.join(HERE, "test_all.py"), "-q", "--collect-only", "-p", "no:cacheprovider"], plugins=[Listener()]) == 0
+    return names
+
+
+def taken(words: str) -> set[str]:
+    """The names of the tests that `-k words` takes: and, or, not and brackets between parts of names."""
+    return {test for test in every_test() if eval(re.sub(r"[^\s()]+", lambda word: word[0] if word[0] in ("and", "or", "not") else str(word[0].lower() in test.lower()), words))}
+
+
+def test_project_exercises_name_functions_and_tests():
+    text = Path(HERE, "assets/exercises.md").read_text("utf-8")
+    assert text.count("<!-- empty ") == len(EXERCISES) >= 8 and len(re.findall(r"^## \d+\. .+ \(.+\)$", text, re.M)) == text.count("\n## ") >= 10
+    for path, name, group, words in EXERCISES:
+        source = Path(HERE, path).read_text("utf-8")
+        assert f"`{name}` in `{path}`" in text and emptied(source, name) != source
+        assert taken(words) and taken(words) <= taken(group), name
+    for words in re.findall(r'pytest test_all\.py -q -k "(.+?)"', text):
+        assert taken(words), words
+
+
+@slow
+@pytest.mark.parametrize("number", range(len(EXERCISES)))
+def test_project_an_emptied_function_fails_the_tests_of_its_exercise(tmp_path, number):
+    """These and no others of its component's unit group. (By number, so that -k finds no test by the name of a function.)"""
+    path, name, group, words = EXERCISES[number]
+    shutil.copytree(HERE, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache"))
+    (tmp_path / "copy" / path).write_text(emptied(Path(HERE, path).read_text("utf-8"), name), "utf-8")
+    subprocess.run([sys.executable, "-m", "pytest", "test_all.py", "-q", "--tb=no", "-k", group, "-p", "no:cacheprovider", "--junitxml", tmp_path / "tests.xml"],
+                   cwd=tmp_path / "copy", capture_output=True)
+    tests = {case.get("name"): {part.tag for part in case} for case in ElementTree.parse(tmp_path / "tests.xml").iter("testcase")}
+    skipped = {test for test, parts in tests.items() if "skipped" in parts}
+    assert {test for test, parts in tests.items() if parts & {"failure", "error"}} == taken(words) - skipped, name
