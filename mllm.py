@@ -459,7 +459,7 @@ def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss over words or codes, and the visual heads
 
-LOGITS = 2 ** 26        # at once: 256 MiB in fp32
+LOGITS = 2 ** 26        # at once, 256 MiB in fp32; a quarter of that may stay until the backward pass
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -517,7 +517,7 @@ class VisualHead(nn.Module):
     def inputs(self, h: Tensor, vectors: Tensor) -> Tensor:
         """Eq. 5: h (M, C), code vectors (M, d, E) of which the last is not looked at -> what the depth transformer reads (M, d, head width)."""
         before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
-        return torch.cat([self.projector(h)[:, None], self.code_in(before)], 1)
+        return torch.cat([self.projector(h)[:, None], self.code_in(before.to(self.depth.dtype))], 1)
 
     def forward(self, h: Tensor, vectors: Tensor, codes: Tensor | None = None) -> Tensor:
         """Teacher forcing, the first d depths at once: h (M, C), code vectors (M, d, E) of which the last is not looked at -> logits (d, M, K), or, given the codes
@@ -542,7 +542,7 @@ class VisualHead(nn.Module):
                 x = layer(x, d, cache)
             codes.append(pick(self.norm(x[:, 0]) @ self.classifiers[d], d))
             total = total + F.embedding(codes[-1], table[d % len(table)])
-            x = self.code_in(total)[:, None]
+            x = self.code_in(total.to(self.depth.dtype))[:, None]
         return torch.stack(codes, 1)
 
 
@@ -737,8 +737,8 @@ class DualMLLM(nn.Module):
         codes, new = torch.zeros(noise.shape, dtype=torch.int64, device=h.device), torch.zeros_like(noise[:, :1], dtype=torch.int64)
         place, painted = torch.zeros(1, dtype=torch.int64, device=h.device), torch.ones(n, dtype=torch.bool, device=h.device)
 
-        def write(h):
-            """The codes of the next position."""
+        def write_codes(h):
+            """Those of the next position."""
             drawn = noise.index_select(1, place)[:, 0]                                                  # (n, S, D)
             for stream, head in self.heads.items():
                 s = c.streams.index(stream)
@@ -755,8 +755,8 @@ class DualMLLM(nn.Module):
         def step():
             """The codes of the last position are read, those of the next written. Shapes never change and the host looks at nothing, so that it can be a CUDA graph."""
             x = self.project(new, painted)
-            write(self.llm.hidden(x.repeat(2, 1, 1) if guided else x, cache=cache)[:, -1])
-        write(h)
+            write_codes(self.llm.hidden(x.repeat(2, 1, 1) if guided else x, cache=cache)[:, -1])
+        write_codes(h)
         repeat(step, c.positions - 1, graph and h.device.type == "cuda", progress)
         return codes
 
@@ -772,7 +772,7 @@ class DualMLLM(nn.Module):
         allowed = torch.zeros(self.config.llm.vocab_size, dtype=torch.bool)
         allowed[[*text.ordinary, stop]] = True
         allowed, written, done = allowed.to(h.device), [], torch.zeros(len(rows), dtype=torch.bool, device=h.device)
-        for token in self.write(h, cache, longest, lambda logits, t: choose(logits.masked_fill(~allowed, -math.inf), noise[:, t], temperature, top_k, top_p)):
+        for token in self.write_words(h, cache, longest, lambda logits, t: choose(logits.masked_fill(~allowed, -math.inf), noise[:, t], temperature, top_k, top_p)):
             written.append(token.masked_fill(done, stop))
             done |= token == stop
             if done.all():
@@ -780,7 +780,7 @@ class DualMLLM(nn.Module):
         rows = torch.stack(written, 1).tolist()
         return [text.decode(row[:row.index(stop)] if stop in row else row) for row in rows]
 
-    def write(self, h: Tensor, cache: Cache, longest: int, pick):
+    def write_words(self, h: Tensor, cache: Cache, longest: int, pick):
         """Tokens (B,), one after the other, each read before the next: h (B, C) the state before the first, pick(logits (B, V), number) -> (B,)."""
         for t in range(longest):
             if t:

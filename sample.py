@@ -35,7 +35,7 @@ from losses import Moments, frechet_distance, psnr, ssim
 from mllm import DualMLLM, code_tables
 from rvq import all_reduce
 from tokenizer import DualTokenizer, layer_similarity, read_config, read_json, split_layers, write_json
-from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge
+from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge, to_generate
 from train_mllm import flags as train_flags
 from train_tokenizer import VALIDATION_SEED, Parser, Ranks, compile_parts, digest, load_teacher, read_lines, report, run, save_grid, teacher_of, to_picture
 
@@ -434,20 +434,19 @@ def figure(args, tokenizer: DualTokenizer, device):
     print(path)
 
 
-def or_weights(args, needs_mllm: bool):
-    """Where there is no run of one's own, the weights that come with this code, and that is said."""
-    there = {name: os.path.exists(os.path.join(getattr(args, name), "config.json")) or getattr(args, name) != f"out/{name}" for name in ("tokenizer", "mllm")}
-    missing = [name for name in ("tokenizer", *["mllm"] * needs_mllm) if not there[name]]
-    if missing and args.tokenizer == "out/tokenizer":       # a model and its tokenizer come together
-        for name in ("tokenizer", *["mllm"] * needs_mllm):
+def or_weights(args, needed: tuple, say):
+    """Where no run was named, and there is none of one's own, the weights that come with this code, and that is said. A model and its tokenizer come together."""
+    missing = [name for name in needed if not os.path.exists(os.path.join("out", name, "config.json"))]
+    if missing and all(getattr(args, name) == f"out/{name}" for name in needed):
+        for name in needed:
             setattr(args, name, os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", name))
-        print(f"nothing is trained in out/{' and out/'.join(missing)} yet: these are the weights that come with the code (preset nano, the built-in world)")
+        say(f"nothing is trained in out/{' and out/'.join(missing)} yet: these are the weights that come with the code (preset nano, the built-in world)")
 
 
 def main(argv=None):
     args = flags(argv)
     ranks = Ranks(args.device)
-    or_weights(args, args.reconstruct is None and not args.figure and not args.fd)
+    or_weights(args, ("tokenizer",) if args.reconstruct is not None or args.figure or args.fd else ("tokenizer", "mllm"), ranks.say)
     tokenizer = DualTokenizer.from_pretrained(args.tokenizer).to(ranks.device)
     if args.reconstruct is not None:
         return reconstruct(args, tokenizer, ranks.device)
@@ -455,8 +454,7 @@ def main(argv=None):
         return figure(args, tokenizer, ranks.device)
     if args.fd:
         return fd(args, tokenizer, ranks)
-    low = args.precision == "bf16" or args.precision == "auto" and ranks.device.type == "cuda"
-    model = DualMLLM.from_pretrained(args.mllm).to(ranks.device, torch.bfloat16 if low else torch.float32)
+    model = to_generate(DualMLLM.from_pretrained(args.mllm), args, ranks.device)
     if model.config.tables_sha256 != code_tables(tokenizer)[1]:
         raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its --tokenizer")
     run_config = read_config(args.mllm)
@@ -489,4 +487,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=False)

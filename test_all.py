@@ -5725,6 +5725,9 @@ def test_sample_has_weights_of_its_own(tmp_path, monkeypatch, capsys, mine, run_
         sample.main(["--ask", f"what colour is the {shape}?", "--image", f"out/samples/{prompt}.png"])
         right += capsys.readouterr().out.splitlines()[-1] == colour
     assert right == 2
+    with pytest.raises(ValueError, match="no model in"):        # one that was named, though it is not there
+        sample.main(["--paint", "x", "--mllm", "nowhere", *(["--tokenizer", "out/tokenizer"] if mine else [])])
+    capsys.readouterr()
     sample.main(["--reconstruct", "--n", "2"])
     out = capsys.readouterr().out
     assert (said in out) != mine and (mine or float(re.search(r"PSNR ([\d.]+)", out)[1]) > 25)
@@ -5759,6 +5762,8 @@ def test_sample_paints_a_file_and_goes_on(there, tmp_path, monkeypatch, capsys):
     os.remove(out / names[2])
     sample.main([*argv, "--batch-size", "1"])       # what is missing, the same in another batch
     assert {name: (out / name).read_bytes() for name in names} == before and "4 pictures, 3 of them already" in capsys.readouterr().out
+    sample.main(["--paint-file", str(tmp_path / "prompts.txt"), *there, "--out", str(tmp_path / "low"), "--precision", "bf16"])
+    assert sorted(os.listdir(tmp_path / "low")) == ["00000.png", "00002.png", "asked.json"]
     assert "cannot be read" in sample_words("--paint-file", str(tmp_path / "none.txt"), *there)
     assert "holds pictures of other prompts, or of another model, seed or sampling" in sample_words(*argv, "--seed", "1")
 
@@ -6394,7 +6399,7 @@ def make_checkpoint(folder):
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
         muon = train_tokenizer.Muon([model[0].weight], 0.1, 0.1)
         optimizer = train_tokenizer.adamw([model], 1e-3, (0.9, 0.95), 0.1, [model[0].weight])
-        return SimpleNamespace(args=SimpleNamespace(keep_checkpoints=1), name="tokenizer", folder=str(folder), model=model, optimizer=optimizer, ranks=train_tokenizer.Ranks("cpu"), steps=9, settings={"lr": 0.1, "sizes": {"width": [1, 2]}},
+        return SimpleNamespace(args=SimpleNamespace(keep_checkpoints=1), counted={"odd": torch.zeros(())}, name="tokenizer", folder=str(folder), model=model, optimizer=optimizer, ranks=train_tokenizer.Ranks("cpu"), steps=9, settings={"lr": 0.1, "sizes": {"width": [1, 2]}},
                                extra_state=lambda: {"muon": muon}, save=lambda weights: None)
 
     def step(stage):
@@ -6404,7 +6409,7 @@ def make_checkpoint(folder):
     first = stage()
     step(first)
     (folder / "log.jsonl").write_text("".join(json.dumps({"step": n, "loss": 0.5, "broken": ["a.png"]}) + "\n" for n in (1, 2, 3)))
-    train_tokenizer.save_state(first, 2, 1.5, {"sums": {"loss": torch.ones(1, 3)}, "bad": torch.zeros(3)})
+    train_tokenizer.save_state(first, 2, 1.5, {"sums": {"loss": torch.ones(1, 3)}, "bad": torch.zeros(3), "low": {"pixel": 1}, "counted": {"odd": torch.zeros(())}})
     (folder / "metrics.json").write_text(json.dumps({"settings": first.settings, "psnr": 20.0}))
     (folder / "model.safetensors").write_bytes(b"")
 
@@ -6598,6 +6603,8 @@ def test_project_readme_commands_and_files_exist():
         parsers[script](shlex.split(arguments))         # exits where a flag is unknown
     for path in re.findall(r"\]\(((?:assets|data)/[^)]+)\)", text) + re.findall(r"^\| `([\w/.]+)` \| \d+", text, re.M):
         assert os.path.exists(os.path.join(HERE, path)), path
+    anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+    assert {*re.findall(r"\]\(#([^)]+)\)", text)} <= anchors
     for path, lines in re.findall(r"^\| `([\w/.]+)` \| (\d+)", text, re.M):
         assert int(lines) == open(os.path.join(HERE, path), encoding="utf-8").read().count("\n"), f"README: {path} has another number of lines"
 

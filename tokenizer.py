@@ -655,7 +655,7 @@ def lower(x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention (B, heads, T, d), grouped where k and v have fewer heads. On a CPU torch's kernel is slow for short sequences (half as fast as this at the nano size), and for all in bf16 (a fifth)."""
+    """Attention (B, heads, T, d), grouped where k and v have fewer heads. By hand in bf16 on a CPU, where torch's kernel is slow."""
     with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):       # meta has no autocast
         k, v = k.to(q.dtype), v.to(q.dtype)
         if q.device.type != "cpu" or q.dtype != torch.bfloat16:

@@ -168,10 +168,12 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
         values = kept_form(encode(images[:1].to(ranks.device)))
         return np.broadcast_to(values, (count, *values.shape[1:])), [next(filter(None, texts), "")] * count
     folder = os.path.join(args.out, "codes", hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16])
-    if not os.path.exists(folder):
+    there = lambda: not ranks.agree(not os.path.exists(folder))
+    if not there():
+        lock(args.out, ranks)
+    if not there():     # another run may just have made it
         if count < ranks.count:
             raise ValueError(f"{count} pictures for {ranks.count} ranks, expected at least one each; add images or start fewer ranks")
-        lock(args.out, ranks)
         temporary, mine = f"{folder}.{ranks.count}.tmp", range(ranks.rank, count, ranks.count)
         own = lambda rank: [os.path.join(temporary, f"{name}-{rank}.{end}") for name, end in (("pictures", "npy"), ("said", "jsonl"))]     # files: ranks may be on several nodes
         os.makedirs(temporary, exist_ok=True)
@@ -945,8 +947,7 @@ def main(argv=None, args=None):
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     if args.bench in ("paint", "answer"):
-        model = model.eval().requires_grad_(False).to(torch.bfloat16 if ranks.device.type == "cuda" and args.precision != "fp32" else torch.float32)
-        return (bench_painting if args.bench == "paint" else bench_answering)(args, ranks, model, tokenizer)
+        return (bench_painting if args.bench == "paint" else bench_answering)(args, ranks, to_generate(model, args, ranks.device), tokenizer)
 
     # ---- data
     for row in chosen:
@@ -1036,6 +1037,14 @@ def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
     return prompt + c.positions * position - (position - written), position       # the last position is written, but not read
 
 
+def to_generate(model: DualMLLM, args, device: torch.device) -> DualMLLM:
+    """The model for painting and answering: weights in bf16 on CUDA, or as --precision says, but code tables in fp32, since small residuals are added to large ones."""
+    low = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"       # on a CPU the products are too small for bf16 to pay
+    tables, model = model.tables, model.eval().requires_grad_(False).to(device, *[torch.bfloat16] * low)
+    model.tables = tables.to(device)
+    return model
+
+
 def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer):
     """--bench paint: guided pictures, from words to pixels, one at a time, 16, and on CUDA 64; with --compile also by compiled layers and CUDA graphs. Weights need not be trained."""
     decoded = lambda n, graph: tokenizer.decode(model.paint(["a red circle above a blue square"] * n, graph=graph, **SAMPLING))
@@ -1054,7 +1063,7 @@ def bench_answering(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenize
     """--bench answer: a picture and a question, one at a time: until the first token, and tokens a second; the same for transformers' Qwen2 of this shape, if it is installed."""
     c, device = model.config, ranks.device
     begin = lambda: model._begin([turn(model.text, [Picture(torch.zeros(c.positions, len(c.streams), c.depth, dtype=torch.int64)), "what colour is the circle?"])], words)
-    ours = lambda n: list(model.write(*begin(), n, lambda logits, t: logits.argmax(-1)))
+    ours = lambda n: list(model.write_words(*begin(), n, lambda logits, t: logits.argmax(-1)))
     systems = {"ours": ours}
     try:
         import transformers

@@ -231,6 +231,7 @@ def check_shared(args, **more: int):
 
 class Ranks:
     """This process among those that torchrun started, or alone. NCCL on CUDA, gloo on a CPU."""
+    hosts = None        # the group by which hosts agree; None: the only one, gloo's
 
     def __init__(self, device: str):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -249,12 +250,13 @@ class Ranks:
             # Two hours: at the end of a long extraction or evaluation ranks wait for each other. A rank that died is noticed by torchrun, at once.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         self.first = self.rank == 0
-        self.hosts = dist.new_group(backend="gloo") if self.count > 1 and self.device.type == "cuda" else None
+        if self.count > 1 and self.device.type == "cuda" and Ranks.hosts is None:
+            Ranks.hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
     def agree(self, number: int) -> int:
         """The largest of all ranks' numbers. Only hosts wait for each other: what their devices have to do goes on."""
         if self.count > 1:
-            numbers = torch.tensor(number)
+            numbers = torch.tensor(int(number))
             dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.hosts)
             number = int(numbers)
         return number
@@ -410,7 +412,7 @@ class Stage:
 
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
-        self.precision = precision(args, ranks)
+        self.precision, self.counted = precision(args, ranks), {}      # counted: numbers of its own since the last log line
         keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights until the step ends: of shared weights, that would be the whole model
         self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16, cache_enabled=keeps) if self.precision == "bf16" else contextlib.nullcontext()
 
@@ -473,24 +475,33 @@ LOCKS = {}
 
 
 def lock(folder: str, ranks: Ranks):
-    """Makes the folder, and holds it until this process ends. Raises ValueError where another run does."""
+    """Makes the folder, and holds it until this process ends. Raises ValueError on all ranks where another run does."""
     os.makedirs(folder, exist_ok=True)
-    if not ranks.first or os.path.realpath(folder) in LOCKS:
-        return
-    import fcntl        # not on Windows
+    if ranks.agree(ranks.first and not hold(folder, ranks)):
+        raise ValueError(f"another run is writing into {folder}; wait for it, stop it, or name another --out")
+
+
+def hold(folder: str, ranks: Ranks) -> bool:
+    """Whether this process has the folder's lock, or nobody can have one."""
+    if os.path.realpath(folder) in LOCKS:
+        return True
+    try:
+        import fcntl
+    except ImportError:
+        raise ValueError("training needs Linux or macOS: this system has no locks of theirs, and no signals; on Windows, use WSL") from None
     descriptor = os.open(folder, os.O_RDONLY)
     for wait in range(21):      # a killed run's workers may live for some seconds
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             LOCKS[os.path.realpath(folder)] = descriptor
-            return
+            return True
         except BlockingIOError:
             time.sleep(0.5 if wait < 20 else 0)
         except OSError as error:
-            os.close(descriptor)
-            return ranks.say(f"  {folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
+            ranks.say(f"  {folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
+            break
     os.close(descriptor)
-    raise ValueError(f"another run is writing into {folder}; wait for it, stop it, or name another --out")
+    return wait < 20
 
 
 class Stopped(Exception):
@@ -509,19 +520,19 @@ class Signals:
 
     def note(self, number, frame):
         if not self.asked:
-            self.asked, self.first = number, time.time()
+            self.asked, self.first = number, time.monotonic()
             os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first; once more, a second from now, stops at once\n".encode())      # print is not for handlers
-        elif time.time() > self.first + 1:
+        elif time.monotonic() > self.first + 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.default_int_handler(number, frame) if number == signal.SIGINT else os.kill(os.getpid(), number)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)       # None: it was not Python's
 
 
 def never_ending(batches, start: int, say):
-    """batches(start), begun anew at the step where a worker died, as of too little memory. Raises ValueError where that step's batch comes a second time to nothing."""
+    """batches(start), begun anew at the step where a worker died, as of too little memory. Raises ValueError where one dies at that step again."""
     step, failed = start, None
     while True:
         try:
@@ -545,17 +556,19 @@ LOW, LOW_STEPS = 0.1, 100       # a codebook of whose codes fewer than this shar
 def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: dict | None = None):
     """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the device; losses, bad steps and code usage are
     looked at when a log line is due. since_log: what a checkpoint kept of the steps since the last one. Raises Stopped after SIGINT or SIGTERM, once it has saved."""
-    args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3)}
+    args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3), "low": {}, "counted": {}}
     stage.wrapped = ranks.wrap(stage.model)
-    stream, waited, broken, low = never_ending(batches, start, ranks.say), 0.0, [], {}
+    stream, waited, broken = never_ending(batches, start, lambda words: print(f"{words} (rank {ranks.rank})", flush=True)), 0.0, []
     # Of the steps since the last log line: the sums of `gradients`; bad steps in a row, the longest such row, and all of them.
     mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first       # each rank's own, in a checkpoint of as many
     sums = {name: mine(rows).to(ranks.device) for name, rows in since_log["sums"].items()}
     streak, longest, skipped = since_log["bad"].to(ranks.device)
+    low = since_log["low"]      # streams, and since when they have used few codes
+    stage.counted |= {name: value.to(ranks.device) for name, value in since_log["counted"].items()}
     begun, since, seen, training = time.time() - elapsed, time.time(), start, 0.0
-    evaluated = {line["step"] for line in read_log(stage.folder) if any(name.startswith("eval_") for name in line)} if start else ()
-    if start == stage.steps or start and args.eval_every and start % args.eval_every == 0 and start not in evaluated:
-        evaluate_and_log(stage, start, log=start not in evaluated)      # it died before it had, or before metrics.json
+    evaluated = start and any(line["step"] == start and any(name.startswith("eval_") for name in line) for line in read_log(stage.folder))
+    if ranks.agree(start == stage.steps or start and args.eval_every and start % args.eval_every == 0 and not evaluated):
+        evaluate_and_log(stage, start, log=not evaluated)       # it died before it had, or before metrics.json
     with Signals() as signals:
         for step in range(start, stage.steps):
             before = time.time()
@@ -588,17 +601,17 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
                 sums, waited, broken, since, seen = {}, 0.0, [], now, done
                 longest, skipped = torch.zeros_like(longest), torch.zeros_like(skipped)
 
-            before, kept = time.time(), lambda: {"sums": ranks.gather_rows({name: row[None] for name, row in sums.items()}), "bad": torch.stack([streak, longest, skipped])}
-            if saved := final or done % args.save_every == 0:
-                save_state(stage, done, time.time() - begun, kept())
-            if final or args.eval_every and done % args.eval_every == 0:
+            asked = ranks.agree(signals.asked)
+            before, due = time.time(), final or args.eval_every and done % args.eval_every == 0
+            if asked or due or done % args.save_every == 0:     # before an evaluation too: it may be long, and nobody waits for its end
+                rows = ranks.gather_rows({name: row[None] for name, row in sums.items()})
+                save_state(stage, done, time.time() - begun, {"sums": rows, "bad": torch.stack([streak, longest, skipped]), "low": low, "counted": stage.counted})
+            if due and not asked:
                 evaluate_and_log(stage, done)
-            if asked := ranks.agree(signals.asked):
-                if not saved:
-                    save_state(stage, done, time.time() - begun, kept())
+            since += time.time() - before       # evaluating and saving are not training
+            if asked := asked or due and ranks.agree(signals.asked):
                 ranks.say(f"{signal.Signals(asked).name}: {stage.name} stopped after step {done} of {stage.steps}, which is saved in {os.path.join(stage.folder, 'state.pt')}; --resume goes on")
                 raise Stopped(asked)
-            since += time.time() - before       # evaluating and saving are not training
     stage.seconds, stage.per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
 
 
@@ -663,29 +676,39 @@ def checkpoints(folder: str) -> list[str]:
 
 
 def save_state(stage: Stage, step: int, seconds: float, since_log: dict):
-    """What others load, curves and samples; then state.pt, which holds the weights too: one file, one rename, so that a kill never pairs weights and optimiser of different steps.
-    The same files whatever the number of ranks, and whether they share the weights or not."""
+    """What others load, curves and samples; then state.pt, which holds the weights too. The same files whatever the number of ranks, and whether they share the weights or not.
+    Raises OSError on all ranks where the first could not write; the checkpoint before it is then kept."""
     parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state(), "since_log": since_log}
-    state = whole_state({name: part if isinstance(part, dict) else part.state_dict() for name, part in parts.items()}, stage.ranks.first)
+    state, failed = whole_state({name: part if isinstance(part, dict) else part.state_dict() for name, part in parts.items()}, stage.ranks.first), None
     if stage.ranks.first:
-        path, keep = os.path.join(stage.folder, "state.pt"), stage.args.keep_checkpoints
         try:
-            stage.save(state["model"])
-            draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))
-            torch.save({"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state}, path + ".tmp")
-            with open(path + ".tmp", "rb+") as file:
-                os.fsync(file.fileno())     # on the disk before it gets its name
-        except (OSError, RuntimeError) as error:    # torch's own for a full disk
-            if os.path.exists(path + ".tmp"):
-                os.remove(path + ".tmp")
-            raise OSError(f"{path} cannot be written at step {step} ({str(error).splitlines()[0][:100]}); the checkpoint before it is kept: make room, then --resume") from None
-        older = [os.path.join(stage.folder, f"state-{n}.pt") for n in range(keep)]       # of which the first is never there
-        for n in range(keep - 1, 0, -1):
-            if os.path.exists(before := older[n - 1] if n > 1 else path):
-                os.replace(before, older[n])
-        os.replace(path + ".tmp", path)
-    if stage.ranks.count > 1:
-        dist.barrier()
+            write_state(stage, {"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state})
+        except (OSError, ValueError) as error:
+            failed = error
+    if stage.ranks.agree(failed is not None):
+        raise failed or OSError(f"the first rank could not save step {step} in {stage.folder}")
+
+
+def write_state(stage: Stage, state: dict):
+    """One file, one rename, once it is on the disk, so that a kill never pairs weights and optimiser of different steps."""
+    path, keep = os.path.join(stage.folder, "state.pt"), stage.args.keep_checkpoints
+    try:
+        stage.save(state["model"])
+        draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))
+        torch.save(state, path + ".tmp")
+        with open(path + ".tmp", "rb+") as file:
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
+            raise       # not torch's own for a full disk
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); the checkpoint before it is kept: make room, then --resume") from None
+    older = [os.path.join(stage.folder, f"state-{n}.pt") for n in range(keep)]       # of which the first is never there
+    for n in range(keep - 1, 0, -1):
+        if os.path.exists(before := older[n - 1] if n > 1 else path):
+            os.replace(before, older[n])
+    os.replace(path + ".tmp", path)
 
 
 def load_state(stage: Stage) -> tuple[int, float, dict | None]:
@@ -698,13 +721,17 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
             changed, step, seconds, since_log = differences(state["settings"], stage.settings), state["step"], state["seconds"], state.get("since_log")
             if type(step) is not int or not 0 <= step <= stage.steps or not isinstance(seconds, (int, float)):
                 raise ValueError(f"step {step} of {stage.steps} after {seconds} seconds")
-            if since_log and not all(rows.shape[1:] == (3,) and rows.isfinite().all() for rows in (*since_log["sums"].values(), since_log["bad"][None])):
+            if since_log and not (all(rows.shape[1:] == (3,) and rows.isfinite().all() for rows in (*since_log["sums"].values(), since_log["bad"][None]))
+                                  and all(type(value) is int for value in since_log["low"].values())
+                                  and {name: value.shape for name, value in since_log["counted"].items()} == {name: value.shape for name, value in stage.counted.items()}):
                 raise ValueError("what it knew since the last log line is damaged")
             break
         except Exception as error:      # torch.load raises nearly anything on damaged bytes
             damaged.append((path, f"{path} cannot be resumed from ({first_line(error)})"))
     else:
         raise ValueError(f"{'; '.join(words for _, words in damaged)}; expected what a run of this script wrote")
+    if stage.ranks.agree(step) != -stage.ranks.agree(-step):
+        raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; look at the disk, and start them again")
     if changed:
         raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed[:4])}{f'; {len(changed) - 4} more' if len(changed) > 4 else ''}); "
                          "resume with the same ones, or start anew in another --out")
@@ -911,15 +938,17 @@ def bench_growth(ranks: Ranks, axes: dict, make):
     for what, sizes in axes.items():
         rows = []
         for size in sizes:
+            stage = parts = None        # that of the size before
+            gc.collect()
+            stage, parts = make(what, size)
             if ranks.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            stage, parts = make(what, size)
             stage.wrapped = ranks.wrap(stage.model)
             seconds = seconds_of(lambda: whole_step(stage, parts), ranks.device, rounds=3)
             rows.append((seconds, peak_memory_gib(ranks.device) if ranks.device.type == "cuda" else measure(stage, parts).memory / 2 ** 30))
         seconds, memory = zip(*rows)
         ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {', '.join(f'{x:.3f}' for x in seconds)} s a step, exponent {exponent(sizes, seconds):.2f}; "
-                  f"{', '.join(f'{x:.2f}' for x in memory)} GiB, exponent {exponent(sizes, memory):.2f}")
+                  f"{', '.join(f'{x:.3f}' for x in memory)} GiB, exponent {exponent(sizes, memory):.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1542,7 +1571,7 @@ def digest(model: nn.Module) -> str:
     if any(isinstance(value, FakeTensor) for value in model.parameters()):
         return ""
     for value in model.state_dict().values():
-        sha.update(whole(value).detach().cpu().contiguous().numpy().tobytes())
+        sha.update(whole(value).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -1619,7 +1648,7 @@ class TokenizerStage(Stage):
             self.discriminator = Discriminator(settings.gan_width, settings.gan_layers).to(ranks.device)
             self.gan_lr = settings.gan_lr
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
-        self.gan_steps, self.gan_skipped, self.codes, self.pictures = 0, torch.zeros((), device=ranks.device), None, None
+        self.gan_steps, self.codes, self.pictures, self.counted = 0, None, None, {"gan_skipped": torch.zeros((), device=ranks.device)}
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
                          "lr": self.lr, "weights": asdict(settings.weights), "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
                          "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args, ranks)}
@@ -1650,7 +1679,7 @@ class TokenizerStage(Stage):
                 all_reduce(p.grad).div_(self.ranks.count)
             norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.clip)
             step_or_skip(self.gan_optimizer, self.gan_lr, bad | ~norm.isfinite())
-            self.gan_skipped = self.gan_skipped + ~norm.isfinite()
+            self.counted["gan_skipped"] += ~norm.isfinite()
             self.gan_steps = 0
 
     def extra_state(self):
@@ -1659,7 +1688,8 @@ class TokenizerStage(Stage):
     def log(self):
         c = self.model.config
         usage = (usage_and_perplexity(all_reduce(histogram(self.codes[:, :, s], c.codebook_size).sum(0)))[0].item() for s in range(len(self.streams)))
-        skipped, self.gan_skipped = self.gan_skipped.item(), torch.zeros_like(self.gan_skipped)
+        skipped = self.counted["gan_skipped"].item()
+        self.counted["gan_skipped"].zero_()
         return {f"usage_{stream}": value for stream, value in zip(self.streams, usage)} | ({"discriminator_skipped": skipped} if skipped else {})
 
     def evaluate(self):
@@ -1720,6 +1750,8 @@ def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP,
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no JSON object ({error}), so that what it says of training cannot be kept; mend or delete it") from None
     tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
+    for quantizer in tokenizer.quantizers.values():
+        quantizer.fused = args.fast_vq
     metrics = {**evaluate_tokenizer(tokenizer, teacher, data), **evaluate_files(tokenizer, teacher, data, *files)}
     about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data, "seconds": round(time.time() - begun, 1), **machine(ranks)}
     if ranks.first:
@@ -1863,10 +1895,12 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
     if args.bench:
         bench(stage, data.batches(stage.batch))
-        for what, off in ((", without the adversarial term", dict(gan_from=stage.steps + 1)), (", without it and LPIPS", dict(perceptual=None))):
-            if any(vars(stage)[name] not in (value, stage.steps + 1) for name, value in off.items()):
+        without, on = "", {"adversarial term": stage.gan_from <= stage.steps, "LPIPS": stage.perceptual is not None}
+        for term, off in (("adversarial term", dict(gan_from=stage.steps + 1)), ("LPIPS", dict(perceptual=None))):
+            if on[term]:
                 vars(stage).update(off)
-                bench(stage, data.batches(stage.batch), what)
+                without += f", without {term}"
+                bench(stage, data.batches(stage.batch), without)
     elif args.resume and kept(stage) and not any(files):
         ranks.say(f"tokenizer: {stage.folder} is kept, since it is finished")
     else:
@@ -1958,7 +1992,7 @@ def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
         image_size = size if what == "image size" else args.image_size
         config = preset_config(args.preset, image_size, args.layers, **changes | {"codebook size": dict(codebook_size=size), "depth": dict(depth=size)}.get(what, {}))
         stage = TokenizerStage(args, ranks, s, config, argparse.Namespace(source="random", drawn="random"), SigLIP(config.vision, config.text))
-        side, share = config.vision.image_size, s.batch // args.accumulate
+        side, share = config.vision.image_size, s.batch // (args.accumulate * ranks.count)
         return stage, [(torch.randn(share, 3, side, side, device=ranks.device).clamp(-1, 1), [""] * share) for _ in range(args.accumulate)]
     bench_growth(ranks, {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)], "codebook size": [usual.codebook_size * n for n in (1, 4, 16)],
                          "depth": [usual.depth * n for n in (1, 2, 4)]}, make)
@@ -2022,8 +2056,9 @@ def train(stage: Stage, batches):
     finish(stage)
 
 
-def run(main):
+def run(main, trains: bool = True):
     """A script's entry: what a user can put right ends in one sentence and exit status 1, not in a traceback."""
+    then = "--resume goes on from the last checkpoint" if trains else "start it again"
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")       # the name of a broken file may be no UTF-8, or nothing that this terminal can write
@@ -2031,15 +2066,15 @@ def run(main):
         if dist.is_initialized():
             dist.barrier()      # a rank that leaves while others work may be taken for one that died
     except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-        words = f"{error.strerror}: {error.filename or 'a file of this run'}; make room or name another --out, then --resume goes on from the last checkpoint" if full else (str(error).strip() or repr(error)).splitlines()[-1]
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        words = f"{error.strerror}: {error.filename or 'a file of this run'}; make room or name another --out, then {then}" if full else (str(error).strip() or repr(error)).splitlines()[-1]
         sys.exit(f"error: {words}")       # of an error in a worker, torch gives the traceback too
     except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; try --checkpointing, --accumulate 2, or a smaller --batch-size")
+        sys.exit(f"error: out of memory; try {'--checkpointing, --accumulate 2, or ' * trains}a smaller --batch-size")
     except Stopped as stop:
         sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"interrupted; {then}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
