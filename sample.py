@@ -454,7 +454,7 @@ def main(argv=None):
         return figure(args, tokenizer, ranks.device)
     if args.fd:
         return fd(args, tokenizer, ranks)
-    model = to_generate(DualMLLM.from_pretrained(args.mllm), args, ranks.device)
+    model = to_generate(DualMLLM.from_pretrained(args.mllm), args.precision, ranks.device)
     if model.config.tables_sha256 != code_tables(tokenizer)[1]:
         raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its --tokenizer")
     run_config = read_config(args.mllm)

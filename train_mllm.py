@@ -947,7 +947,7 @@ def main(argv=None, args=None):
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     if args.bench in ("paint", "answer"):
-        return (bench_painting if args.bench == "paint" else bench_answering)(args, ranks, to_generate(model, args, ranks.device), tokenizer)
+        return (bench_painting if args.bench == "paint" else bench_answering)(args, ranks, to_generate(model, args.precision, ranks.device), tokenizer)
 
     # ---- data
     for row in chosen:
@@ -1037,9 +1037,9 @@ def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
     return prompt + c.positions * position - (position - written), position       # the last position is written, but not read
 
 
-def to_generate(model: DualMLLM, args, device: torch.device) -> DualMLLM:
-    """The model for painting and answering: weights in bf16 on CUDA, or as --precision says, but code tables in fp32, since small residuals are added to large ones."""
-    low = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda"       # on a CPU the products are too small for bf16 to pay
+def to_generate(model: DualMLLM, precision: str, device: torch.device) -> DualMLLM:
+    """The model for painting and answering: weights in bf16 on CUDA, or as `precision` says (auto, bf16, fp32), but code tables in fp32, since small residuals are added to large ones."""
+    low = precision == "bf16" or precision == "auto" and device.type == "cuda"       # on a CPU the products are too small for bf16 to pay
     tables, model = model.tables, model.eval().requires_grad_(False).to(device, *[torch.bfloat16] * low)
     model.tables = tables.to(device)
     return model
