@@ -247,10 +247,9 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
         look = lambda images: inception(images, return_features=True)
     else:
         look = lambda images: tokenizer.siglip_model.vision_model(images.float() / 127.5 - 1)[1]
-    sides, broken = [], []
-    for folder in args.fd:
-        data, moments = ImageData(folder, tokenizer.config.vision.image_size, train=False), None
-        broken += data.broken
+    both, sides, broken = [ImageData(folder, tokenizer.config.vision.image_size, train=False) for folder in args.fd], [], []        # both, before one is read
+    for folder, data in zip(args.fd, both):
+        moments, broken = None, broken + data.broken
         for images, _, reports in tqdm(data.load(args.batch_size * ranks.count, rank=ranks.rank, ranks=ranks.count), folder, disable=not ranks.first):
             broken += reports
             features = look(images.to(ranks.device))

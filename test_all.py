@@ -5735,6 +5735,8 @@ def test_sample_has_weights_of_its_own(tmp_path, monkeypatch, capsys, mine, run_
         made = json.load(open(os.path.join(HERE, "weights", folder, "config.json")))["made"]
         assert {"commit", "command", "machine", "minutes", "seed", "metrics"} <= made.keys() and re.fullmatch("[0-9a-f]{7}", made["commit"])
     assert sum(os.path.getsize(path) for path in glob.glob(os.path.join(HERE, "weights/**/*.safetensors"), recursive=True)) < 16 * 2 ** 20
+    train(tmp_path / "run", "--siglip", os.path.join(HERE, "weights/tokenizer/siglip"), "--steps", "1")
+    assert json.load(open(tmp_path / "run/metrics.json"))["teacher_zero_shot"] > 0.95
 
 
 def test_sample_prompts_that_look_alike_get_files_of_their_own(there, tmp_path, capsys):
