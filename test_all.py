@@ -5260,7 +5260,7 @@ def test_train_mllm_benches_write_nothing(tmp_path, monkeypatch, capsys):
         if what == "answer":        # at an instant speed, tokens a second divide by zero
             took = iter((0.5, 1.0, 0.25, 0.75))
             monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), next(took))[1])
-        train_mllm.main([*there, "--bench", what, *(["--batch-size", "2"] if what == "growth" else [])])
+        train_mllm.main([*there, "--bench", what, *(["--batch-size", "4"] if what == "growth" else [])])
         out = capsys.readouterr().out
         assert all(word in out for word in words), out
     assert not os.path.exists(tmp_path / "run")
@@ -5405,7 +5405,7 @@ def test_train_mllm_table_of_other_tokenizers_is_refused(tmp_path, monkeypatch):
                         (["--seeds", "2"], "--seeds goes with --table"), (["--table", "4", "--bench"], "without --bench")):
         assert words in mllm_words("--out", str(tmp_path), *argv), argv
     shrink(monkeypatch, replace(TWO_ROWS[0], name="2", steps=1), replace(TWO_ROWS[1], name="4-1"))
-    train_tokenizer.main(["--table", "10", "--out", str(tmp_path / "more"), *TINY[-6:]])
+    train_tokenizer.main(["--table", "10", "--out", str(tmp_path / "more"), *TINY[-8:-2]])
     monkeypatch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], steps=3))
     assert "(steps 2 -> 3)" in mllm_words("--out", str(tmp_path / "more"), "--table", "4")
 
