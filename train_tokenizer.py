@@ -498,10 +498,11 @@ def hold(folder: str, ranks: Ranks) -> bool:
         except BlockingIOError:
             time.sleep(0.5 if wait < 20 else 0)
         except OSError as error:
+            os.close(descriptor)
             ranks.say(f"  {folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
-            break
+            return True
     os.close(descriptor)
-    return wait < 20
+    return False
 
 
 class Stopped(Exception):
@@ -695,12 +696,13 @@ def write_state(stage: Stage, state: dict):
     try:
         stage.save(state["model"])
         draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))
-        torch.save(state, path + ".tmp")
+        try:
+            torch.save(state, path + ".tmp")
+        except RuntimeError as error:       # torch's own, in several wordings, for a full disk
+            raise OSError(first_line(error)) from None
         with open(path + ".tmp", "rb+") as file:
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "writ" not in str(error):
-            raise       # not torch's own for a full disk
+    except OSError as error:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); the checkpoint before it is kept: make room, then --resume") from None
