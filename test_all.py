@@ -2672,6 +2672,19 @@ def test_train_signals_finish_the_step_and_save(run_folder, whole_run, tmp_path,
     assert same_run(whole_run, tmp_path / "moved")
 
 
+@pytest.mark.parametrize("at", [3, 8, 12])
+def test_train_stopped_at_any_step_is_the_same_run(run_folder, whole_run, tmp_path, monkeypatch, at):
+    """Between log lines (every 5 steps) and checkpoints, before an evaluation (every 4), and at the end."""
+    argv, step, count = [*STOPS, "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path / "run")], train_tokenizer.take_step, iter(range(1, 99))
+    monkeypatch.setattr(train_tokenizer, "take_step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM) if next(count) == at else None, step(*a))[1])
+    with pytest.raises(train_tokenizer.Stopped):
+        train_tokenizer.main(argv)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == at and not os.path.exists(tmp_path / "run/metrics.json")
+    train_tokenizer.main([*argv, "--resume"])
+    assert same_run(whole_run, tmp_path / "run")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_train_second_signal_stops_at_once(run_folder, tmp_path, number):
     code = ("import sys, time, train_tokenizer as t\n"
