@@ -592,8 +592,9 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
                 line = {"step": done, **means, "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
                 if skipped.item():
                     line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
-                low = {name[6:]: low.get(name[6:], seen) for name, value in line.items() if name.startswith("usage_") and value < LOW}
-                if collapsed := [stream for stream, step in low.items() if done - step >= LOW_STEPS]:
+                last = step // args.log_every * args.log_every         # the step of the last log line
+                low = {name[6:]: low.get(name[6:], last) for name, value in line.items() if name.startswith("usage_") and value < LOW}
+                if collapsed := [stream for stream, since_step in low.items() if done - since_step >= LOW_STEPS]:
                     line["collapsed"] = collapsed
                 now = time.time()
                 line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since), "seconds": now - begun}
