@@ -783,10 +783,10 @@ class DualMLLM(nn.Module):
     def write_words(self, h: Tensor, cache: Cache, longest: int, pick):
         """Tokens (B,), one after the other, each read before the next: h (B, C) the state before the first, pick(logits (B, V), number) -> (B,)."""
         for t in range(longest):
-            if t:
-                h = self.llm.hidden(self.llm.model.embed_tokens(token)[:, None], cache=cache)[:, -1]
             token = pick(self.llm.head(h).float(), t)
             yield token
+            if t < longest - 1:
+                h = self.llm.hidden(self.llm.model.embed_tokens(token)[:, None], cache=cache)[:, -1]
 
     @torch.no_grad()
     def score(self, pictures: Tensor, captions: list[str]) -> Tensor:

@@ -741,7 +741,6 @@ while not (os.path.exists(sys.argv[1] + "/ready0") and os.path.exists(sys.argv[1
     time.sleep(0.002)
 data = images.ImageData(sys.argv[1], 8)
 print(len(scanned), data.broken, images.hashlib.sha256(data.records.tobytes() + data.names).hexdigest())"""
-    import time
     environment = {**os.environ, "NANODUALTOKEN_INDEX": str(tmp_path / "index"), "LOCAL_WORLD_SIZE": "64"}      # one process each
     runs = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"{tmp_path}/ready{k}"], cwd=HERE, env=environment, stdout=subprocess.PIPE, text=True) for k in range(2)]
     counts, *rest = zip(*(run.communicate()[0].split() for run in runs))
@@ -2722,7 +2721,7 @@ def test_train_a_signal_to_one_rank_stops_all_and_they_go_on(run_folder, tmp_pat
 def killed_and_resumed(start, folder: Path, states: str, kills: int, rng: random.Random, longest: float) -> Counter:
     """Kills a run by SIGKILL so many times, half of them while it writes a checkpoint, starting it again each time, and lets it end. start() -> a process that resumes; states: a pattern of
     its checkpoints. Nothing that was saved may be lost. -> how often it was killed where."""
-    found, last, begun = Counter(), {}, 0
+    found, last = Counter(), {}
     while found.total() < kills:
         process, at, saving = start(), time.time() + rng.uniform(0.2, longest), found.total() % 2
         while process.poll() is None and time.time() < (at if not saving else at + longest):

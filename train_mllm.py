@@ -47,7 +47,7 @@ from data.records import document as read_document
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
-from tokenizer import PRESETS, DualTokenizer, SigLIP, preset_config, read_config, read_json, write_json
+from tokenizer import PRESETS, DualTokenizer, preset_config, read_config, read_json, write_json
 from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
                              kept, load_part, load_teacher, lock, make_table, metrics_of, or_nearest, precision, print_parts, run, save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
 
@@ -1056,7 +1056,7 @@ def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer
             decoded(n, graph)
             first = time.perf_counter() - begun
             seconds = seconds_of(lambda: decoded(n, graph), ranks.device, warmup=0, rounds=3)
-            ranks.say(f"painting{', compiled' * graph}, {n} at a time, {model.config.positions} positions, guided: {seconds:.3f} s, {n / seconds:.2f} images/s; the first time {first:.1f} s more")
+            ranks.say(f"painting{', compiled' * graph}, {n} at a time, {model.config.positions} positions, guided: {seconds:.3f} s, {n / seconds:.2f} images/s; the first time {first:.1f} s")
 
 
 def bench_answering(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer, words: int = 64):
