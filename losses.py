@@ -36,8 +36,9 @@ def distance(x: Tensor, target: Tensor) -> Tensor:
 
 
 def tokenizer_losses(features, images: Tensor, teacher: tuple[Tensor, Tensor], names: tuple, perceptual=None) -> dict[str, Tensor]:
-    """The unweighted terms of Eq. 2 but the adversarial one, those of `names`, a design's. features: what DualTokenizer returns; images (B, 3, H, W) in [-1, 1];
-    teacher: deep feature (B, N, C) and pooled embedding (B, C) of the frozen ViT; perceptual: (reconstruction, original) -> scalar, or None."""
+    """The unweighted terms of Eq. 2 but the adversarial one, those of `names`, a design's. features: what DualTokenizer returns; images (B,
+    3, H, W) in [-1, 1]; teacher: deep feature (B, N, C) and pooled embedding (B, C) of the frozen ViT; perceptual: (reconstruction,
+    original) -> scalar, or None."""
     terms = {"commitment": sum(features.commitment.values())}
     if "pixel" in names:
         terms["pixel"] = F.mse_loss(features.images.float(), images)
@@ -56,8 +57,8 @@ def weighted(terms: dict[str, Tensor], weights: Weights) -> Tensor:
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance (Zhang et al. 2018): at five depths of a VGG16, the squared difference of features of unit length, weighted by channel.
-    Layers have torchvision's names. Frozen; the weights come from files that the user has (`train_tokenizer.load_lpips`)."""
+    """Perceptual distance (Zhang et al. 2018): at five depths of a VGG16, the squared difference of features of unit length, weighted by
+    channel. Layers have torchvision's names. Frozen; the weights come from files that the user has (`train_tokenizer.load_lpips`)."""
     WIDTHS = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)     # of the convolutions between two poolings
 
     def __init__(self):
@@ -71,7 +72,8 @@ class LPIPS(nn.Module):
             self.ends.append(len(layers) - 1)
         self.features = nn.Sequential(*layers)
         self.heads = nn.ParameterList(torch.ones(1, group[-1], 1, 1) for group in self.WIDTHS)
-        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)     # ImageNet's, for images in [-1, 1]
+        # ImageNet's, for images in [-1, 1]
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
 
@@ -108,9 +110,10 @@ def gather(x: Tensor) -> Tensor:
 
 
 def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """SigLIP's loss: every pair of an image and a text, of all ranks, is a yes-or-no question, and only an image's own text is a yes (Zhai et al. 2023,
-    Algorithm 1). image, text (B, C) unit vectors; scale (log) and bias. Summed over texts, averaged over images; the mean over ranks is the global loss.
-    (Counting equal captions as yes, as one might in a small world, learned slower: zero-shot .69 against .93 after 400 steps, one seed.)"""
+    """SigLIP's loss: every pair of an image and a text, of all ranks, is a yes-or-no question, and only an image's own text is a yes (Zhai
+    et al. 2023, Algorithm 1). image, text (B, C) unit vectors; scale (log) and bias. Summed over texts, averaged over images; the mean over
+    ranks is the global loss. (Counting equal captions as yes, as one might in a small world, learned slower: zero-shot .69 against .93
+    after 400 steps, one seed.)"""
     with torch.autocast(image.device.type, enabled=False):       # else `.float()` or not, the product is in bf16
         text = gather(text.float())                                                          # (R*B, C)
         logits = image.float() @ text.T * scale.float().exp() + bias.float()                 # (B, R*B)
@@ -124,14 +127,16 @@ def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
 # adversarial
 
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) -> one logit per patch (B, 1, h, w). GroupNorm, since BatchNorm misbehaves in small batches."""
+    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) -> one logit per patch (B, 1, h, w). GroupNorm, since BatchNorm misbehaves in small
+    batches."""
 
     def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
         blocks, i = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
         for n in range(1, layers + 1):
             o = width * min(2 ** n, 8)
-            blocks += [nn.Conv2d(i, o, 4, stride=2 if n < layers else 1, padding=1, bias=False), nn.GroupNorm(min(32, o // 4), o), nn.LeakyReLU(0.2)]
+            blocks += [nn.Conv2d(i, o, 4, stride=2 if n < layers else 1, padding=1, bias=False), nn.GroupNorm(min(32, o // 4), o),
+                       nn.LeakyReLU(0.2)]
             i = o
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(i, 1, 4, padding=1))
         for module in self.blocks:
@@ -148,8 +153,8 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """|gradient of the reconstruction loss| / |gradient of the adversarial loss|, both at the decoder's last convolution and averaged over ranks,
-    clamped to [0.3, 10] (Esser et al. 2021; bounds from the release)."""
+    """|gradient of the reconstruction loss| / |gradient of the adversarial loss|, both at the decoder's last convolution and averaged over
+    ranks, clamped to [0.3, 10] (Esser et al. 2021; bounds from the release)."""
     grads = [torch.autograd.grad(loss, last, retain_graph=True)[0].float() for loss in (reconstruction, adversarial)]
     if dist.is_available() and dist.is_initialized():
         for grad in grads:
@@ -161,14 +166,15 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
 # metrics
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image: x, y (B, 3, H, W) in [-1, 1], clamped and brought to [0, 1]; (B,). Equal images give inf."""
+    """Peak signal-to-noise ratio in dB of each image: x, y (B, 3, H, W) in [-1, 1], clamped and brought to [0, 1]; (B,). Equal images give
+    inf."""
     x, y = ((t.float() / 2 + 0.5).clamp(0, 1) for t in (x, y))
     return -10 * (x - y).square().mean((1, 2, 3)).log10()
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity of each image (Wang et al. 2004): Gaussian window 11x11, sigma 1.5, no padding, K1 .01, K2 .03, mean over RGB; range as in
-    `psnr`; (B,). Raises ValueError for images smaller than the window."""
+    """Structural similarity of each image (Wang et al. 2004): Gaussian window 11x11, sigma 1.5, no padding, K1 .01, K2 .03, mean over RGB;
+    range as in `psnr`; (B,). Raises ValueError for images smaller than the window."""
     if min(x.shape[2:]) < 11:
         raise ValueError(f"SSIM needs images of at least 11 pixels a side, got {tuple(x.shape[2:])}")
     x, y = ((t.float() / 2 + 0.5).clamp(0, 1) for t in (x, y))
@@ -176,7 +182,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     window = window / window.sum()
 
     def blur(t):
-        return F.conv2d(F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1)).unflatten(0, t.shape[:2])[:, :, 0]
+        return F.conv2d(F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1)).unflatten(0, t.shape[:2])[:,
+            :, 0]
 
     mx, my = blur(x), blur(y)
     vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
@@ -188,7 +195,8 @@ class Moments:
     """Mean and covariance of features that come batch by batch, in memory that does not grow with their number. float64."""
 
     def __init__(self, width: int, device="cpu"):
-        self.count, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), (width,), (width, width)))
+        self.count, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64, device=device)
+                                            for shape in ((), (width,), (width, width)))
 
     def add(self, x: Tensor) -> "Moments":
         """Features (M, C)."""
@@ -208,13 +216,14 @@ class Moments:
 
 
 def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
-    """Frechet distance of two sets of features (M, C), each taken as a Gaussian: |difference of means|^2 + trace(A + B - 2 (AB)^(1/2)) (Heusel et al. 2017).
-    The name of the feature function and M belong beside the number. Raises ValueError for fewer than two samples."""
+    """Frechet distance of two sets of features (M, C), each taken as a Gaussian: |difference of means|^2 + trace(A + B - 2 (AB)^(1/2))
+    (Heusel et al. 2017). The name of the feature function and M belong beside the number. Raises ValueError for fewer than two samples."""
     x, y = (z if isinstance(z, Moments) else Moments(z.shape[1]).add(z.cpu()) for z in (x, y))
     if min(x.count, y.count) < 2:
         raise ValueError(f"a Frechet distance needs at least 2 samples on each side, got {int(x.count)} and {int(y.count)}")
     a, b = x.covariance, y.covariance
     values, vectors = torch.linalg.eigh(a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()     # trace of (AB)^(1/2), through a symmetric matrix of the same eigenvalues
+    # trace of (AB)^(1/2), through a symmetric matrix of the same eigenvalues
+    cross = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
     return ((x.mean - y.mean).square().sum() + a.trace() + b.trace() - 2 * cross).item()

@@ -1,18 +1,19 @@
 """Vector quantization by D codes per vector, residual or chunk by chunk, with EMA codebooks.
 
-`ResidualVQ` codes a vector z by the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector (Lee et al. 2022,
-RQ-VAE). `MultiCodebookVQ` cuts z into D chunks and codes each by a table of its own (Ma et al. 2025, UniTok, whose release compares directions and
-learns its tables by gradient). In both the code vectors are running means of what they are chosen for, so no gradient ever touches them.
+`ResidualVQ` codes a vector z by the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector
+(Lee et al. 2022, RQ-VAE). `MultiCodebookVQ` cuts z into D chunks and codes each by a table of its own (Ma et al. 2025, UniTok, whose
+release compares directions and learns its tables by gradient). In both the code vectors are running means of what they are chosen for, so
+no gradient ever touches them.
 
     vq = ResidualVQ(dim=32, codebook_size=1024, depth=4)
     z_q, codes, commitment = vq(z)      # (B, N, E) -> (B, N, E) straight-through, (B, N, D) int64, scalar (paper Eq. 1)
     loss.backward(); optimizer.step()
     vq.update()                         # once after each optimiser step: this, and never `forward`, changes the table
 
-What others get wrong, and why this file looks as it does: one table shared by all depths must not move between depths (so statistics wait in buffers
-until `update`); distances in bf16 flip codes (so autocast is off inside); "restart codes used less than once" restarts most codes of a small run at
-every step (so the threshold is relative, with a grace period); every rank must restart the same codes with the same vectors (so they are drawn
-from the global batch by a seeded generator).
+What others get wrong, and why this file looks as it does: one table shared by all depths must not move between depths (so statistics wait
+in buffers until `update`); distances in bf16 flip codes (so autocast is off inside); "restart codes used less than once" restarts most
+codes of a small run at every step (so the threshold is relative, with a grace period); every rank must restart the same codes with the same
+vectors (so they are drawn from the global batch by a seeded generator).
 
 Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B*N vectors, T tables (1 if shared over depths, else D),
 W numbers in a code vector.
@@ -39,11 +40,13 @@ CELLS = {"cpu": 2 ** 20}        # distances at once: on a CPU what fits a cache,
 
 def nearest(x: Tensor, table: Tensor, fused: bool = False) -> Tensor:
     """Index of the nearest row of table (K, E) for each row of x (M, E), by squared Euclidean distance in fp32: (M,) int64.
-    |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time. fused: by one kernel, in which they never leave the chip."""
+    |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time. fused: by one kernel, in which they never
+    leave the chip."""
     norms, codes = table.square().sum(1), torch.empty(len(x), dtype=torch.int64, device=x.device)
     if fused:
         rows = 64
-        fused_kernel()[(-(-len(x) // rows),)](x.contiguous(), table.contiguous(), norms, codes, len(x), len(table), x.shape[1], max(16, 1 << (x.shape[1] - 1).bit_length()), rows, 64)
+        fused_kernel()[(-(-len(x) // rows),)](x.contiguous(), table.contiguous(), norms, codes, len(x), len(table), x.shape[1],
+                                              max(16, 1 << (x.shape[1] - 1).bit_length()), rows, 64)
         return codes
     rows = max(1, CELLS.get(x.device.type, 2 ** 26) // len(table))
     distances = x.new_empty(min(rows, len(x)), len(table))      # one buffer, filled again and again
@@ -56,8 +59,8 @@ def nearest(x: Tensor, table: Tensor, fused: bool = False) -> Tensor:
 
 @functools.cache
 def fused_kernel():
-    """`nearest` in Triton, which comes with torch's CUDA builds: a program keeps ROWS vectors and the best distance so far in each of COLS columns, and runs down the table.
-    Products are three passes of TF32, as exact as fp32. Raises ValueError where there is no Triton."""
+    """`nearest` in Triton, which comes with torch's CUDA builds: a program keeps ROWS vectors and the best distance so far in each of COLS
+    columns, and runs down the table. Products are three passes of TF32, as exact as fp32. Raises ValueError where there is no Triton."""
     global tl       # a kernel finds names among its module's
     try:
         import triton
@@ -68,11 +71,11 @@ def fused_kernel():
     @triton.jit
     def kernel(x, table, norms, codes, M, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
         row, e, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, COLS)
-        query = -2.0 * tl.load(x + row[:, None] * E + e[None, :], (row[:, None] < M) & (e[None, :] < E), 0.0)                      # (ROWS, WIDTH >= E)
+        query = -2.0 * tl.load(x + row[:, None] * E + e[None, :], (row[:, None] < M) & (e[None, :] < E), 0.0)  # (ROWS, WIDTH >= E)
         best, code = tl.full((ROWS, COLS), float("inf"), tl.float32), tl.zeros((ROWS, COLS), tl.int32)
         for start in range(0, K, COLS):
             k = start + column
-            vectors = tl.load(table + k[None, :] * E + e[:, None], (k[None, :] < K) & (e[:, None] < E), 0.0)                       # (WIDTH, COLS)
+            vectors = tl.load(table + k[None, :] * E + e[:, None], (k[None, :] < K) & (e[:, None] < E), 0.0)  # (WIDTH, COLS)
             distance = tl.dot(query, vectors, input_precision="tf32x3") + tl.load(norms + k, k < K, float("inf"))[None, :]
             closer = distance < best        # of equals the first stays, as in argmin
             best, code = tl.where(closer, distance, best), tl.where(closer, k[None, :], code)
@@ -87,25 +90,26 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 def commitment_loss(z: Tensor, close: Tensor) -> Tensor:
-    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E), which has no gradient."""
+    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E), which has no
+    gradient."""
     return (z - close).square().mean()
 
 
 class Quantizer(nn.Module):
-    """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables, statistics, restarts.
-    A design says in `_search` how it codes.
+    """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables,
+    statistics, restarts. A design says in `_search` how it codes.
 
     tables      how many, T, and `width`, W, the numbers in a code vector
     decay       of the EMA
-    threshold   a code is dead when its EMA count is below this share of the average count; it restarts at a random vector of the global batch
-    grace       updates that a restarted code has to find its place before it can be called dead again
-    seed        of the restarts
+    threshold   a code is dead when its EMA count is below this share of the average count; it restarts at a random vector of the global
+    batch grace       updates that a restarted code has to find its place before it can be called dead again seed        of the restarts
     """
 
     shared = False      # one table for all depths?
     fused = False       # nearest codes by one kernel: CUDA alone
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, tables: int, width: int, decay: float, threshold: float, grace: int, seed: int):
+    def __init__(self, dim: int, codebook_size: int, depth: int, tables: int, width: int, decay: float, threshold: float, grace: int,
+                 seed: int):
         super().__init__()
         self.dim, self.codebook_size, self.depth = dim, codebook_size, depth
         self.decay, self.threshold, self.grace, self.seed = decay, threshold, grace, seed
@@ -131,10 +135,12 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1). Raises ValueError for another E."""
+        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1). Raises ValueError for
+        another E."""
         if z.shape[-1] != self.dim:
             name = type(self).__name__
-            raise ValueError(f"{name}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; check the projection before the quantizer")
+            raise ValueError(f"{name}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; check the projection before the "
+                             "quantizer")
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codes, seen, close = self._search(z.detach().reshape(-1, self.dim))              # (M, D), (M, D, W), (M, D or 1, E)
@@ -161,11 +167,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None):
-        """Move the table by what was chosen since the last call, on all ranks alike. skip: a bool scalar on the device; where true (a step that was
-        not taken) the statistics are dropped and nothing else changes."""
+        """Move the table by what was chosen since the last call, on all ranks alike. skip: a bool scalar on the device; where true (a step
+        that was not taken) the statistics are dropped and nothing else changes."""
         if not self._seen:
             name = type(self).__name__
-            raise RuntimeError(f"{name}.update: nothing was quantized in training mode since the last update; call it once after each optimiser step")
+            raise RuntimeError(f"{name}.update: nothing was quantized in training mode since the last update; call it once after each "
+                               "optimiser step")
         count, total = all_reduce(self.batch_count), all_reduce(self.batch_sum)
         new_count = self.ema_count.lerp(count, 1 - self.decay)
         new_sum = self.ema_sum.lerp(total, 1 - self.decay)
@@ -187,8 +194,8 @@ class Quantizer(nn.Module):
         return count, torch.where(dead[..., None], candidates * count[..., None], total), dead
 
     def _candidates(self) -> Tensor:
-        """One vector of the global batch for every code, the same on all ranks (T, K, W). Vectors are numbered rank by rank, sample by sample, as they
-        would be in a single process with the whole batch; every rank fills in those it owns."""
+        """One vector of the global batch for every code, the same on all ranks (T, K, W). Vectors are numbered rank by rank, sample by
+        sample, as they would be in a single process with the whole batch; every rank fills in those it owns."""
         local = torch.cat(self._seen)                                                        # (M, D, W)
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
         if self._draws is None:
@@ -208,8 +215,8 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, D) -> their code vectors (B, N, D, E), whose sum over D is `embed`. Raises ValueError for another D or a code outside 0..K-1
-        (on a CPU; on CUDA such a code is an indexing error, since looking would cost a synchronisation)."""
+        """Codes (B, N, D) -> their code vectors (B, N, D, E), whose sum over D is `embed`. Raises ValueError for another D or a code
+        outside 0..K-1 (on a CPU; on CUDA such a code is an indexing error, since looking would cost a synchronisation)."""
         name = type(self).__name__
         if codes.shape[-1] != self.depth:
             raise ValueError(f"{name}: got codes of depth {codes.shape[-1]}, expected {self.depth}")
@@ -232,10 +239,11 @@ class Quantizer(nn.Module):
 
 
 class ResidualVQ(Quantizer):
-    """Residual quantizer: each code stands for what the codes before it left. One table of K x E for all depths if `shared` (as the authors' release),
-    else one per depth. The other arguments: see `Quantizer`."""
+    """Residual quantizer: each code stands for what the codes before it left. One table of K x E for all depths if `shared` (as the
+    authors' release), else one per depth. The other arguments: see `Quantizer`."""
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True, threshold: float = 0.1, grace: int = 20,
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True, threshold: float = 0.1,
+                 grace: int = 20,
                  seed: int = 0):
         super().__init__(dim, codebook_size, depth, 1 if shared else depth, dim, decay, threshold, grace, seed)
         self.shared = shared
@@ -253,12 +261,14 @@ class ResidualVQ(Quantizer):
 
 
 class MultiCodebookVQ(Quantizer):
-    """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others. The other arguments:
-    see `Quantizer`. Raises ValueError where E is not a multiple of D."""
+    """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others. The
+    other arguments: see `Quantizer`. Raises ValueError where E is not a multiple of D."""
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, threshold: float = 0.1, grace: int = 20, seed: int = 0):
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, threshold: float = 0.1, grace: int = 20,
+                 seed: int = 0):
         if dim % depth:
-            raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, expected a multiple of {depth}; change the one or the other")
+            raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, expected a multiple of {depth}; change "
+                             "the one or the other")
         super().__init__(dim, codebook_size, depth, depth, dim // depth, decay, threshold, grace, seed)
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,6 +294,7 @@ def histogram(codes: Tensor, codebook_size: int) -> Tensor:
 
 
 def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (..., K) -> share of codes that occur, and exp(entropy) of the distribution: the number of codes that are used as if evenly. (...,) each."""
+    """Counts (..., K) -> share of codes that occur, and exp(entropy) of the distribution: the number of codes that are used as if evenly.
+    (...,) each."""
     p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
     return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()

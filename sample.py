@@ -1,18 +1,19 @@
 """Look at what was trained: reconstruct, paint, ask, edit, evaluate.
 
-    python sample.py --paint "a red circle above a blue square"                 # a picture from text; --n 16 writes a grid
-    python sample.py --ask "what colour is the circle?" --image x.png           # prints the answer; without a question, a caption
-    python sample.py --edit "make the circle green" --image x.png               # original | edited
-    python sample.py --eval                                                     # the table of metrics, and painted samples of every skill
-    python sample.py --reconstruct cat.jpg dog.png                              # original | reconstruction from pixel codes, PSNR and SSIM
-    python sample.py --reconstruct                                              # without a path: eight validation scenes of the built-in world
-    python sample.py --figure layers                                            # the papers' figures; or clusters, features, codes, depth; --images FOLDER
-    python sample.py --paint-file prompts.txt --out out/painted                 # one prompt a line -> 00000.png, ...; again: what is missing
-    python sample.py --answer-file questions.jsonl                              # lines {"image": path, "question": words} -> the same with "answer"
-    python sample.py --fd out/painted photos                                    # Frechet distance between two folders of pictures
+    python sample.py --paint "a red circle above a blue square"         # a picture from text; --n 16 writes a grid
+    python sample.py --ask "what colour is the circle?" --image x.png   # prints the answer; without a question, a caption
+    python sample.py --edit "make the circle green" --image x.png       # original | edited
+    python sample.py --eval                                             # the table of metrics, and painted samples of every skill
+    python sample.py --reconstruct cat.jpg dog.png                      # original | reconstruction from pixel codes, PSNR and SSIM
+    python sample.py --reconstruct                                      # without a path: eight validation scenes of the built-in world
+    python sample.py --figure layers                                    # or clusters, features, codes, depth; --images FOLDER
+    python sample.py --paint-file prompts.txt --out out/painted         # one prompt a line -> 00000.png, ...; again: what is missing
+    python sample.py --answer-file questions.jsonl                      # lines {"image": path, "question": words} -> the same with "answer"
+    python sample.py --fd out/painted photos                            # Frechet distance between two folders of pictures
 
-The last three also run under torchrun, each rank doing its share. Everything comes from the run folders (--tokenizer, --mllm), or, while there are none,
-from the weights that come with this code; pictures go to --out, and their paths are printed. The same --seed gives the same picture.
+The last three also run under torchrun, each rank doing its share. Everything comes from the run folders (--tokenizer, --mllm), or, while
+there are none, from the weights that come with this code; pictures go to --out, and their paths are printed. The same --seed gives the same
+picture.
 """
 
 import argparse
@@ -37,7 +38,8 @@ from rvq import all_reduce
 from tokenizer import DualTokenizer, layer_similarity, read_config, read_json, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge, to_generate
 from train_mllm import flags as train_flags
-from train_tokenizer import VALIDATION_SEED, Parser, Ranks, compile_parts, digest, load_teacher, read_lines, report, run, save_grid, teacher_of, to_picture
+from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, compile_parts, digest, load_teacher, read_lines, report, run, save_grid,
+                             teacher_of, to_picture)
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -49,27 +51,36 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--eval", action="store_true", help="understanding and painting on held-out data, as at the end of training")
     p.add_argument("--reconstruct", nargs="*", metavar="IMAGE", help="images to encode and decode; none: scenes of the built-in world")
     p.add_argument("--paint-file", metavar="FILE", help="texts to paint, one a line, each picture in a file of its own")
-    p.add_argument("--answer-file", metavar="FILE", help='questions, as JSON lines {"image": path, "question": words}; answers go to --out/answers.jsonl')
-    p.add_argument("--fd", nargs=2, metavar="FOLDER", help="two folders of pictures to compare: Frechet distance in the tokenizer's ViT, or in --inception")
+    p.add_argument("--answer-file", metavar="FILE", help='questions, as JSON lines {"image": path, "question": words}; answers go to '
+                                                         '--out/answers.jsonl')
+    p.add_argument("--fd", nargs=2, metavar="FOLDER", help="two folders of pictures to compare: Frechet distance in the tokenizer's ViT, "
+                                                           "or in --inception")
     p.add_argument("--figure", choices=("layers", "clusters", "features", "codes", "depth"), help="drawn to OUT/figure-NAME.png")
     p.add_argument("--images", default="", metavar="FOLDER", help="for --figure: pictures to draw it from")
-    p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT to look into; default: the tokenizer's teacher, else its own ViT")
+    p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT to look into; default: the tokenizer's "
+                                                                  "teacher, else its own ViT")
     p.add_argument("--other", default="", metavar="FOLDER", help="for --figure features: a second tokenizer to compare with")
-    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID (a program, so from a source you trust)")
+    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID (a program, so "
+                                                                   "from a source you trust)")
     p.add_argument("--batch-size", type=int, default=16, help="pictures at a time, for --paint-file, --answer-file and --fd")
     p.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
     p.add_argument("--mllm", default="out/mllm", help="run folder of train_mllm.py, or of one of its stages")
     p.add_argument("--out", default="out/samples", help="folder for pictures")
-    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), or pictures behind a figure (0: up to 256)")
+    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), or pictures "
+                                                    "behind a figure (0: up to 256)")
     p.add_argument("--eval-images", type=int, default=1024, help="size of the evaluation, as in training")
-    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; 1: as trained, and twice as fast")
+    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; 1: as trained, and "
+                                                                                "twice as fast")
     p.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of sampling; 0: always the likeliest code")
     p.add_argument("--top-k", type=int, default=SAMPLING["top_k"], help="sample among so many codes; 0: all")
-    p.add_argument("--top-p", type=float, default=SAMPLING["top_p"], help="sample among the likeliest codes that together have this probability")
+    p.add_argument("--top-p", type=float, default=SAMPLING["top_p"],
+                   help="sample among the likeliest codes that together have this probability")
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next have the next seeds")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the language model's weights and arithmetic; auto: bf16 on CUDA, else fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile transformer layers; on CUDA a position that is painted is then one CUDA graph: for many pictures")
+    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
+                   help="of the language model's weights and arithmetic; auto: bf16 on CUDA, else fp32")
+    p.add_argument("--compile", action="store_true", help="torch.compile transformer layers; on CUDA a position that is painted is then "
+                                                          "one CUDA graph: for many pictures")
     args = p.parse_args(argv)
     names = ("paint", "ask", "edit", "reconstruct", "figure", "paint_file", "answer_file", "fd")
     wishes = [name.replace("_", "-") for name in names if getattr(args, name) is not None] + ["eval"] * args.eval
@@ -90,7 +101,8 @@ def flags(argv=None) -> argparse.Namespace:
     if args.batch_size < 1:
         p.error(f"--batch-size is {args.batch_size}, expected at least 1")
     if args.n < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.eval_images < 2:
-        p.error(f"--n {args.n}, --temperature {args.temperature}, --top-k {args.top_k}: expected 0 or more; --top-p {args.top_p}: above 0, at most 1; --eval-images at least 2")
+        p.error(f"--n {args.n}, --temperature {args.temperature}, --top-k {args.top_k}: expected 0 or more; --top-p {args.top_p}: above 0, "
+                "at most 1; --eval-images at least 2")
     return args
 
 
@@ -119,15 +131,16 @@ def slug(words: str) -> str:
 
 
 def pictures_for(args, size: int, least: int, device, most: int = 256, **world) -> tuple[Tensor, shapes.Scenes | None, str]:
-    """-> --n images (B, 3, size, size), by default at most so many, spread evenly over --images; or else validation scenes of the world that the tokenizer was trained
-    on, by default the plain one, and these scenes; and what they are, in words."""
+    """-> --n images (B, 3, size, size), by default at most so many, spread evenly over --images; or else validation scenes of the world
+    that the tokenizer was trained on, by default the plain one, and these scenes; and what they are, in words."""
     trained = read_config(args.tokenizer).get("data")
     source = args.images or (trained if trained in shapes.DIFFICULTIES else "plain")
     data = ImageData(source, size, train=False) if args.images else shapes.World(source, size, VALIDATION_SEED, "val", **world)
     there = len(data) if args.images else max(args.n, most)
     n = args.n or min(there, most)
     if not least <= n <= there:
-        raise ValueError(f"--figure {args.figure} needs {max(least, args.n)} pictures, got {min(n, there)} of {source}; add pictures, or change --n")
+        raise ValueError(f"--figure {args.figure} needs {max(least, args.n)} pictures, got {min(n, there)} of {source}; add pictures, or "
+                         "change --n")
     if not args.images:
         return data.batch(range(n), device)[0], data.scenes(range(n)), f"{n} scenes of the {source} built-in world"
     images, _, broken = zip(*(data.sample(i * there // n) for i in range(n)))
@@ -147,7 +160,8 @@ def reconstruct(args, tokenizer: DualTokenizer, device):
     for i, name in enumerate(names):
         pair, path = slice(i, i + 1), os.path.join(args.out, f"{name}-reconstruction.png")
         save_grid([torch.cat([images[pair], rebuilt[pair]])], path, cell=256)
-        print(f"{path}  {size} px  PSNR {psnr(rebuilt[pair], images[pair]).item():.2f} dB  SSIM {ssim(rebuilt[pair], images[pair]).item():.3f}")
+        print(f"{path}  {size} px  PSNR {psnr(rebuilt[pair], images[pair]).item():.2f} dB  SSIM "
+              f"{ssim(rebuilt[pair], images[pair]).item():.3f}")
 
 
 @torch.no_grad()
@@ -171,7 +185,8 @@ def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device,
             print(answer if len(images) == 1 else f"{path}: {answer}")
         return
     for i, name in enumerate(numbered([stem(path) for path in args.image])):
-        codes = model.paint([args.edit] * n, pictures[i:i + 1].expand(n, *pictures.shape[1:]), seeds=list(range(args.seed, args.seed + n)), progress=True, **how)
+        codes = model.paint([args.edit] * n, pictures[i:i + 1].expand(n, *pictures.shape[1:]), seeds=list(range(args.seed, args.seed + n)),
+                            progress=True, **how)
         path = os.path.join(args.out, f"{name}-{slug(args.edit)}.png")
         save_grid([torch.cat([images[i:i + 1], tokenizer.decode(codes)])], path, cell=256 if n == 1 else 96)
         print(path)
@@ -185,12 +200,15 @@ def batches(items: list, args, ranks: Ranks, what: str):
 
 @torch.no_grad()
 def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, how: dict):
-    """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those that are there are kept, so that a run that stopped goes on."""
+    """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those that are there are kept, so that a run that stopped goes
+    on."""
     os.makedirs(args.out, exist_ok=True)
     prompts, n = read_lines(args.paint_file), args.n or 1
-    wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts) if prompt.strip() for k in range(n)]
+    wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts)
+              if prompt.strip() for k in range(n)]
     missing = [item for item in wanted if not os.path.exists(item[2])]
-    path, asked = os.path.join(args.out, "asked.json"), {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model), **{name: value for name, value in how.items() if name != "graph"}}
+    path, asked = os.path.join(args.out, "asked.json"), {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model),
+                                                         **{name: value for name, value in how.items() if name != "graph"}}
     if os.path.exists(path) and read_json(path) != asked:
         raise ValueError(f"{args.out} holds pictures of other prompts, or of another model, seed or sampling; name another --out")
     if ranks.first:
@@ -205,12 +223,14 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
 
 @torch.no_grad()
 def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: Ranks):
-    """Every record with its answer, in order. A record without a readable image is left out, counted and named. Paths are relative to the file."""
+    """Every record with its answer, in order. A record without a readable image is left out, counted and named. Paths are relative to the
+    file."""
     records, broken, done = [], [], {}
     for number, line in enumerate(read_lines(args.answer_file), 1):
         try:
             record = json.loads(line)
-            records.append((number, record, os.path.join(os.path.dirname(args.answer_file), record["image"]), str(record.get("question", ""))))
+            records.append((number, record, os.path.join(os.path.dirname(args.answer_file), record["image"]),
+                            str(record.get("question", ""))))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken.append(f"line {number} is no record with an image: {line[:60]!r}") if line.strip() and ranks.first else None
     for part in batches(records, args, ranks, "answering"):
@@ -226,11 +246,13 @@ def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: 
             done |= {number: {**record, "answer": answer} for (number, record, *_), answer in zip(whose, answers)}
     rows = ranks.gather_rows({"done": list(done.items()), "broken": broken})
     if not rows["done"]:
-        raise ValueError(f'{args.answer_file} has no record that can be answered, such as {{"image": "a.png", "question": "what is this?"}}' + "".join(f"; the first: {b}" for b in rows["broken"][:1]))
+        raise ValueError(f'{args.answer_file} has no record that can be answered, such as {{"image": "a.png", "question": "what is this?"}}'
+                         + "".join(f"; the first: {b}" for b in rows["broken"][:1]))
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
         path = os.path.join(args.out, "answers.jsonl")
-        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:     # half a letter stays as JSON writes it, "\ud800"
+        # half a letter stays as JSON writes it, "\ud800"
+        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for _, record in sorted(rows["done"], key=lambda row: row[0]))
         os.replace(path + ".tmp", path)
         print(f"{path}: {len(rows['done'])} answers, {len(rows['broken'])} records left out", *rows["broken"][:10], sep="\n  ")
@@ -243,14 +265,17 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
         try:
             inception = torch.jit.load(args.inception, map_location=ranks.device).eval()
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{args.inception} is no TorchScript file ({str(error).splitlines()[0][:100]}); expected the Inception of the usual FID") from None
+            raise ValueError(f"{args.inception} is no TorchScript file ({str(error).splitlines()[0][:100]}); expected the Inception of the "
+                             "usual FID") from None
         look = lambda images: inception(images, return_features=True)
     else:
         look = lambda images: tokenizer.siglip_model.vision_model(images.float() / 127.5 - 1)[1]
-    both, sides, broken = [ImageData(folder, tokenizer.config.vision.image_size, train=False) for folder in args.fd], [], []        # both, before one is read
+    # both, before one is read
+    both, sides, broken = [ImageData(folder, tokenizer.config.vision.image_size, train=False) for folder in args.fd], [], []
     for folder, data in zip(args.fd, both):
         moments, broken = None, broken + data.broken
-        for images, _, reports in tqdm(data.load(args.batch_size * ranks.count, rank=ranks.rank, ranks=ranks.count), folder, disable=not ranks.first):
+        for images, _, reports in tqdm(data.load(args.batch_size * ranks.count, rank=ranks.rank, ranks=ranks.count), folder,
+                                       disable=not ranks.first):
             broken += reports
             features = look(images.to(ranks.device))
             moments = moments or Moments(features.shape[1], ranks.device)
@@ -260,7 +285,8 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
         for part in (moments.count, moments.sum, moments.outer):
             all_reduce(part)
         sides.append(moments)
-    ranks.say(f"Frechet distance {frechet_distance(*sides):.4f} in {args.inception or 'the ViT of ' + args.tokenizer}, {int(sides[0].count)} and {int(sides[1].count)} pictures, {len(broken)} broken")
+    ranks.say(f"Frechet distance {frechet_distance(*sides):.4f} in {args.inception or 'the ViT of ' + args.tokenizer}, "
+              f"{int(sides[0].count)} and {int(sides[1].count)} pictures, {len(broken)} broken")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,17 +321,21 @@ def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
         draw.text((left - 6, at), str(i), fill="black", font_size=11, anchor="rm")
         draw.text((left + at, side + 6), str(i), fill="black", font_size=11, anchor="mt")
         for j, value in enumerate(row if cell >= 40 else []):
-            draw.text((left + (j + 0.5) * cell, at), f"{value:.2f}", fill="black" if value > (1 + low) / 2 else "white", font_size=12, anchor="mm")
+            draw.text((left + (j + 0.5) * cell, at), f"{value:.2f}", fill="black" if value > (1 + low) / 2 else "white", font_size=12,
+                      anchor="mm")
     draw.text((left + side / 2, side + 24), "layer of the ViT, counted from 1", fill="black", font_size=12, anchor="mt")
     for part, first, last in (("shallow", 0, shallow), ("middle", shallow, middle), ("deep", middle, layers)):
         draw.rectangle((left + first * cell, first * cell, left + last * cell - 1, last * cell - 1), outline="red", width=3)
-        draw.text((left - 26, (first + last) / 2 * cell), f"{part}\n{first + 1} to {last}", fill="red", font_size=13, anchor="rm", align="right")
-    return "How alike are the layers?", f"Cosine similarity of the layers' features, each averaged over positions; mean over {where}. ViT: " \
-        f"{name or args.tokenizer + ', as the tokenizer trained it, since its teacher is not there'}. Red: the split that is found."
+        draw.text((left - 26, (first + last) / 2 * cell), f"{part}\n{first + 1} to {last}", fill="red", font_size=13, anchor="rm",
+                  align="right")
+    vit = name or args.tokenizer + ", as the tokenizer trained it, since its teacher is not there"
+    return ("How alike are the layers?", f"Cosine similarity of the layers' features, each averaged over positions; mean over {where}. "
+            f"ViT: {vit}. Red: the split that is found.")
 
 
 def kmeans(x: Tensor, k: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
-    """Rows of x (B, C) -> each one's cluster (B,), the largest first, and distance to its centre (B,). Begins with always the row furthest from those before."""
+    """Rows of x (B, C) -> each one's cluster (B,), the largest first, and distance to its centre (B,). Begins with always the row furthest
+    from those before."""
     centres = x[:1]
     while len(centres) < k:
         centres = torch.cat([centres, x[torch.cdist(x, centres).amin(1).argmax()][None]])
@@ -317,7 +347,8 @@ def kmeans(x: Tensor, k: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
 
 
 def draw_clusters(sheet, draw, args, tokenizer: DualTokenizer, device, clusters: int = 8, shown: int = 6, cell: int = 64):
-    """DualToken, Fig. 3 right and Fig. 8. What clusters follow: the share of pictures that are of their cluster's commonest kind; chance: with the kinds shuffled."""
+    """DualToken, Fig. 3 right and Fig. 8. What clusters follow: the share of pictures that are of their cluster's commonest kind; chance:
+    with the kinds shuffled."""
     images, scenes, where = pictures_for(args, tokenizer.config.vision.image_size, clusters, device, single=1.0)
     thumbs, step, mixed = to_picture(images), cell + 3, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     kinds = {"colour": scenes.colour[:, 0], "shape": scenes.shape[:, 0], "ground": scenes.look[:, 1]} if scenes else {}
@@ -325,18 +356,21 @@ def draw_clusters(sheet, draw, args, tokenizer: DualTokenizer, device, clusters:
         left, (cluster, distance) = 10 + half * (110 + shown * step), kmeans(x, clusters)
         purity = lambda kind: (F.one_hot(cluster).T @ F.one_hot(kind)).amax(1).sum().item() / len(kind)
         told = ", ".join(f"{kind} {purity(x):.0%} (chance {purity(x[mixed]):.0%})" for kind, x in kinds.items())
-        draw.text((left, 4), f"FEATURES OF THE {name.upper()}\n" + f"Pictures that agree with most of their cluster in\n{told}" * bool(kinds), fill="black", font_size=13)
+        draw.text((left, 4), f"FEATURES OF THE {name.upper()}\n" + f"Pictures that agree with most of their cluster in\n{told}"
+                  * bool(kinds), fill="black", font_size=13)
         for k in range(clusters):
             members, y = (cluster == k).nonzero()[:, 0], 66 + k * step
             draw.text((left, y + cell / 2), f"cluster {k + 1}\n{len(members)} pictures", fill="black", font_size=12, anchor="lm")
             for n, i in enumerate(members[distance[members].argsort()][:shown].tolist()):
                 sheet.paste(thumbs[i].resize((cell, cell), Image.Resampling.BOX), (left + 76 + n * step, y))
-    return "What do shallow and deep features tell apart?", f"k-means of features averaged over positions, of {where}. A row: the pictures nearest to a cluster's centre."
+    return ("What do shallow and deep features tell apart?", f"k-means of features averaged over positions, of {where}. A row: the "
+                                                             "pictures nearest to a cluster's centre.")
 
 
 def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int = 400, top: int = 40):
     """DualToken, Fig. 6, with principal components in place of UMAP."""
-    tokenizers = [(args.tokenizer, tokenizer)] + ([(args.other, DualTokenizer.from_pretrained(args.other).to(device))] if args.other else [])
+    tokenizers = [(args.tokenizer, tokenizer)] + ([(args.other, DualTokenizer.from_pretrained(args.other).to(device))]
+                                                  if args.other else [])
     for panel, (folder, model) in enumerate(tokenizers):
         images, _, where = pictures_for(args, model.config.vision.image_size, 3, device)
         sets, left = features_of(model, images), 20 + panel * (side + 20)
@@ -344,29 +378,32 @@ def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int
         everything, centres = torch.cat(list(sets.values())), [x.mean(0) for x in sets.values()]
         u, s, _ = torch.linalg.svd(everything - everything.mean(0), full_matrices=False)
         xy, share = u[:, :2] * s[:2] * torch.tensor([1.0, -1.0]), s.square() / s.square().sum()
-        parts = (torch.tensor([left, top]) + side / 2 + xy / xy.abs().amax() * 0.44 * side).split(len(images))                 # one scale on both axes
+        parts = (torch.tensor([left, top]) + side / 2 + xy / xy.abs().amax() * 0.44 * side).split(len(images))  # one scale on both axes
         spread = torch.cat([x - centre for x, centre in zip(sets.values(), centres)]).norm(dim=1).mean()
         draw.rectangle((left, top, left + side, top + side), outline="gray")
         for x, y, pen in ((x, y, pen) for part, pen in zip(parts, PENS) for x, y in part.tolist()):
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=pen)
         for n, (name, part, pen) in enumerate(zip(sets, parts, PENS)):      # one name above its dots, the next below
-            at = part[:, 0].mean().clamp(left + 60, left + side - 60).item(), (part[:, 1].amax() + 10 if n % 2 else part[:, 1].amin() - 10).item()
+            at = part[:, 0].mean().clamp(left + 60, left + side - 60).item(), (part[:, 1].amax() + 10
+                                                                               if n % 2 else part[:, 1].amin() - 10).item()
             draw.text(at, name, fill=pen, font_size=14, anchor="mm", stroke_width=3, stroke_fill="white")
-        draw.text((left, top + side + 6), f"to the right: first component, {share[0]:.0%} of the variance; up: second, {share[1]:.0%}", fill="black", font_size=13)
+        draw.text((left, top + side + 6), f"to the right: first component, {share[0]:.0%} of the variance; up: second, {share[1]:.0%}",
+                  fill="black", font_size=13)
         words = f"\ndistance of the means: {(centres[0] - centres[-1]).norm() / spread:.2f} spreads (below 1: they overlap)"
         draw.text((left, 0), f"tokenizer {folder}" + words * (len(sets) > 1), fill="black", font_size=13)
-    return "Do pixels and semantics lie in one space?", f"Principal components of the features that feed the streams, averaged over positions; dots: {where}. " \
-        "A spread is the mean distance from the mean of its set."
+    return ("Do pixels and semantics lie in one space?", "Principal components of the features that feed the streams, averaged over "
+            f"positions; dots: {where}. A spread is the mean distance from the mean of its set.")
 
 
 def telling_codes(codes: Tensor, k: int, pictures: int) -> tuple[list[int], list[int]]:
-    """Codes (B, N), one a position -> at most k codes that mark things, and the pictures that show them best. A thing is elsewhere in each picture, and all in one
-    place: the variance of the code's mean position between pictures, less that of its positions within one, is large. Of a ground, or a corner, it is not."""
+    """Codes (B, N), one a position -> at most k codes that mark things, and the pictures that show them best. A thing is elsewhere in each
+    picture, and all in one place: the variance of the code's mean position between pictures, less that of its positions within one, is
+    large. Of a ground, or a corner, it is not."""
     grid, found = round(codes.shape[1] ** 0.5), codes.unique()
     place, scores = torch.cartesian_prod(*[torch.arange(grid) / grid] * 2), []                  # (N, 2)
     for code in found:
         member = (codes[(codes == code).any(1)] == code).float()                                # (pictures that have it, N)
-        rare, wide = len(member) < max(2, len(codes) // 20), member.mean() > 0.25               # nowhere to be seen, or a ground that comes in patches
+        rare, wide = len(member) < max(2, len(codes) // 20), member.mean() > 0.25  # nowhere to be seen, or a ground that comes in patches
         member /= member.sum(1, keepdim=True)
         mean = member @ place
         within = (member @ place.square() - mean.square()).mean(0)
@@ -390,17 +427,20 @@ def draw_codes(sheet, draw, args, tokenizer: DualTokenizer, device, columns: int
     """MUSE-VL, Fig. 5."""
     images, _, where = pictures_for(args, tokenizer.config.vision.image_size, 2, device, single=0.0)
     if not tokenizer.design.means:
-        raise ValueError(f"the design {tokenizer.config.design} learns no semantics, so that its codes mark nothing; name a tokenizer of another design")
+        raise ValueError(f"the design {tokenizer.config.design} learns no semantics, so that its codes mark nothing; name a tokenizer of "
+                         "another design")
     codes, c = torch.cat([tokenizer.encode(part)[:, :, -1, 0].cpu() for part in images.split(16)]), tokenizer.config.vision
     chosen, order = telling_codes(codes, len(PENS), shown)
     cell, pens = max(224, 12 * c.grid), dict(zip(chosen, PENS))
     for n, (i, picture) in enumerate(zip(order, to_picture(images[order]))):
         left, top = 8 + n % columns * (cell + 8), n // columns * (cell + 60)
-        sheet.paste(boxed(picture.resize((cell, cell), Image.Resampling.BOX), codes[i].tolist(), c.patch_size * cell / c.image_size, pens), (left, top))
+        sheet.paste(boxed(picture.resize((cell, cell), Image.Resampling.BOX), codes[i].tolist(), c.patch_size * cell / c.image_size, pens),
+                    (left, top))
         for m, code in enumerate(code for code in chosen if code in codes[i]):
-            draw.text((left + m % 2 * cell // 2, top + cell + 4 + m // 2 * 17), f"code {code}: {(codes[i] == code).sum()} x", fill=pens[code], font_size=14)
-    return "What do semantic codes mark?", "Boxes of one colour: patches with the same semantic code (the first of their position); below, how often each is there. " \
-        f"Of {where}, those codes whose place differs most between pictures and least within one."
+            draw.text((left + m % 2 * cell // 2, top + cell + 4 + m // 2 * 17), f"code {code}: {(codes[i] == code).sum()} x",
+                      fill=pens[code], font_size=14)
+    return ("What do semantic codes mark?", "Boxes of one colour: patches with the same semantic code (the first of their position); "
+            f"below, how often each is there. Of {where}, those codes whose place differs most between pictures and least within one.")
 
 
 def draw_depth(sheet, draw, args, tokenizer: DualTokenizer, device, shown: int = 6, cell: int = 112):
@@ -414,7 +454,8 @@ def draw_depth(sheet, draw, args, tokenizer: DualTokenizer, device, shown: int =
         draw.text((left + cell / 2, 36), title, fill="black", font_size=14, anchor="md", align="center")
         for n, picture in enumerate(to_picture(column[:shown])):
             sheet.paste(picture.resize((cell, cell), Image.Resampling.BOX), (left, 42 + n * (cell + 4)))
-    return "What does each pixel code add?", f"Pictures decoded from the first codes of each position; above them, the mean PSNR over {where}."
+    return ("What does each pixel code add?",
+            f"Pictures decoded from the first codes of each position; above them, the mean PSNR over {where}.")
 
 
 @torch.no_grad()
@@ -434,12 +475,14 @@ def figure(args, tokenizer: DualTokenizer, device):
 
 
 def or_weights(args, needed: tuple, say):
-    """Where no run was named, and there is none of one's own, the weights that come with this code, and that is said. A model and its tokenizer come together."""
+    """Where no run was named, and there is none of one's own, the weights that come with this code, and that is said. A model and its
+    tokenizer come together."""
     missing = [name for name in needed if not os.path.exists(os.path.join("out", name, "config.json"))]
     if missing and all(getattr(args, name) == f"out/{name}" for name in needed):
         for name in needed:
             setattr(args, name, os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", name))
-        say(f"nothing is trained in out/{' and out/'.join(missing)} yet: these are the weights that come with the code (preset nano, the built-in world)")
+        say(f"nothing is trained in out/{' and out/'.join(missing)} yet: these are the weights that come with the code (preset nano, the "
+            "built-in world)")
 
 
 def main(argv=None):
@@ -455,7 +498,8 @@ def main(argv=None):
         return fd(args, tokenizer, ranks)
     model = to_generate(DualMLLM.from_pretrained(args.mllm), args.precision, ranks.device)
     if model.config.tables_sha256 != code_tables(tokenizer)[1]:
-        raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its --tokenizer")
+        raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its "
+                         "--tokenizer")
     run_config = read_config(args.mllm)
     encode = encoder(model.config, tokenizer, args.tokenizer, run_config.get("teacher", ""))
     how = dict(guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, graph=args.compile)
@@ -464,15 +508,19 @@ def main(argv=None):
     if args.eval:
         data, grid = SimpleNamespace(source=run_config.get("data")), os.path.join(args.out, "painted.png")
         if not data.source:
-            raise ValueError(f"{args.mllm}/config.json does not say what the model was trained on, so there is nothing to evaluate it on; name a run folder of train_mllm.py")
+            raise ValueError(f"{args.mllm}/config.json does not say what the model was trained on, so there is nothing to evaluate it on; "
+                             "name a run folder of train_mllm.py")
         if data.source == "none":
-            raise ValueError(f"{args.mllm} was trained on records alone, and none are held out for this script; its metrics.json has what training measured")
+            raise ValueError(f"{args.mllm} was trained on records alone, and none are held out for this script; its metrics.json has what "
+                             "training measured")
         os.makedirs(args.out, exist_ok=True)
         if data.source not in shapes.DIFFICULTIES:
             more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])
-            data = ImageSequences(data.source, more, ranks, model.text, model.config, tokenizer.config.vision.image_size, encode, train=False)
+            data = ImageSequences(data.source, more, ranks, model.text, model.config, tokenizer.config.vision.image_size, encode,
+                                  train=False)
         kinds = ("caption", "question", *(["paint"] if model.heads else []))
-        metrics = evaluate(model, tokenizer, judge(tokenizer, args.tokenizer, ranks) if data.source in shapes.DIFFICULTIES else None, data, encode, args.eval_images, ranks, grid, kinds, how)
+        metrics = evaluate(model, tokenizer, judge(tokenizer, args.tokenizer, ranks) if data.source in shapes.DIFFICULTIES else None, data,
+                           encode, args.eval_images, ranks, grid, kinds, how)
         write_json(os.path.join(args.out, "metrics.json"), metrics)
         report(metrics)
         return print(os.path.join(args.out, "metrics.json"), grid if model.heads else "")

@@ -10,10 +10,12 @@
     vectors = tokenizer.embed(codes)            # (B, N, S*E), what a language model reads
     pooled = tokenizer.pool(images)             # (B, C), through the semantic codes
 
-That is the design `dual`. The others that the papers compare it with are rows of a table, DESIGNS: which features feed which stream, and which losses apply.
+That is the design `dual`. The others that the papers compare it with are rows of a table, DESIGNS: which features feed which stream, and
+which losses apply.
 
-Papers: DualToken (ICLR 2026) §3.2, Appendices B and F.4; SigLIP (Zhai et al. 2023); MUSE-VL (Xie et al. 2025). SigLIP's parameters have Hugging Face's names, the rest has the names of the
-authors' released checkpoints, so loading is nearly the identity. In SigLIP's place there can be CLIP (Radford et al. 2021), or a ViT of the timm package.
+Papers: DualToken (ICLR 2026) §3.2, Appendices B and F.4; SigLIP (Zhai et al. 2023); MUSE-VL (Xie et al. 2025). SigLIP's parameters have
+Hugging Face's names, the rest has the names of the authors' released checkpoints, so loading is nearly the identity. In SigLIP's place
+there can be CLIP (Radford et al. 2021), or a ViT of the timm package.
 
 Letters: B batch, N image positions, C width, E code dimension, D depth, K codebook size, S streams, L layers, T text length, V vocabulary.
 """
@@ -42,16 +44,16 @@ from rvq import QUANTIZERS
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration and presets
 
-ACTIVATIONS = {"gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS = {"gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu,
+               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
 @dataclass(frozen=True)
 class Design:
-    """Which features each stream's codes are made of, and which losses apply (names as in `losses.Weights`). The first stream is decoded to images where there is a
-    loss of pixels; the last one becomes the deep state where there is a semantic loss. Features, of which several are added at width C:
-    shallow, deep   the ViT's patches after that layer
-    encoder         those of a convolutional encoder of its own, with no ViT
-    teacher         patches after the deep layer of a frozen copy of the ViT
+    """Which features each stream's codes are made of, and which losses apply (names as in `losses.Weights`). The first stream is decoded to
+    images where there is a loss of pixels; the last one becomes the deep state where there is a semantic loss. Features, of which several
+    are added at width C: shallow, deep   the ViT's patches after that layer encoder         those of a convolutional encoder of its own,
+    with no ViT teacher         patches after the deep layer of a frozen copy of the ViT
     """
     streams: dict
     losses: tuple
@@ -76,30 +78,32 @@ class Design:
 
 
 _PIXELS, _MEANING = ("pixel", "perceptual", "adversarial", "commitment"), ("deep", "pooled", "commitment")
-_SDE = dict(losses=("cosine", "commitment"), semantic_layers=3, sizes=dict(depth=1), paper_sizes=dict(codebook_size=32_768, code_dim=8))     # layers: BEiT v2's, which MUSE-VL follows
+# layers: BEiT v2's, which MUSE-VL follows
+_SDE = dict(losses=("cosine", "commitment"), semantic_layers=3, sizes=dict(depth=1), paper_sizes=dict(codebook_size=32_768, code_dim=8))
 DESIGNS = {
-    "dual": Design(dict(pixel=("shallow",), semantic=("deep",)), _PIXELS + _MEANING),                                   # DualToken, Table 3 (d)
-    "naive": Design(dict(unified=("deep",)), _PIXELS + _MEANING),                                                       # Table 3 (a), in the manner of VILA-U
+    "dual": Design(dict(pixel=("shallow",), semantic=("deep",)), _PIXELS + _MEANING),  # DualToken, Table 3 (d)
+    "naive": Design(dict(unified=("deep",)), _PIXELS + _MEANING),  # Table 3 (a), in the manner of VILA-U
     "recon-deep": Design(dict(unified=("deep",)), _PIXELS),                                                             # (b)
     "recon-shallow": Design(dict(unified=("shallow",)), _PIXELS),                                                       # (c)
-    "quantised": Design(dict(unified=("deep",)), _MEANING, vit=False),                                                  # "initial state, quantized"
+    "quantised": Design(dict(unified=("deep",)), _MEANING, vit=False),  # "initial state, quantized"
     "dual-encoder": Design(dict(pixel=("encoder",), semantic=("deep",)), _PIXELS + _MEANING, vit=False),                # App. F.4, Table 6
     "sde": Design(dict(unified=("deep", "teacher")), **_SDE | dict(losses=_PIXELS + ("cosine",))),                      # MUSE-VL
-    "sde-image": Design(dict(unified=("deep",)), **_SDE | dict(losses=_PIXELS, semantic_layers=0)),                     # its Table 6, the image branch alone
-    "sde-semantic": Design(dict(unified=("deep",)), **_SDE, vit=False),                                                 # the semantic branch alone
+    "sde-image": Design(dict(unified=("deep",)), **_SDE | dict(losses=_PIXELS, semantic_layers=0)),  # its Table 6, the image branch alone
+    "sde-semantic": Design(dict(unified=("deep",)), **_SDE, vit=False),  # the semantic branch alone
 }
 SHORT = {"pixel": "pix", "semantic": "sem", "unified": "uni"}       # of the streams, in the names of weights
 
 
 def check_fields(config):
-    """Of a dataclass of sizes, perhaps read from a stranger's file: each value has its field's type, and no number is beyond any model, so that nothing is built without end.
-    Raises ValueError with the field's name."""
+    """Of a dataclass of sizes, perhaps read from a stranger's file: each value has its field's type, and no number is beyond any model, so
+    that nothing is built without end. Raises ValueError with the field's name."""
     for f in fields(config):
         value, counts = getattr(config, f.name), f.type is int
         most = 1 << 24 if counts and not any(word in f.name for word in ("layers", "blocks", "depth")) else 1000
         kinds = {float: (int, float), tuple: (tuple, list)}.get(f.type, (f.type,))
         if type(value) not in kinds or counts and not 0 <= value <= most or f.type is float and not math.isfinite(value):
-            raise ValueError(f"{f.name} is {brief(value)}, expected {f'a whole number from 0 to {most:,}' if counts else f'a {f.type.__name__}'}")
+            raise ValueError(f"{f.name} is {brief(value)}, expected "
+                             f"{f'a whole number from 0 to {most:,}' if counts else f'a {f.type.__name__}'}")
 
 
 @dataclass
@@ -125,9 +129,11 @@ class TowerConfig:
 class VisionConfig(TowerConfig):
     image_size: int = 224               # pixels a side
     patch_size: int = 16
-    class_token: bool = False           # CLIP: it stands before the patches and is pooled; with it come a norm before the layers, and patches without bias
+    class_token: bool = False           # CLIP: it stands before the patches and is pooled; with it come a norm before the layers, and
+                                        # patches without bias
     projection_dim: int = 0             # CLIP: of the pooled embedding
-    pixel_mean: list = field(default_factory=lambda: [0.5] * 3)     # of pixels in [0, 1], as the ViT was trained: images in [-1, 1] are converted inside
+    pixel_mean: list = field(default_factory=lambda: [0.5] * 3)     # of pixels in [0, 1], as the ViT was trained: images in [-1, 1] are
+                                                                    # converted inside
     pixel_std: list = field(default_factory=lambda: [0.5] * 3)
     timm: dict = field(default_factory=dict)    # arguments that rebuild a ViT of the timm package; empty: SigLIP or CLIP
 
@@ -135,11 +141,15 @@ class VisionConfig(TowerConfig):
         super().__post_init__()
         if not self.patch_size:
             raise ValueError("patch_size is 0, expected at least 1 pixel")
-        if any(len(x) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in x) for x in (self.pixel_mean, self.pixel_std)) or min(self.pixel_std) <= 0:
-            raise ValueError(f"pixel_mean is {brief(self.pixel_mean)} and pixel_std {brief(self.pixel_std)}, expected three numbers each, and deviations above 0")
+        if any(len(x) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
+               for x in (self.pixel_mean, self.pixel_std)) or min(self.pixel_std) <= 0:
+            raise ValueError(f"pixel_mean is {brief(self.pixel_mean)} and pixel_std {brief(self.pixel_std)}, expected three numbers each, "
+                             "and deviations above 0")
         name = self.timm.get("model_name")
-        if self.timm and (not isinstance(name, str) or ":" in name or any(word in key for key in self.timm for word in ("pretrained", "checkpoint"))):
-            raise ValueError(f"timm is {brief(self.timm)}, expected the model_name of an architecture, and its arguments: weights come from model.safetensors alone")
+        if self.timm and (not isinstance(name, str) or ":" in name
+                          or any(word in key for key in self.timm for word in ("pretrained", "checkpoint"))):
+            raise ValueError(f"timm is {brief(self.timm)}, expected the model_name of an architecture, and its arguments: weights come "
+                             "from model.safetensors alone")
 
     @property
     def grid(self) -> int:
@@ -191,20 +201,24 @@ class TokenizerConfig:
         self.deep_layer = self.deep_layer or layers - 1
         self.latent_grid = self.latent_grid or self.vision.grid
         if (painted := self.latent_grid * 2 ** (len(self.decoder_multipliers) - 1)) > 4 * self.vision.image_size:
-            raise ValueError(f"latent_grid {self.latent_grid} and {len(self.decoder_multipliers)} decoder_multipliers make pictures of {painted} pixels out of {self.vision.image_size}; choose fewer")
+            raise ValueError(f"latent_grid {self.latent_grid} and {len(self.decoder_multipliers)} decoder_multipliers make pictures of "
+                             f"{painted} pixels out of {self.vision.image_size}; choose fewer")
         for name, n in (("shallow", self.shallow_layer), ("deep", self.deep_layer), ("shortcut", self.shortcut_layer)):
             if not 0 <= n <= layers:
                 raise ValueError(f"there is no {name} layer {n}: the ViT has layers 1 to {layers}")
         if not 1 <= self.shallow_layer <= self.deep_layer <= layers or not 0 <= self.shortcut_layer <= self.deep_layer:
-            raise ValueError(f"shallow layer {self.shallow_layer}, deep layer {self.deep_layer}, shortcut layer {self.shortcut_layer}: expected "
+            raise ValueError(f"shallow layer {self.shallow_layer}, deep layer {self.deep_layer}, shortcut layer {self.shortcut_layer}: "
+                             "expected "
                              f"1 <= shallow <= deep <= {layers} and 0 <= shortcut <= deep")
         for name in ("codebook_size", "depth", "code_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if width % self.code_dim:
-            raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: the projections average width / E heads")
+            raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: the projections average width / "
+                             "E heads")
         if self.quantizer == "mcq" and self.code_dim % self.depth:
-            raise ValueError(f"the code dimension {self.code_dim} is not a multiple of the depth {self.depth}: mcq splits a vector into as many equal chunks; choose another --code-dim or --depth")
+            raise ValueError(f"the code dimension {self.code_dim} is not a multiple of the depth {self.depth}: mcq splits a vector into as "
+                             "many equal chunks; choose another --code-dim or --depth")
         self.shared_codebook &= self.quantizer != "mcq"
         if self.shortcut_layer and self.design != "dual":
             raise ValueError(f"a shortcut layer goes with the design dual, got {self.design}; leave it out")
@@ -241,7 +255,8 @@ PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and 
         shallow_layer=2, codebook_size=512, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 2), decoder_blocks=0,
         decoder_groups=8, decoder_in=64),
     "small": dict(
-        vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8), text=_sizes(256, 512, 3, 4, vocab_size=257, max_position_embeddings=64),
+        vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8),
+        text=_sizes(256, 512, 3, 4, vocab_size=257, max_position_embeddings=64),
         codebook_size=1024, depth=4, code_dim=32, decoder_channels=64, decoder_multipliers=(1, 2, 2, 4), decoder_blocks=1,
         decoder_groups=16, decoder_in=256),
     "siglip-l-256": dict(
@@ -257,8 +272,9 @@ PAPER = ("siglip-l-256", "so400m-384", "siglip2-so-256")      # the presets of t
 
 
 def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) -> TokenizerConfig:
-    """The configuration of a preset, at another resolution if image_size is given, with another number of layers in the ViT (and then the pixel stream from their first
-    quarter), with the sizes of a design that has its own, and with other changes by field name. Raises ValueError for an unknown preset or design, or sizes that do not fit together."""
+    """The configuration of a preset, at another resolution if image_size is given, with another number of layers in the ViT (and then the
+    pixel stream from their first quarter), with the sizes of a design that has its own, and with other changes by field name. Raises
+    ValueError for an unknown preset or design, or sizes that do not fit together."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
     design = DESIGNS.get(changes.get("design", "dual"), DESIGNS["dual"])
@@ -268,9 +284,11 @@ def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) ->
     if side < 16:
         raise ValueError(f"image size {side} is too small; expected at least 16 pixels")
     if side % scale or side < scale:
-        raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; choose one, such as {max(1, side // scale) * scale}")
+        raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; choose one, such as "
+                         f"{max(1, side // scale) * scale}")
     # Patches of any size: what the decoder gets is resized to its scale, such as 27 -> 24 -> 384 pixels for patches of 14.
-    return TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"]), latent_grid=side // scale))
+    return TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"]),
+                                  latent_grid=side // scale))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,11 +298,14 @@ BYTES, PAD = 257, 256       # ids of a tower that reads UTF-8 bytes, and the one
 
 
 class TextVocabulary:
-    """Captions to the ids that a text tower was trained on. A table of 257 rows reads UTF-8 bytes; any other goes with the tokenizer.json of its folder, SigLIP's
-    (Unigram), SigLIP2's (Gemma's) or CLIP's, read by the package tokenizers when a caption first comes. Nothing of it is unpickled."""
-    # First, last and padding id as published, and what their processors do beforehand: big_vision trained SigLIP without capitals and punctuation, SigLIP2 without capitals.
+    """Captions to the ids that a text tower was trained on. A table of 257 rows reads UTF-8 bytes; any other goes with the tokenizer.json
+    of its folder, SigLIP's (Unigram), SigLIP2's (Gemma's) or CLIP's, read by the package tokenizers when a caption first comes. Nothing of
+    it is unpickled."""
+    # First, last and padding id as published, and what their processors do beforehand: big_vision trained SigLIP without capitals and
+    # punctuation, SigLIP2 without capitals.
     KINDS = {"CLIP": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", str), "SigLIP2": ("", "<eos>", "<pad>", str.lower),
-             "SigLIP": ("", "</s>", "</s>", lambda text: " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split()))}
+             "SigLIP": ("", "</s>", "</s>",
+                        lambda text: " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split()))}
 
     def __init__(self, config: TextConfig | None, folder: str = ""):
         """config: None where there is no text tower."""
@@ -300,14 +321,15 @@ class TextVocabulary:
         if not self.size:
             return "a ViT of timm has no text tower"
         if self.size != BYTES and not self.files:
-            return f"the text tower has {self.size:,} ids, and no {self.path} says which they are; put the checkpoint's tokenizer.json there"
+            return (f"the text tower has {self.size:,} ids, and no {self.path} says which they are; put the checkpoint's tokenizer.json "
+                    "there")
         if self.files and not importlib.util.find_spec("tokenizers"):
             return f"the vocabulary {self.path} is read by the package tokenizers, which is not here: pip install tokenizers"
         return ""
 
     def ids(self, captions: list[str]) -> Tensor:
-        """List of B strings -> (B, T) int64, padded to the tower's length; longer captions are cut before their last mark. Raises ValueError where the
-        vocabulary or its package is missing, or it is damaged or not this tower's."""
+        """List of B strings -> (B, T) int64, padded to the tower's length; longer captions are cut before their last mark. Raises
+        ValueError where the vocabulary or its package is missing, or it is damaged or not this tower's."""
         if self.lacking:
             raise ValueError(self.lacking)
         first, last, pad, prepare, encode = self.reader = self.reader or self._read()
@@ -326,17 +348,21 @@ class TextVocabulary:
         try:
             reader = Tokenizer.from_buffer(self.files["tokenizer.json"])
         except Exception as error:      # the package raises bare ones
-            raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); copy it again from where the checkpoint is") from None
+            raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); copy it again from where the checkpoint "
+                             "is") from None
         table = reader.get_vocab()
         if len(table) != self.size or max(table.values()) >= self.size:
-            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, and the text tower a table of {self.size:,}; "
+            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, and the text tower a table of "
+                             f"{self.size:,}; "
                              "take the tokenizer.json of the same checkpoint")
         found = next((marks for marks in self.KINDS.values() if all(mark in table for mark in marks[:3] if mark)), None)
         if not found:
-            raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; expected the vocabulary of one of these")
+            raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; expected the vocabulary of one "
+                             "of these")
         reader.no_padding(), reader.no_truncation()     # both are ours
         first, last, pad, prepare = found
-        return [table[first]] if first else [], [table[last]], table[pad], prepare, lambda text: reader.encode(text, add_special_tokens=False).ids
+        return [table[first]] if first else [], [table[last]], table[pad], prepare, lambda text: reader.encode(text,
+            add_special_tokens=False).ids
 
     def save(self, folder: str):
         """Copies its files, if any, each under a temporary name first."""
@@ -358,7 +384,8 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))   # (B, heads, N, C / heads)
+        # (B, heads, N, C / heads)
+        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attend(q, k, v, causal=self.causal).transpose(1, 2).flatten(2))
 
 
@@ -413,7 +440,7 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=not c.class_token)
         self.position_embedding = nn.Embedding(c.grid ** 2 + c.class_token, c.hidden_size)
         self.class_embedding = nn.Parameter(torch.randn(c.hidden_size)) if c.class_token else None
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps) if c.class_token else nn.Identity()      # Hugging Face's spelling
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps) if c.class_token else nn.Identity()  # Hugging Face's spelling
         self.pixels = Pixels(c)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -490,8 +517,8 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """ids (B, T) -> (B, C), through a linear head. SigLIP's: padded to the full length (there is no mask), the last position; CLIP's: the end token, where
-    there is one."""
+    """ids (B, T) -> (B, C), through a linear head. SigLIP's: padded to the full length (there is no mask), the last position; CLIP's: the
+    end token, where there is one."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -512,8 +539,8 @@ class TextTower(nn.Module):
 
 
 class SigLIP(nn.Module):
-    """Image and text towers in one space (Zhai et al. 2023); function and files as Hugging Face's SiglipModel, or, where there is a class token, CLIPModel.
-    Around a ViT of timm there is no text tower."""
+    """Image and text towers in one space (Zhai et al. 2023); function and files as Hugging Face's SiglipModel, or, where there is a class
+    token, CLIPModel. Around a ViT of timm there is no text tower."""
 
     def __init__(self, vision: VisionConfig, text: TextConfig, vision_model: nn.Module | None = None):
         """vision_model: one that has its weights already."""
@@ -532,8 +559,9 @@ class SigLIP(nn.Module):
         else:
             self.logit_bias = nn.Parameter(torch.full(shape, -10.0))
         self.apply(_init)
-        nn.init.normal_(self.text_model.embeddings.token_embedding.weight)      # padding is most of a text: small differences would drown in it
-        self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):] = 0.5 * _waves(vision.grid, vision.hidden_size)
+        nn.init.normal_(self.text_model.embeddings.token_embedding.weight)  # padding is most of a text: small differences would drown in it
+        self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):] = 0.5 * _waves(vision.grid,
+            vision.hidden_size)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
@@ -565,22 +593,26 @@ class SigLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, image_size: int = 0) -> "SigLIP":
-        """A folder with config.json and model.safetensors in Hugging Face's layout, of SigLIP, SigLIP2 at fixed resolution, or CLIP; for other images than it was
-        trained on, if image_size (pixels) is given: then its position embeddings are interpolated. Raises ValueError if anything is missing, left over or misshapen."""
+        """A folder with config.json and model.safetensors in Hugging Face's layout, of SigLIP, SigLIP2 at fixed resolution, or CLIP; for
+        other images than it was trained on, if image_size (pixels) is given: then its position embeddings are interpolated. Raises
+        ValueError if anything is missing, left over or misshapen."""
         vision, text = read_towers(folder)
         if vision.timm and image_size not in (0, vision.image_size):
-            raise ValueError(f"the ViT in {folder} is timm's, for {vision.image_size} pixels, and positions of timm are not interpolated here; got image size {image_size}")
+            raise ValueError(f"the ViT in {folder} is timm's, for {vision.image_size} pixels, and positions of timm are not interpolated "
+                             f"here; got image size {image_size}")
         # Checkpoints of old transformers releases also hold the positions 0, 1, 2, ... themselves.
         weights = read_weights(folder, ignore=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"))
         if vision.class_token:
             weights = {renamed(name, CLIP_NAMES): value for name, value in weights.items()}
         resized, name = replace(vision, image_size=image_size or vision.image_size), "vision_model.embeddings.position_embedding.weight"
         if not resized.grid:
-            raise ValueError(f"images of {image_size} pixels are smaller than the patches of the SigLIP in {folder}, {vision.patch_size} pixels a side")
+            raise ValueError(f"images of {image_size} pixels are smaller than the patches of the SigLIP in {folder}, {vision.patch_size} "
+                             "pixels a side")
         own = int(vision.class_token)       # the class token's position stays as it is
         if resized.grid != vision.grid and name in weights and weights[name].dim() == 2 and len(weights[name]) == own + vision.grid ** 2:
             first, rest = weights[name].float().split([own, vision.grid ** 2])
-            grid = F.interpolate(rest.T.unflatten(1, (vision.grid, vision.grid))[None], (resized.grid, resized.grid), mode="bicubic", align_corners=False)[0]
+            grid = F.interpolate(rest.T.unflatten(1, (vision.grid, vision.grid))[None], (resized.grid, resized.grid), mode="bicubic",
+                                 align_corners=False)[0]
             weights[name] = torch.cat([first, grid.flatten(1).T])
         model = built(lambda: cls(resized, text), weights, folder, bool(vision.timm))
         model.read_vocabulary(folder)
@@ -588,18 +620,22 @@ class SigLIP(nn.Module):
 
     @classmethod
     def from_timm(cls, name: str, image_size: int = 0, pretrained: bool = True) -> "SigLIP":
-        """A ViT of the timm package by timm's name, such as "eva02_large_patch14_clip_224", "hf-hub:OWNER/NAME" or "local-dir:FOLDER", with its pretrained weights
-        or, if not pretrained, random ones. Raises ValueError where timm is missing, does not know it, or it is no ViT."""
+        """A ViT of the timm package by timm's name, such as "eva02_large_patch14_clip_224", "hf-hub:OWNER/NAME" or "local-dir:FOLDER", with
+        its pretrained weights or, if not pretrained, random ones. Raises ValueError where timm is missing, does not know it, or it is no
+        ViT."""
         tower = TimmTower.named(name, image_size, pretrained)
         return cls(tower.config, TextConfig(), tower)
 
 
-# What Hugging Face's configurations of CLIP leave out, vision and text; of SigLIP, that is the defaults of our classes. The mean and deviation are OpenAI's.
+# What Hugging Face's configurations of CLIP leave out, vision and text; of SigLIP, that is the defaults of our classes. The mean and
+# deviation are OpenAI's.
 CLIP_DEFAULTS = (dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5, class_token=True,
                       pixel_mean=[0.48145466, 0.4578275, 0.40821073], pixel_std=[0.26862954, 0.26130258, 0.27577711]),
-                 dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
+                 dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_attention_heads=8, max_position_embeddings=77,
+                      hidden_act="quick_gelu",
                       layer_norm_eps=1e-5, causal=True, eos_token_id=49407))
-CLIP_NAMES = {"vision_model.pre_layrnorm.": "vision_model.embeddings.pre_layrnorm.", "visual_projection.": "vision_model.head.", "text_projection.": "text_model.head."}
+CLIP_NAMES = {"vision_model.pre_layrnorm.": "vision_model.embeddings.pre_layrnorm.", "visual_projection.": "vision_model.head.",
+              "text_projection.": "text_model.head."}
 
 
 def renamed(name: str, table: dict[str, str]) -> str:
@@ -608,14 +644,16 @@ def renamed(name: str, table: dict[str, str]) -> str:
 
 
 def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
-    """The sizes in the config.json of a SigLIP or CLIP, and the pixels' mean and deviation in its preprocessor_config.json, where there is one.
-    Raises ValueError for anything else."""
+    """The sizes in the config.json of a SigLIP or CLIP, and the pixels' mean and deviation in its preprocessor_config.json, where there is
+    one. Raises ValueError for anything else."""
     config = read_config(folder)
     if "vision_config" not in config or "text_config" not in config:
-        raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got {', '.join(config)[:120]}")
+        raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got "
+                         f"{', '.join(config)[:120]}")
     kind, defaults = config.get("model_type"), {"siglip": ({}, {}), "timm": ({}, {}), "clip": CLIP_DEFAULTS}
     if not isinstance(kind, str) or kind not in defaults:
-        raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (SigLIP, and SigLIP2 at fixed resolution) or 'clip'")
+        raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (SigLIP, and SigLIP2 at fixed resolution) "
+                         "or 'clip'")
     pixels = {}
     if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
         found = read_config(folder, "preprocessor_config.json")
@@ -626,8 +664,8 @@ def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
 
 
 def _init(module: nn.Module):
-    """Weights such that outputs are as large as inputs, zero biases; norms stay at one. Embeddings start large: at the usual 0.02 they drown in what
-    the first layer adds, and training from scratch is slower."""
+    """Weights such that outputs are as large as inputs, zero biases; norms stay at one. Embeddings start large: at the usual 0.02 they
+    drown in what the first layer adds, and training from scratch is slower."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.2)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -637,7 +675,8 @@ def _init(module: nn.Module):
 
 
 def _waves(grid: int, width: int) -> Tensor:
-    """Sines and cosines of column and row, (grid^2, width): where learned positions start, since neighbours that look alike are found sooner."""
+    """Sines and cosines of column and row, (grid^2, width): where learned positions start, since neighbours that look alike are found
+    sooner."""
     frequency = 100.0 ** -torch.linspace(0, 1, math.ceil(width / 4))
     angle = torch.arange(grid)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], 1)                                          # (grid, width / 2)
@@ -665,7 +704,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
             bias = q.new_full((q.shape[2], k.shape[2]), -math.inf).triu(1) if causal else q.new_zeros(())
         else:
             bias = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf).expand(q.shape[0], q.shape[1], -1, -1).flatten(0, 1)
-        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[3] ** -0.5)     # one pass over (T, T) where scaling and masking are two more
+        # one pass over (T, T) where scaling and masking are two more
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[3] ** -0.5)
         return scores.softmax(-1).unflatten(0, q.shape[:2]) @ v
 
 
@@ -678,18 +718,21 @@ def recomputed(on: bool, function, x: Tensor) -> Tensor:
 # ViTs of the timm package: EVA-02, ViTamin, ...
 
 def timm_model(model_name: str, pretrained: bool, **more) -> nn.Module:
-    """timm.create_model without a classifier. Raises ValueError where timm cannot be imported, cannot make the model, or it is no ViT of square images."""
+    """timm.create_model without a classifier. Raises ValueError where timm cannot be imported, cannot make the model, or it is no ViT of
+    square images."""
     try:
         import timm
     except (ImportError, RuntimeError) as error:        # RuntimeError: a torchvision for another torch
-        raise ValueError(f"the backbone {model_name} needs the package timm, which cannot be imported ({str(error).splitlines()[0][:100]}); "
+        raise ValueError(f"the backbone {model_name} needs the package timm, which cannot be imported "
+                         f"({str(error).splitlines()[0][:100]}); "
                          "pip install timm, with the torchvision that fits this torch") from None
     try:
         model = timm.create_model(model_name, pretrained=pretrained, **more | {"num_classes": 0})
     except Exception as error:      # timm and its hub raise nearly anything
         raise ValueError(f"timm cannot make {model_name!r} ({type(error).__name__}: {(str(error) or '?').splitlines()[0][:150]}); "
                          "expected a name that timm.list_models() gives, hf-hub:OWNER/NAME, or local-dir:FOLDER") from None
-    if missing := [name for name in ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "forward_head", "num_prefix_tokens") if not hasattr(model, name)]:
+    if missing := [name for name in ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "forward_head", "num_prefix_tokens")
+                   if not hasattr(model, name)]:
         raise ValueError(f"{model_name} of timm has no {missing[0]}; expected a plain ViT, such as EVA-02 or ViTamin")
     if len(set(model.patch_embed.grid_size)) > 1:
         raise ValueError(f"{model_name} of timm has {model.patch_embed.grid_size} positions; expected a square")
@@ -712,11 +755,15 @@ class TimmTower(VisionTower):
         again = {"model_name": name}
         if path:
             import timm
-            _, again["model_name"], arguments = getattr(timm.models, f"load_model_config_from_{'path' if source == 'local-dir' else 'hf'}")(path)
+            _, again["model_name"], arguments = getattr(timm.models,
+                                                        f"load_model_config_from_{'path' if source == 'local-dir' else 'hf'}")(path)
             again |= arguments or {}
-        heads = max(1, model.embed_dim // 64) if model.embed_dim % 64 == 0 else 1       # heads and MLP are not timm's, but those of what stands beside its ViT
-        return cls(VisionConfig(hidden_size=model.embed_dim, intermediate_size=4 * model.embed_dim, num_hidden_layers=len(model.blocks), num_attention_heads=heads, image_size=side, patch_size=side // model.patch_embed.grid_size[0],
-                                pixel_mean=list(model.pretrained_cfg["mean"]), pixel_std=list(model.pretrained_cfg["std"]), timm=again | {"img_size": side}), model)
+        # heads and MLP are not timm's, but those of what stands beside its ViT
+        heads = max(1, model.embed_dim // 64) if model.embed_dim % 64 == 0 else 1
+        return cls(VisionConfig(hidden_size=model.embed_dim, intermediate_size=4 * model.embed_dim, num_hidden_layers=len(model.blocks),
+                                num_attention_heads=heads, image_size=side, patch_size=side // model.patch_embed.grid_size[0],
+                                pixel_mean=list(model.pretrained_cfg["mean"]), pixel_std=list(model.pretrained_cfg["std"]),
+                                timm=again | {"img_size": side}), model)
 
     def embeddings(self, images: Tensor) -> Tensor:
         x = self.model._pos_embed(self.model.patch_embed(self.pixels(images)))
@@ -731,7 +778,8 @@ class TimmTower(VisionTower):
 
     def up_to(self, layer: int) -> list[nn.Parameter]:
         later = ("blocks", "norm", "fc_norm", "attn_pool", "head")
-        return [*(p for name, p in self.model.named_parameters() if name.split(".")[0] not in later), *self.model.blocks[:layer].parameters()]
+        return [*(p for name, p in self.model.named_parameters() if name.split(".")[0] not in later),
+                *self.model.blocks[:layer].parameters()]
 
     def pool(self, x: Tensor) -> Tensor:
         return self.model.forward_head(self.model.norm(x), pre_logits=True)
@@ -742,7 +790,8 @@ class TimmTower(VisionTower):
 
 @torch.no_grad()
 def layer_similarity(vit: VisionTower, images: Tensor) -> Tensor:
-    """Eq. 8: cosine similarity between the layers, each averaged over positions, then over images (B, 3, H, W): (L, L), layer n in row n - 1."""
+    """Eq. 8: cosine similarity between the layers, each averaged over positions, then over images (B, 3, H, W): (L, L), layer n in row n -
+    1."""
     rows = []
     for part in images.split(16):
         x, means = vit.embeddings(part), []
@@ -754,9 +803,10 @@ def layer_similarity(vit: VisionTower, images: Tensor) -> Tensor:
 
 
 def split_layers(similarity: Tensor) -> tuple[int, int]:
-    """Similarity (L, L) -> the last layers of the shallow and of the middle part. For the paper's bright squares: the three parts in which a layer is, on average over
-    all layers, most similar to the others of its part. A layer that stands alone counts nothing, or the best parts would be single layers; and since layers are
-    counted, not pairs of them, no part wins by being long. Raises ValueError for fewer than three layers."""
+    """Similarity (L, L) -> the last layers of the shallow and of the middle part. For the paper's bright squares: the three parts in which
+    a layer is, on average over all layers, most similar to the others of its part. A layer that stands alone counts nothing, or the best
+    parts would be single layers; and since layers are counted, not pairs of them, no part wins by being long. Raises ValueError for fewer
+    than three layers."""
     layers, others = len(similarity), similarity.double().cpu().clone().fill_diagonal_(0)
     if layers < 3:
         raise ValueError(f"{layers} layers cannot be split into shallow, middle and deep; expected at least 3")
@@ -769,20 +819,21 @@ def split_layers(similarity: Tensor) -> tuple[int, int]:
 # projections into and out of the code space
 
 class ProjectionAttention(nn.Module):
-    """Attention from width i to width o. Heads = wide / narrow, each as wide as the narrow side. Going in (o < i) the heads are averaged; coming out
-    they stand side by side, and positions see only those before them."""
+    """Attention from width i to width o. Heads = wide / narrow, each as wide as the narrow side. Going in (o < i) the heads are averaged;
+    coming out they stand side by side, and positions see only those before them."""
 
     def __init__(self, i: int, o: int):
         super().__init__()
         wide = max(i, o)
         self.heads, self.causal = wide // min(i, o), o > i
         self.qkv = nn.Linear(i, 3 * wide, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(wide)), nn.Parameter(torch.zeros(wide))     # a bias on the keys would cancel in the softmax
+        # a bias on the keys would cancel in the softmax
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(wide)), nn.Parameter(torch.zeros(wide))
         self.proj = nn.Linear(o, o)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # (B, heads, N, narrow) each
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, narrow) each
         y = attend(q, k, v, causal=self.causal)
         return self.proj(y.transpose(1, 2).flatten(2) if self.causal else y.mean(1))
 
@@ -801,7 +852,8 @@ class GeGLU(nn.Module):
 
 
 class Projection(nn.Module):
-    """Attention plus linear skip, then a gated MLP: (B, N, i) -> (B, N, o). C -> E before a quantizer, E -> C after it (release; not in the paper)."""
+    """Attention plus linear skip, then a gated MLP: (B, N, i) -> (B, N, o). C -> E before a quantizer, E -> C after it (release; not in the
+    paper)."""
 
     def __init__(self, i: int, o: int):
         super().__init__()
@@ -881,7 +933,8 @@ class Decoder(nn.Module):
         self.checkpointing = False
         self.conv_in = nn.Conv2d(c.decoder_in, widths[-1], 3, padding=1)
         self.mid = nn.Module()      # a bare module, for the names
-        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = ResBlock(widths[-1], widths[-1], groups), AttnBlock(widths[-1], groups), ResBlock(widths[-1], widths[-1], groups)
+        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = ResBlock(widths[-1], widths[-1], groups), AttnBlock(widths[-1],
+            groups), ResBlock(widths[-1], widths[-1], groups)
         top = len(widths) - 1
         self.up = nn.ModuleList(Level(widths[min(n + 1, top)], widths[n], c, n == top, n == 0) for n in range(top + 1))
         self.norm_out, self.conv_out = nn.GroupNorm(groups, widths[0], eps=1e-6), nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -894,7 +947,8 @@ class Decoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g), g the side of the decoder's input."""
+    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g), g the side of the decoder's
+    input."""
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
@@ -902,9 +956,12 @@ class ConvEncoder(nn.Module):
         top = len(widths) - 1
         self.checkpointing = False
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(nn.Sequential(Level(widths[max(n - 1, 0)], widths[n], c, n == top, finest=True),      # finest: it does not double the side
-                                                nn.Identity() if n == top else nn.Conv2d(widths[n], widths[n], 3, stride=2, padding=1)) for n in range(top + 1))
-        self.mid = nn.Sequential(ResBlock(widths[-1], widths[-1], groups), AttnBlock(widths[-1], groups), ResBlock(widths[-1], widths[-1], groups))
+        # finest: it does not double the side
+        self.down = nn.ModuleList(nn.Sequential(Level(widths[max(n - 1, 0)], widths[n], c, n == top, finest=True),
+                                                nn.Identity() if n == top else nn.Conv2d(widths[n], widths[n], 3, stride=2, padding=1))
+                                                for n in range(top + 1))
+        self.mid = nn.Sequential(ResBlock(widths[-1], widths[-1], groups), AttnBlock(widths[-1], groups),
+                                 ResBlock(widths[-1], widths[-1], groups))
         self.norm_out, self.conv_out = nn.GroupNorm(groups, widths[-1], eps=1e-6), nn.Conv2d(widths[-1], c.vision.hidden_size, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -972,18 +1029,21 @@ class DualTokenizer(nn.Module):
                 p.requires_grad_(True)
 
     def checkpointing(self, on: bool = True):
-        """Trade compute for memory: recompute ViT layers and levels of the convolutions in the backward pass. Quantizers stay outside, so they count once."""
+        """Trade compute for memory: recompute ViT layers and levels of the convolutions in the backward pass. Quantizers stay outside, so
+        they count once."""
         for part in (self.siglip_model.vision_model, self.decoder, self.encoder):
             if part is not None:
                 part.checkpointing = on
 
     def sources(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) -> the features that feed the streams, by the names that `Design` explains, (B, N, C) each. Raises ValueError for another size."""
+        """Images (B, 3, H, W) -> the features that feed the streams, by the names that `Design` explains, (B, N, C) each. Raises ValueError
+        for another size."""
         c, vit, side = self.config, self.siglip_model.vision_model, self.config.vision.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {side}, {side}): resize and crop them first")
         wanted, found = self.design.features | {"shortcut"}, {}
-        at = {name: n for name, n in (("shallow", c.shallow_layer), ("deep", c.deep_layer), ("shortcut", c.shortcut_layer)) if n and name in wanted}
+        at = {name: n for name, n in (("shallow", c.shallow_layer), ("deep", c.deep_layer), ("shortcut", c.shortcut_layer)) if n
+              and name in wanted}
         x, taken = vit.embeddings(images) if at else None, 0
         for n in sorted({*at.values()}):
             x, taken = vit.run(x, taken + 1, n), n
@@ -999,21 +1059,23 @@ class DualTokenizer(nn.Module):
     def latents(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) -> what the quantizers receive, (B, N, E) each."""
         found = self.sources(images)
-        latents = [prequant(sum(found[name] for name in names)) for prequant, names in zip(self._of("prequant"), self.design.streams.values())]
+        latents = [prequant(sum(found[name] for name in names)) for prequant,
+                   names in zip(self._of("prequant"), self.design.streams.values())]
         if self.prequant_shortcut is not None:
-            latents[0] = latents[0] + self.config.shortcut_weight * self.prequant_shortcut(found["shortcut"])       # in code space, before quantising (release)
+            # in code space, before quantising (release)
+            latents[0] = latents[0] + self.config.shortcut_weight * self.prequant_shortcut(found["shortcut"])
         return latents
 
     def _pool(self, deep: Tensor) -> Tensor:
-        """Quantized deep feature (B, N, C) -> pooled embedding (B, C): it *becomes* the state of the remaining layers, of which a class token, or what else
-        stands before the patches, becomes the mean."""
+        """Quantized deep feature (B, N, C) -> pooled embedding (B, C): it *becomes* the state of the remaining layers, of which a class
+        token, or what else stands before the patches, becomes the mean."""
         vit = self.siglip_model.vision_model
         return vit.pool(vit.run(vit.reset(deep), self.config.deep_layer + 1, self.config.vision.num_hidden_layers))
 
     def _decode(self, x: Tensor) -> Tensor:
         """Quantized features of the image stream, projected back (B, N, C) -> images (B, 3, H, W)."""
         c = self.config
-        x = resized(x.transpose(1, 2).unflatten(2, (c.vision.grid, c.vision.grid)), c.latent_grid)            # (B, C, g, g), such as 27 -> 24
+        x = resized(x.transpose(1, 2).unflatten(2, (c.vision.grid, c.vision.grid)), c.latent_grid)  # (B, C, g, g), such as 27 -> 24
         return self.decoder(self.post_quant_conv(x))
 
     def forward(self, images: Tensor) -> Features:
@@ -1021,7 +1083,8 @@ class DualTokenizer(nn.Module):
         quantized, codes, commitment = zip(*(quantizer(z) for quantizer, z in zip(self._of("quantizer"), self.latents(images))))
         features = [postquant(z_q) for postquant, z_q in zip(self._of("postquant"), quantized)]               # (B, N, C) each
         deep = self.semantic_decoder(features[-1]) if self.design.means else None
-        return Features(self._decode(features[0]) if self.design.paints else None, deep, self._pool(deep) if "pooled" in self.design.losses else None,
+        return Features(self._decode(features[0]) if self.design.paints else None, deep, self._pool(deep) if "pooled" in self.design.losses
+                        else None,
                         dict(zip(self.config.streams, commitment)), torch.stack(codes, 2))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -1029,23 +1092,27 @@ class DualTokenizer(nn.Module):
         return torch.stack([quantizer.encode(z) for quantizer, z in zip(self._of("quantizer"), self.latents(images))], 2)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, S, D) -> code vectors summed over depth, streams side by side: (B, N, S*E). Raises ValueError for other shapes or codes."""
+        """Codes (B, N, S, D) -> code vectors summed over depth, streams side by side: (B, N, S*E). Raises ValueError for other shapes or
+        codes."""
         self._check(codes)
         return torch.cat([quantizer.embed(codes[:, :, s]) for s, quantizer in enumerate(self._of("quantizer"))], -1)
 
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
-        """Codes (B, N, S, D) -> images (B, 3, H, W) in [-1, 1], by the first `depth` codes or all; only the image stream is looked at. Raises ValueError for a design
-        that has none."""
+        """Codes (B, N, S, D) -> images (B, 3, H, W) in [-1, 1], by the first `depth` codes or all; only the image stream is looked at.
+        Raises ValueError for a design that has none."""
         self._check(codes)
         if not self.design.paints:
-            raise ValueError(f"the design {self.config.design} has no decoder: its codes stand for meaning alone; take a tokenizer of another design")
+            raise ValueError(f"the design {self.config.design} has no decoder: its codes stand for meaning alone; take a tokenizer of "
+                             "another design")
         return self._decode(self._of("postquant")[0](self._of("quantizer")[0].vectors(codes[:, :, 0])[:, :, :depth].sum(2))).clamp(-1, 1)
 
     def pool_codes(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised; only the last stream is looked at. Raises ValueError for a design without a semantic loss."""
+        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised; only the last stream is looked at. Raises ValueError for a design
+        without a semantic loss."""
         self._check(codes)
         if not self.design.means:
-            raise ValueError(f"the design {self.config.design} learns no semantics, so that its codes are not pooled; take a tokenizer of another design")
+            raise ValueError(f"the design {self.config.design} learns no semantics, so that its codes are not pooled; take a tokenizer of "
+                             "another design")
         return self._pool(self.semantic_decoder(self._of("postquant")[-1](self._of("quantizer")[-1].embed(codes[:, :, -1]))))
 
     def pool(self, images: Tensor) -> Tensor:
@@ -1067,7 +1134,8 @@ class DualTokenizer(nn.Module):
         """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
         config = read_config(folder)
         if config.get("model_type") != "dualtoken":
-            raise ValueError(f"{folder}/config.json is no tokenizer of ours: model_type is {brief(config.get('model_type'))}, expected 'dualtoken'")
+            raise ValueError(f"{folder}/config.json is no tokenizer of ours: model_type is {brief(config.get('model_type'))}, expected "
+                             "'dualtoken'")
         for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
             config[name] = make_config(kind, config.get(name), folder)
         config = make_config(TokenizerConfig, config, folder)
@@ -1077,15 +1145,16 @@ class DualTokenizer(nn.Module):
 
     @classmethod
     def from_released(cls, folder: str, siglip_folder: str = "") -> "DualTokenizer":
-        """The authors' released layout: their config.json and their weights, as safetensors or a .pt file (never unpickled). The backbone's sizes are under
-        `siglip` in that config.json, or in siglip_folder's. In eval mode. Raises ValueError as `from_pretrained` does."""
+        """The authors' released layout: their config.json and their weights, as safetensors or a .pt file (never unpickled). The backbone's
+        sizes are under `siglip` in that config.json, or in siglip_folder's. In eval mode. Raises ValueError as `from_pretrained` does."""
         config = read_config(folder)
         c, siglip = config.get("rqvaesiglip"), config.get("siglip") or (read_config(siglip_folder) if siglip_folder else None)
         if not isinstance(c, dict):
             raise ValueError(f"{folder}/config.json is not the released layout: expected rqvaesiglip, got {', '.join(config)[:120]}")
         if not isinstance(siglip, dict) or not {"vision_config", "text_config"} <= siglip.keys():
             raise ValueError(f"the sizes of the backbone of {folder} are not known; give its SigLIP's folder with --siglip")
-        vision, text = (make_config(kind, siglip[name], folder) for kind, name in ((VisionConfig, "vision_config"), (TextConfig, "text_config")))
+        vision, text = (make_config(kind, siglip[name], folder) for kind,
+                        name in ((VisionConfig, "vision_config"), (TextConfig, "text_config")))
         try:
             dd, vq = c["ddconfig"], c["vq_pix"]
             if dd["attn_resolutions"] != [dd["resolution"] // 2 ** (len(dd["ch_mult"]) - 1)]:
@@ -1094,10 +1163,12 @@ class DualTokenizer(nn.Module):
                 vision=vision, text=text, preset="released", shallow_layer=c["layer_recon"],
                 deep_layer=c["layer_sem"], shortcut_layer=c.get("layer_shortcut") or 0, shortcut_weight=c.get("weight_shortcut", 0.0),
                 codebook_size=vq["n_embed"], depth=vq["code_shape"][-1], code_dim=vq["embed_dim"], shared_codebook=vq["shared_codebook"],
-                decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"], decoder_in=dd["decoder_in_channels"],
+                decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"],
+                decoder_in=dd["decoder_in_channels"],
                 latent_grid=(c.get("decoder_latent_shape") or [0])[0])
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a released tokenizer ({first_line(error)}); copy it again from where the weights are") from None
+            raise ValueError(f"{folder}/config.json does not describe a released tokenizer ({first_line(error)}); copy it again from where "
+                             "the weights are") from None
         model = built(lambda: cls(config), _from_released(_read_released(folder), config), folder)
         model.siglip_model.read_vocabulary(siglip_folder or folder)
         return model.eval()
@@ -1107,19 +1178,21 @@ class DualTokenizer(nn.Module):
 # files
 
 def _read_released(folder: str) -> dict[str, Tensor]:
-    """The weights in a folder of the release: weights.safetensors, model.safetensors or the one .pt, .pth or .bin file. Raises ValueError for anything else."""
+    """The weights in a folder of the release: weights.safetensors, model.safetensors or the one .pt, .pth or .bin file. Raises ValueError
+    for anything else."""
     for name in ("weights.safetensors", "model.safetensors"):
         if os.path.isfile(os.path.join(folder, name)):
             return read_weights(folder, name)
     found = sorted(name for name in os.listdir(folder) if name.endswith((".pt", ".pth", ".bin")))
     if len(found) != 1:
-        raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, expected weights.safetensors, model.safetensors, or one .pt file")
+        raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, expected weights.safetensors, model.safetensors, or one .pt "
+                         "file")
     return read_tensors(os.path.join(folder, found[0]))
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
-    """A file of tensors by name: safetensors, or torch's own, of which nothing is unpickled that is no tensor; a training checkpoint's `state_dict` or `model`
-    is taken out. Raises ValueError for anything else."""
+    """A file of tensors by name: safetensors, or torch's own, of which nothing is unpickled that is no tensor; a training checkpoint's
+    `state_dict` or `model` is taken out. Raises ValueError for anything else."""
     if path.endswith(".safetensors"):
         return read_weights(os.path.dirname(path), os.path.basename(path))
     try:
@@ -1129,15 +1202,17 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     except Exception as error:      # torch.load raises nearly anything on damaged bytes
         raise ValueError(f"{path} cannot be read ({first_line(error)}); expected a whole file of tensors by name") from None
     # A tensor may also claim more numbers than the file has, by repeating them: a copy of it would take all memory.
-    plain = lambda x: isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized and x.nbytes <= os.path.getsize(path)
+    plain = lambda x: isinstance(x,
+        Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized and x.nbytes <= os.path.getsize(path)
     if odd := [name for name, value in weights.items() if not plain(value)]:
-        raise ValueError(f"{path} holds {brief(', '.join(map(str, odd)))} which are no tensors, or larger than the file; expected plain tensors by name")
+        raise ValueError(f"{path} holds {brief(', '.join(map(str, odd)))} which are no tensors, or larger than the file; expected plain "
+                         "tensors by name")
     return weights
 
 
 def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, Tensor]:
-    """Names and shapes of the release to ours: tables lose their padding row, D copies of a shared table become one, the key bias (which cannot
-    matter) is dropped, and what we count beyond the release starts fresh."""
+    """Names and shapes of the release to ours: tables lose their padding row, D copies of a shared table become one, the key bias (which
+    cannot matter) is dropped, and what we count beyond the release starts fresh."""
     out, tables = {}, 1 if c.shared_codebook else c.depth
     for name, value in weights.items():
         if not name.startswith("quantizer_") and not name.endswith("zero_k_bias"):
@@ -1153,7 +1228,8 @@ def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, 
 
 
 def save_model(folder: str, weights: dict[str, Tensor], config: dict):
-    """model.safetensors, then config.json, each under a temporary name first: where that fails, the files before them stay. Raises OSError."""
+    """model.safetensors, then config.json, each under a temporary name first: where that fails, the files before them stay. Raises
+    OSError."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "model.safetensors")
     try:
@@ -1200,14 +1276,16 @@ def read_config(folder: str, name: str = "config.json") -> dict:
     try:
         config = read_json(path)
     except OSError as error:
-        raise ValueError(f"no model in {folder!r}: {path} cannot be read ({error.strerror}); expected a folder with config.json and model.safetensors") from None
+        raise ValueError(f"no model in {folder!r}: {path} cannot be read ({error.strerror}); expected a folder with config.json and "
+                         "model.safetensors") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object")
     return config
 
 
 def make_config(cls, values: dict, folder: str, defaults: dict = {}, given: dict = {}):
-    """A dataclass from the fields that it knows, `defaults` where they are left out or null, `given` in any case; fields that others added are left alone."""
+    """A dataclass from the fields that it knows, `defaults` where they are left out or null, `given` in any case; fields that others added
+    are left alone."""
     if not isinstance(values, dict):
         raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {brief(values)}, expected an object")
     try:
@@ -1227,13 +1305,14 @@ def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = (
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is truncated or damaged ({first_line(error)}); copy or save it again") from None
     if odd := [name for name, value in weights.items() if any(kind in str(value.dtype) for kind in ("float8", "float4", "complex"))]:
-        raise ValueError(f"{path} holds {brief(odd[0])} of {weights[odd[0]].dtype}, expected numbers of 16 bits or more; take a checkpoint that is not quantised")
+        raise ValueError(f"{path} holds {brief(odd[0])} of {weights[odd[0]].dtype}, expected numbers of 16 bits or more; take a checkpoint "
+                         "that is not quantised")
     return weights
 
 
 def built(make, weights: dict[str, Tensor], folder: str, timm: bool = False) -> nn.Module:
-    """make(), with the weights of its folder. First without memory: the sizes are a config.json's, which can say anything, and what weights of these shapes are not there for is
-    not to be allocated. Raises ValueError as `load_weights` does."""
+    """make(), with the weights of its folder. First without memory: the sizes are a config.json's, which can say anything, and what weights
+    of these shapes are not there for is not to be allocated. Raises ValueError as `load_weights` does."""
     if not timm:        # which looks at numbers while it builds
         load_weights(unbuilt(make, folder), weights, folder, only_check=True)
     model = make()
@@ -1247,19 +1326,22 @@ def unbuilt(make, folder: str) -> nn.Module:
         with torch.device("meta"):
             return make()
     except (RuntimeError, ValueError, LookupError, ArithmeticError) as error:       # widths of 0, tensors of 2^70 numbers
-        raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); copy it again from where the weights are") from None
+        raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); copy it again from where the weights "
+                         "are") from None
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assign: bool = False, only_check: bool = False):
     """Load all or raise ValueError with missing, unexpected and misshapen tensors by name. assign: of a model on the meta device."""
     own = model.state_dict()
     wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in weights]
-    wrong += [f"unexpected {name if name.isprintable() and len(name) < 100 else brief(name)} {brief(tuple(weights[name].shape))}" for name in weights if name not in own]
+    wrong += [f"unexpected {name if name.isprintable() and len(name) < 100 else brief(name)} {brief(tuple(weights[name].shape))}"
+              for name in weights if name not in own]
     wrong += [f"{name} is {brief(tuple(weights[name].shape))}, expected {tuple(own[name].shape)}"
               for name in own if name in weights and own[name].shape != weights[name].shape]
     wrong += [f"{name} is of {weights[name].dtype}, expected {own[name].dtype}"
               for name in own if name in weights and own[name].is_floating_point() != weights[name].is_floating_point()]
     if wrong:
-        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong[:10]) + "; ..." * (len(wrong) > 10))
+        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong[:10])
+                         + "; ..." * (len(wrong) > 10))
     if not only_check:
         model.load_state_dict(weights, assign=assign)

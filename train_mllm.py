@@ -1,19 +1,21 @@
 """Train the multimodal LLM on the tokenizer's codes, in the paper's four stages (§4.2, Tables 13 and 14).
 
-    python train_mllm.py                                                    # a CPU, minutes: after `python train_tokenizer.py`, no download -> out/mllm
-    python train_mllm.py --preset small --tokenizer out/small --out out/mllm-small          # one GPU
-    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --data "cc12m/{00000..01242}.tar" --text-data text.txt --fsdp --accumulate 8 --compile --checkpointing \\
-        --conversations llava_v1_5_mix665k.json --documents interleaved.jsonl,edits.jsonl --image-folder images         # their form: data/records.py
-    python train_mllm.py --stage 3                                          # one stage, from the one before it in --out
-    python train_mllm.py --table 4                                          # all rows of the paper's Table 4, tokenizers included, and the table -> out/tables
-    python train_mllm.py --resume                                           # go on: finished stages are kept, the one under way continues
-    python train_mllm.py --bench                                            # seconds per step of every stage; writes nothing
+    python train_mllm.py                                              # a CPU, minutes, after `python train_tokenizer.py` -> out/mllm
+    python train_mllm.py --preset small --tokenizer out/small --out out/mllm-small   # one GPU
+    torchrun --nproc_per_node=8 train_mllm.py --preset qwen2.5-3b --llm Qwen/Qwen2.5-3B --tokenizer FOLDER --fsdp --accumulate 8 \\
+        --compile --checkpointing --data "cc12m/{00000..01242}.tar" --text-data text.txt --conversations llava_v1_5_mix665k.json \\
+        --documents interleaved.jsonl,edits.jsonl --image-folder images           # the form of records: data/records.py
+    python train_mllm.py --stage 3                                    # one stage, from the one before it in --out
+    python train_mllm.py --table 4                                    # all rows of the paper's Table 4, and the table -> out/tables
+    python train_mllm.py --resume                                     # go on: finished stages are kept, the one under way continues
+    python train_mllm.py --bench                                      # seconds per step of every stage; writes nothing
     python train_mllm.py --preset qwen2.5-3b --parameters --code-dim 1024   # the table of the paper's App. D.1; needs no weights
-    python train_mllm.py --preset qwen2.5-3b --dry-run --ranks 64           # FLOPs, memory and time of every stage; needs neither weights nor a GPU
+    python train_mllm.py --preset qwen2.5-3b --dry-run --ranks 64     # FLOPs, memory and time of every stage; needs no weights
 
-A stage is a row of a table: what trains, at which learning rate, on which mixture. Stage 0 stands in for Qwen2.5's pretraining where the LLM starts from
-scratch. Every stage writes a folder of its own, --out/stage-0 and so on, the last one --out itself: model.safetensors, config.json, state.pt (to resume),
-log.jsonl, metrics.json, curves.png, samples/*.png. Read downward: settings, flags, data, evaluation, stages, main; the plumbing is train_tokenizer.py's.
+A stage is a row of a table: what trains, at which learning rate, on which mixture. Stage 0 stands in for Qwen2.5's pretraining where the
+LLM starts from scratch. Every stage writes a folder of its own, --out/stage-0 and so on, the last one --out itself: model.safetensors,
+config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png. Read downward: settings, flags, data, evaluation,
+stages, main; the plumbing is train_tokenizer.py's.
 """
 
 import argparse
@@ -48,15 +50,18 @@ from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, preset_config, read_config, read_json, write_json
-from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch, check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
-                             kept, load_part, load_teacher, lock, make_table, metrics_of, or_nearest, precision, print_parts, run, save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
+from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch,
+                             check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
+                             kept, load_part, load_teacher, lock, make_table, metrics_of, or_nearest, precision, print_parts, run,
+                             save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
 
 @dataclass(frozen=True)
 class Row:
-    """One stage: which parts train (`DualMLLM.parts`), how, and on what: shares of the kinds of sequences. Shares of kinds that the data lacks are left out."""
+    """One stage: which parts train (`DualMLLM.parts`), how, and on what: shares of the kinds of sequences. Shares of kinds that the data
+    lacks are left out."""
     name: str
     trains: tuple
     lr: float
@@ -68,7 +73,7 @@ class Row:
 
 _ALL = ("llm", "projector", "heads")
 _UNDERSTAND = dict(caption=0.2, question=0.6, text=0.2)
-_EVERYTHING = dict(caption=0.03, question=0.17, paint=0.72, edit=0.05, text=0.03, document=0.03)     # documents: where --documents are given
+_EVERYTHING = dict(caption=0.03, question=0.17, paint=0.72, edit=0.05, text=0.03, document=0.03)  # documents: where --documents are given
 # What trains, learning rates and batches are the paper's; steps and shares are not in it.
 PAPER = (
     Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0), 500),
@@ -93,14 +98,17 @@ LOSS = {"text": 1.0, "pixel": 1.0, "semantic": 1.0, "unified": 1.0}
 DEPTHS = {"nano": (1.0, 0.2, 0.1, 0.05), "small": (1.0, 0.2, 0.1, 0.05)}        # first depth, second, ...; default 1 for all, as in Eq. 7
 HELD_OUT = 50           # of each kind of record every so-manieth is held out, and at most ten times as many
 DROP = 0.1              # share of painted samples without their words, for guidance
-LATER = {"nano": 0.25}  # share of painted positions whose depths after the first are learned in a step; default 1. They are most of a head's work and little of a picture
-MUON = ("nano", "small")        # the matrices inside the transformers train with Muon: at the nano size, the loss of AdamW in less than half the steps. Else AdamW alone, as in the paper
+LATER = {"nano": 0.25}  # share of painted positions whose depths after the first are learned in a step; default 1. They are most of a
+                        # head's work and little of a picture
+MUON = ("nano", "small")        # the matrices inside the transformers train with Muon: at the nano size, the loss of AdamW in less than
+                                # half the steps. Else AdamW alone, as in the paper
 MATRICES = re.compile(r"layers\.|projector|code_in")
 SCENES = {"nano": 16_384, "small": 65_536}      # of the built-in world, whose codes are extracted once; a quarter of them with an edit
 POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares with one, two, three and four shapes
 # The same for the sequences of a kind. Two shapes are the hard part of painting, and enough for a text that answers its own questions.
-COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.15, 0.75, 0.05, 0.05), "text": (0.3, 0.7, 0.0, 0.0)}
-RELATIONS = 0.7         # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
+COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.15, 0.75, 0.05, 0.05),
+          "text": (0.3, 0.7, 0.0, 0.0)}
+RELATIONS = 0.7  # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
 SAMPLING = dict(guidance=3.0, temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; the paper's
 
 
@@ -112,23 +120,35 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--until", default="", metavar="STAGE", help="with --stage all: the last stage to run; default: all of them")
     g.add_argument("--out", default="out/mllm", help="run folder")
     g.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
-    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 or SmolLM2 checkpoint in Hugging Face's layout, or its name on the hub; default: --preset's shape, from scratch")
-    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; none: only records and --text-data; default: what the tokenizer was trained on")
+    g.add_argument("--llm", default="", help="preset, or folder of a Qwen2.5 or SmolLM2 checkpoint in Hugging Face's layout, or its name "
+                                             "on the hub; default: --preset's shape, from scratch")
+    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; none: only records and --text-data; "
+                                              "default: what the tokenizer was trained on")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
-    g.add_argument("--conversations", default="", metavar="FILE[,FILE...]", help="LLaVA's JSON or JSON lines: in place of the data's own questions; see data/records.py")
-    g.add_argument("--documents", default="", metavar="FILE[,FILE...]", help="JSON lines of texts and pictures: interleaved documents, and edits in place of the data's own")
-    g.add_argument("--image-folder", default="", help="where the images of --conversations and --documents are; default: each file's own folder")
-    g.add_argument("--text-data", default="", help="a plain-text file for the text share; default: the built-in world's sentences, or the captions")
-    g.add_argument("--streams-in", default="", help="what is read: pixel,semantic or one of them, or continuous (the teacher's features); default: all streams of the tokenizer")
-    g.add_argument("--streams-out", default="", help="what is painted: pixel,semantic, or pixel (the other is fed back as zeros), or none; default: all, none where the tokenizer has no decoder")
-    g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: TOKENIZER/siglip, or what the tokenizer was trained from")
+    g.add_argument("--conversations", default="", metavar="FILE[,FILE...]", help="LLaVA's JSON or JSON lines: in place of the data's own "
+                                                                                 "questions; see data/records.py")
+    g.add_argument("--documents", default="", metavar="FILE[,FILE...]", help="JSON lines of texts and pictures: interleaved documents, and "
+                                                                             "edits in place of the data's own")
+    g.add_argument("--image-folder", default="",
+                   help="where the images of --conversations and --documents are; default: each file's own folder")
+    g.add_argument("--text-data", default="",
+                   help="a plain-text file for the text share; default: the built-in world's sentences, or the captions")
+    g.add_argument("--streams-in", default="", help="what is read: pixel,semantic or one of them, or continuous (the teacher's features); "
+                                                    "default: all streams of the tokenizer")
+    g.add_argument("--streams-out", default="", help="what is painted: pixel,semantic, or pixel (the other is fed back as zeros), or none; "
+                                                     "default: all, none where the tokenizer has no decoder")
+    g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: "
+                                                 "TOKENIZER/siglip, or what the tokenizer was trained from")
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
-    g.add_argument("--vocabulary", default="", help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
+    g.add_argument("--vocabulary", default="",
+                   help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
     g = shared_flags(p, tables(), ("paint", "answer", "growth"))
-    g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over the ranks of torchrun; an evaluation still needs all weights on each device")
+    g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over "
+                   "the ranks of torchrun; an evaluation still needs all weights on each device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
-    g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, other records that are longer are left out; "
+    g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, other records "
+                                                             "that are longer are left out; "
                                                              "0: the LLM's context, at most 2048")
     args = p.parse_args(argv)
     check_shared(args, text_length=2, code_dim=0, max_tokens=0)
@@ -137,12 +157,17 @@ def flags(argv=None) -> argparse.Namespace:
     if args.stage not in ("all", *(row.name for row in STAGES[args.preset])):
         raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(row.name for row in STAGES[args.preset])}")
     if args.until and (args.stage != "all" or args.until not in [row.name for row in STAGES[args.preset]]):
-        raise ValueError(f"--until is {args.until!r} and --stage {args.stage!r}: expected --stage all, and --until one of {', '.join(row.name for row in STAGES[args.preset])}")
-    for flag, given, wanted in (("--teacher", args.teacher, args.streams_in == "continuous"), ("--code-dim", args.code_dim, args.parameters or args.dry_run),
-                                ("--vocabulary", args.vocabulary, (args.llm or args.preset) in LLMS), ("--image-folder", args.image_folder, args.conversations or args.documents),
-                                ("--max-tokens", args.max_tokens, args.conversations or args.documents), ("--val-data", args.val_data, args.data != "none")):
+        raise ValueError(f"--until is {args.until!r} and --stage {args.stage!r}: expected --stage all, and --until one of "
+                         f"{', '.join(row.name for row in STAGES[args.preset])}")
+    for flag, given, wanted in (("--teacher", args.teacher, args.streams_in == "continuous"),
+                                ("--code-dim", args.code_dim, args.parameters or args.dry_run),
+                                ("--vocabulary", args.vocabulary, (args.llm or args.preset) in LLMS),
+                                ("--image-folder", args.image_folder, args.conversations or args.documents),
+                                ("--max-tokens", args.max_tokens, args.conversations or args.documents),
+                                ("--val-data", args.val_data, args.data != "none")):
         if given and not wanted:
-            raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with --parameters or --dry-run, --vocabulary with an LLM from "
+            raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with "
+                             "--parameters or --dry-run, --vocabulary with an LLM from "
                              "scratch, --image-folder and --max-tokens with --conversations or --documents, --val-data with images")
     if args.streams_in == "continuous" and args.streams_out not in ("", "none"):
         raise ValueError(f"--streams-out is {args.streams_out!r}, but a model that reads continuous features paints nothing; leave it out")
@@ -160,9 +185,10 @@ CHUNK = 128             # pictures encoded at a time
 
 
 def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, "Texts"]:
-    """Codes or features of `count` pictures, and what is said of them, kept in --out/codes/KEY, so that another tokenizer or other data never finds them.
-    chunks(mine) yields (images, texts), CHUNK at a time, for a range of pictures: this rank's share, or what a stopped extraction by as many ranks left of it.
-    encode(images) -> (b, ...). -> memory map (count, ...), texts. For --bench the first stands for all, and nothing is written."""
+    """Codes or features of `count` pictures, and what is said of them, kept in --out/codes/KEY, so that another tokenizer or other data
+    never finds them. chunks(mine) yields (images, texts), CHUNK at a time, for a range of pictures: this rank's share, or what a stopped
+    extraction by as many ranks left of it. encode(images) -> (b, ...). -> memory map (count, ...), texts. For --bench the first stands for
+    all, and nothing is written."""
     if args.bench:
         images, texts = next(iter(chunks(range(min(count, CHUNK)))))
         values = kept_form(encode(images[:1].to(ranks.device)))
@@ -175,11 +201,13 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
         if count < ranks.count:
             raise ValueError(f"{count} pictures for {ranks.count} ranks, expected at least one each; add images or start fewer ranks")
         temporary, mine = f"{folder}.{ranks.count}.tmp", range(ranks.rank, count, ranks.count)
-        own = lambda rank: [os.path.join(temporary, f"{name}-{rank}.{end}") for name, end in (("pictures", "npy"), ("said", "jsonl"))]     # files: ranks may be on several nodes
+        # files: ranks may be on several nodes
+        own = lambda rank: [os.path.join(temporary, f"{name}-{rank}.{end}") for name, end in (("pictures", "npy"), ("said", "jsonl"))]
         os.makedirs(temporary, exist_ok=True)
         path, said = own(ranks.rank)
         done = keep_whole_chunks(said)
-        with open(said, "a", encoding="utf-8") as file, tqdm(total=len(mine), initial=done, desc="extracting codes", leave=False, disable=not ranks.first) as bar:
+        with open(said, "a", encoding="utf-8") as file, tqdm(total=len(mine), initial=done, desc="extracting codes", leave=False,
+                                                             disable=not ranks.first) as bar:
             for images, texts in chunks(mine[done:]) if done < len(mine) else ():
                 values = kept_form(encode(images.to(ranks.device)))
                 if not done:
@@ -265,17 +293,19 @@ def to_tensor(values: np.ndarray) -> Tensor:
 
 
 class Sequences(torch.utils.data.Dataset):
-    """Training sequences, a function of seed, step and place in the batch alone. `kinds`: those that this data has; `sequence(kind, rng)` makes one. By itself,
-    data without captions, to which records are added."""
+    """Training sequences, a function of seed, step and place in the batch alone. `kinds`: those that this data has; `sequence(kind, rng)`
+    makes one. By itself, data without captions, to which records are added."""
     kinds: tuple = ()
     apart: tuple = ("edit", "document")     # kinds in steps of their own, so that nothing else is padded to their length
     records, key, val_captions = None, {}, ()
 
     def __init__(self, source: str, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, *_):
         self.source, self.args, self.ranks, self.text, self.positions, self.pieces = source, args, ranks, text, config.positions, None
-        longest, context = 2 * (config.positions + 2) + args.text_length + 64, config.llm.max_position_embeddings       # an edit, with what stands around it
+        # an edit, with what stands around it
+        longest, context = 2 * (config.positions + 2) + args.text_length + 64, config.llm.max_position_embeddings
         if longest > context:
-            raise ValueError(f"two pictures and --text-length {args.text_length} make up to {longest} tokens, but the LLM's context is {context}; choose a shorter length")
+            raise ValueError(f"two pictures and --text-length {args.text_length} make up to {longest} tokens, but the LLM's context is "
+                             f"{context}; choose a shorter length")
         if args.text_data:
             try:
                 with open(args.text_data, encoding="utf-8") as file:
@@ -283,12 +313,14 @@ class Sequences(torch.utils.data.Dataset):
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"--text-data {args.text_data} cannot be read ({error}); expected a text file in UTF-8") from None
             if len(self.pieces) <= args.text_length:
-                raise ValueError(f"--text-data {args.text_data} has {len(self.pieces)} tokens, expected more than --text-length {args.text_length}")
+                raise ValueError(f"--text-data {args.text_data} has {len(self.pieces)} tokens, expected more than --text-length "
+                                 f"{args.text_length}")
             self.kinds = tuple(dict.fromkeys((*self.kinds, "text")))
 
     def add(self, records: "RecordSequences"):
         """Their kinds, in place of this data's own."""
-        self.records, self.key, self.kinds = records, {**self.key, "records": records.key}, tuple(dict.fromkeys((*self.kinds, *records.kinds)))
+        self.records, self.key, self.kinds = records, {**self.key,
+                                                       "records": records.key}, tuple(dict.fromkeys((*self.kinds, *records.kinds)))
         self.apart = (*self.apart, *({"question"} & {*records.kinds}))
 
     def picture(self, index: int, paint: bool = False) -> Picture:
@@ -304,7 +336,7 @@ class Sequences(torch.utils.data.Dataset):
             return self.records.sequence(kind, rng)
         if kind == "text" and self.pieces is not None:
             start = rng.randrange(len(self.pieces) - self.args.text_length + 1)
-            return [Words(self.pieces[start:start + self.args.text_length].tolist(), loss=True)]        # from anywhere to anywhere: no end mark
+            return [Words(self.pieces[start:start + self.args.text_length].tolist(), loss=True)]  # from anywhere to anywhere: no end mark
         return self.sequence(kind, rng)
 
     def painted(self, index: int, words: str, rng: random.Random, *given: Picture) -> list:
@@ -338,7 +370,8 @@ class Sequences(torch.utils.data.Dataset):
         return parts
 
     def batches(self, row: Row):
-        """-> function of a start step that yields this rank's micro-batches (batch on the device,) of each step of a stage, and no reports, without end."""
+        """-> function of a start step that yields this rank's micro-batches (batch on the device,) of each step of a stage, and no reports,
+        without end."""
         check_batch(row.batch, self.ranks, self.args.accumulate)
         self.row, self.mixture = row, {kind: share for kind, share in row.mixture.items() if kind in self.kinds}
         if not self.mixture:
@@ -347,7 +380,8 @@ class Sequences(torch.utils.data.Dataset):
 
         def steps(start):
             workers = self.args.workers if cuda else 0      # on a CPU they would only take the model's cores
-            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, sys.maxsize), num_workers=workers, pin_memory=cuda, worker_init_fn=start_worker,
+            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, sys.maxsize), num_workers=workers,
+                                                 pin_memory=cuda, worker_init_fn=start_worker,
                                                  prefetch_factor=4 if workers else None, generator=torch.Generator())
             for parts in loader:
                 yield [(part.to(self.ranks.device),) for part in parts], []
@@ -370,7 +404,8 @@ class WorldSequences(Sequences):
         self.scenes = sum(self.by_count, [])
         random.Random(0).shuffle(self.scenes)
         self.by_count = [[i for i, scene in enumerate(self.scenes) if len(scene) == k + 1] for k in range(len(POOL))]
-        self.edits = [(i, *edit) for i in range(n // 4) if (edit := shapes.edits(self.scenes[i], random.Random(i)))]     # (before, kind, instruction, after)
+        # (before, kind, instruction, after)
+        self.edits = [(i, *edit) for i in range(n // 4) if (edit := shapes.edits(self.scenes[i], random.Random(i)))]
         drawn = self.scenes + [after for *_, after in self.edits]
 
         def chunks(mine):
@@ -400,24 +435,30 @@ class WorldSequences(Sequences):
 
 
 class RecordSequences:
-    """Sequences of --conversations and --documents, kinds `question`, `edit` and `document`. What stays in memory: where each record is, and which pictures it shows."""
+    """Sequences of --conversations and --documents, kinds `question`, `edit` and `document`. What stays in memory: where each record is,
+    and which pictures it shows."""
 
     def __init__(self, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, size: int, encode):
         context = config.llm.max_position_embeddings
-        self.text, self.positions, self.paints, self.limit, self.lengths = text, config.positions, bool(config.streams_out), args.max_tokens or min(2048, context), 0.0
+        self.text, self.positions, self.paints, self.limit, self.lengths = (text, config.positions, bool(config.streams_out),
+                                                                            args.max_tokens or min(2048, context), 0.0)
         if self.limit > context:
             raise ValueError(f"--max-tokens is {args.max_tokens}, but the LLM's context is {context}; choose fewer")
-        self.records = Records([(path, parse) for files, parse in ((args.conversations, conversation), (args.documents, read_document)) for path in files.split(",") if path], args.image_folder)
+        self.records = Records([(path, parse) for files, parse in ((args.conversations, conversation), (args.documents, read_document))
+                                for path in files.split(",") if path], args.image_folder)
         good, broken = self.read(ranks)
         paths = sorted({path for *_, shown in good for path in shown})
         states = ranks.gather_rows({"all": [state(path) for path in paths[ranks.rank::ranks.count]]})["all"]
-        self.key = {"size": size, "limit": self.limit, "content": hashlib.sha256("\n".join(sorted(states)).encode("utf-8", "surrogatepass")).hexdigest()}
+        self.key = {"size": size, "limit": self.limit,
+                    "content": hashlib.sha256("\n".join(sorted(states)).encode("utf-8", "surrogatepass")).hexdigest()}
 
         def chunks(mine):
-            loader = torch.utils.data.DataLoader(Pictures(paths, size), CHUNK, sampler=mine, num_workers=args.workers, worker_init_fn=start_worker, generator=torch.Generator())
+            loader = torch.utils.data.DataLoader(Pictures(paths, size), CHUNK, sampler=mine, num_workers=args.workers,
+                                                 worker_init_fn=start_worker, generator=torch.Generator())
             for images, reasons in loader:
                 yield images.to(ranks.device).float() / 127.5 - 1, list(reasons)
-        self.pictures, said = extract(args, ranks, {**encode.key, **self.key, "limit": 0}, len(paths), chunks, encode) if paths else (None, [])
+        self.pictures, said = extract(args, ranks, {**encode.key, **self.key, "limit": 0}, len(paths), chunks, encode) if paths else (None,
+            [])
         self.key["files"] = sorted(state(path) for path, _ in self.records.sources)
         said = list(said)       # mostly ""
         number, rows, self.shown = {path: i for i, path in enumerate(paths)}, collections.defaultdict(list), []
@@ -430,18 +471,23 @@ class RecordSequences:
         self.shown = np.array(self.shown, np.int32)
         every = lambda rows: min(len(rows) + 1, max(HELD_OUT, len(rows) // (10 * HELD_OUT)))
         self.held = {kind: np.array(sorted(of[every(of) - 1::every(of)])) for kind, of in rows.items()}
-        self.rows = {kind: np.array(sorted({*of} - {*map(tuple, self.held[kind].tolist())})) for kind, of in rows.items()}       # (records, 4), by length
+        # (records, 4), by length
+        self.rows = {kind: np.array(sorted({*of} - {*map(tuple, self.held[kind].tolist())})) for kind, of in rows.items()}
         self.kinds = tuple(kind for kind in ("question", "edit", "document") if kind in rows)
         for record, reason in sorted(broken)[:10]:
             ranks.say(f"  {self.records.name(record)}: {reason}")
-        ranks.say("records: " + (", ".join(f"{len(self.rows[kind]):,} of kind {kind} ({len(self.held[kind])} more held out)" for kind in self.kinds) or "none")
+        ranks.say("records: " + (", ".join(f"{len(self.rows[kind]):,} of kind {kind} ({len(self.held[kind])} more held out)"
+                                           for kind in self.kinds) or "none")
                   + f", {len(paths):,} pictures, {len(broken):,} left out")
         if not rows:
-            raise ValueError(f"none of the {len(self.records)} records in {' and '.join(path for path, _ in self.records.sources)} can be used"
-                             + (f"; the first: {min(broken)[1]} (--image-folder says where pictures are)" if broken else ", expected at least one"))
+            raise ValueError(f"none of the {len(self.records)} records in {' and '.join(path for path, _ in self.records.sources)} can be "
+                             "used"
+                             + (f"; the first: {min(broken)[1]} (--image-folder says where pictures are)"
+                                if broken else ", expected at least one"))
 
     def read(self, ranks: Ranks) -> tuple[list, list]:
-        """All records once, each rank its share -> (record, kind, tokens, paths of pictures) of those that can be used, (record, reason) of the others."""
+        """All records once, each rank its share -> (record, kind, tokens, paths of pictures) of those that can be used, (record, reason) of
+        the others."""
         rows, nothing = {"good": [], "broken": []}, torch.zeros(self.positions)
         for i in tqdm(range(ranks.rank, len(self.records), ranks.count), "reading records", leave=False, disable=not ranks.first):
             try:
@@ -449,7 +495,8 @@ class RecordSequences:
                 made = self.segments(kind, parts, itertools.repeat(nothing))
                 flat = [part for asked, _ in parts for part in asked] if kind == "question" else parts
                 images = [part.path for part in flat if isinstance(part, Image)]
-                rows["good"].append((i, kind, self.tokens(made), images[:sum(isinstance(s, Picture) for s in made)]))       # without those cut off
+                # without those cut off
+                rows["good"].append((i, kind, self.tokens(made), images[:sum(isinstance(s, Picture) for s in made)]))
             except ValueError as error:
                 rows["broken"].append((i, str(error)))
         rows = ranks.gather_rows(rows)
@@ -459,10 +506,12 @@ class RecordSequences:
         return sum(len(s.ids) if isinstance(s, Words) else self.positions + 2 for s in segments)
 
     def segments(self, kind: str, parts: list, codes, drop: bool = False) -> list:
-        """A record's parts, and the codes of its pictures in their order -> segments; drop: without an edit's words. ValueError if it does not fit."""
+        """A record's parts, and the codes of its pictures in their order -> segments; drop: without an edit's words. ValueError if it does
+        not fit."""
         picture = lambda image: Picture(next(codes), image.paint and self.paints, image.loss)
         if kind == "question":
-            made = [s for asked, reply in parts for s in turn(self.text, [picture(part) if isinstance(part, Image) else part for part in asked], reply)]
+            made = [s for asked, reply in parts
+                    for s in turn(self.text, [picture(part) if isinstance(part, Image) else part for part in asked], reply)]
         elif kind == "edit":        # the prompt is that of `paint(pictures=...)`
             *given, words, result = parts
             made = turn(self.text, [*map(picture, given), "" if drop else words.words], [picture(result)])
@@ -515,7 +564,8 @@ def fingerprint(data: ImageData) -> str:
     """SHA-256 of which images there are, and of the sizes and times of the files that hold them and their captions."""
     sha = hashlib.sha256(data.records.tobytes() + data.names)
     for source in data.files:
-        found = [source] if os.path.isfile(source) else sorted(os.path.join(root, name) for root, _, names in os.walk(source) for name in names)
+        found = [source] if os.path.isfile(source) else sorted(os.path.join(root, name) for root, _, names in os.walk(source)
+                                                               for name in names)
         for path in found:
             status = os.stat(path)
             sha.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
@@ -535,7 +585,8 @@ class ImageSequences(Sequences):
 
         def codes(part: ImageData, name: str) -> tuple[np.ndarray, Texts]:
             def chunks(mine):
-                for images, captions, broken in part.load(CHUNK * ranks.count, mine[0] // (CHUNK * ranks.count), rank=ranks.rank, ranks=ranks.count, workers=args.workers):
+                for images, captions, broken in part.load(CHUNK * ranks.count, mine[0] // (CHUNK * ranks.count), rank=ranks.rank,
+                                                          ranks=ranks.count, workers=args.workers):
                     reports.extend(broken)
                     yield images.to(ranks.device).float() / 127.5 - 1, captions
             part.train = False
@@ -551,7 +602,8 @@ class ImageSequences(Sequences):
             reports = list(dict.fromkeys(ranks.gather_rows({"reports": reports})["reports"]))
             for report in reports[:10]:
                 ranks.say(f"  {report}")
-            ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(reports)} broken among those read now")
+            ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(reports)} broken among "
+                      "those read now")
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
@@ -568,8 +620,8 @@ SKILLS = ("single", "relation", "count", "differ", "compare", "negate", "univers
 
 
 class Validation:
-    """Held-out scenes of the built-in world, the same for every run: a question about each of `n`, and prompts for painting, n // 8 of each skill that
-    this world has (`compare` speaks of sizes, and plain shapes have one)."""
+    """Held-out scenes of the built-in world, the same for every run: a question about each of `n`, and prompts for painting, n // 8 of each
+    skill that this world has (`compare` speaks of sizes, and plain shapes have one)."""
 
     def __init__(self, source: str, size: int, n: int):
         self.source, self.size = source, size
@@ -612,14 +664,17 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
             row = table.setdefault(name, {"right": [], "chance": [], "majority": []})
             row["right"].append(answer.strip() == truth)
             row["chance"].append(1 / len(usual[kind])), row["majority"].append(usual[kind].most_common(1)[0][0] == truth)
-    right = [caption.strip() in {claim.text for claim in shapes.claims(val.scenes[i])} for i, caption in zip(rows["index"], rows["captions"])]
-    return {"understanding": {name: {"n": len(row["right"]), **{key: share(value) for key, value in row.items()}} for name, row in table.items()},
+    right = [caption.strip() in {claim.text for claim in shapes.claims(val.scenes[i])} for i,
+             caption in zip(rows["index"], rows["captions"])]
+    return {"understanding": {name: {"n": len(row["right"]), **{key: share(value) for key, value in row.items()}} for name,
+                              row in table.items()},
             "caption_exact": share(right)}
 
 
 def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, ranks: Ranks, grid: str, how: dict) -> dict:
-    """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy is the same for the tokenizer's own
-    reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to those scenes in the pooled features of `look`, a ViT."""
+    """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy is the same for the
+    tokenizer's own reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to those scenes in the pooled
+    features of `look`, a ViT."""
     shown = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
     mine, rows = range(ranks.rank, len(val.claims), ranks.count), collections.defaultdict(list)
     for i in tqdm(range(0, len(mine), 64), "painting", leave=False, disable=not ranks.first):
@@ -641,24 +696,28 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
         metrics[what] = {**{skill: share(by_skill[skill]) for skill in SKILLS if skill in by_skill}, "all": share(rows[name])}
     if ranks.first:
         pictures, shown = dict(rows["pictures"]), [row for row in shown if row]
-        save_grid([torch.stack([pictures[i] for i in row]) for row in shown], grid, titles=[[val.claims[i][1].text for i in row] for row in shown])
+        save_grid([torch.stack([pictures[i] for i in row]) for row in shown], grid,
+                  titles=[[val.claims[i][1].text for i in row] for row in shown])
     return {**metrics, "reader_accuracy": metrics["reader_accuracy_by_skill"]["all"], "fd": frechet_distance(rows["made"], rows["real"])}
 
 
 def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: int, group: int = 32) -> dict:
-    """Among the captions of `group` held-out pictures, the likeliest for each: by log p(caption | picture) minus its mean over those pictures."""
+    """Among the captions of `group` held-out pictures, the likeliest for each: by log p(caption | picture) minus its mean over those
+    pictures."""
     told = [i for i, caption in enumerate(data.val_captions) if caption][:n]
     groups, right = [told[i:i + group] for i in range(0, len(told) - 1, group)], []
     for g in tqdm(groups[ranks.rank::ranks.count], "retrieving", leave=False, disable=not ranks.first):
         scores = torch.stack([model.score(to_tensor(data.val[[i] * len(g)]), [data.val_captions[j] for j in g]) for i in g]).cpu()
         best = (scores - scores.mean(0)).argmax(1).tolist()
         right += [data.val_captions[g[b]] == data.val_captions[i] for i, b in zip(g, best)]
-    return {"caption_retrieval": share(ranks.gather_rows({"right": right})["right"]), "caption_retrieval_chance": len(groups) / max(1, sum(map(len, groups)))}
+    return {"caption_retrieval": share(ranks.gather_rows({"right": right})["right"]),
+            "caption_retrieval_chance": len(groups) / max(1, sum(map(len, groups)))}
 
 
 @torch.no_grad()
 def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds) -> dict:
-    """Mean cross entropy over the held-out records of each kind: `text` a token that has a loss, `codes` a painted position (all streams and depths)."""
+    """Mean cross entropy over the held-out records of each kind: `text` a token that has a loss, `codes` a painted position (all streams
+    and depths)."""
     metrics = {}
     for kind in [kind for kind in records.kinds if kind in kinds and len(records.held[kind])]:
         mine, sums = records.held[kind][ranks.rank::ranks.count], torch.zeros(4)
@@ -681,20 +740,24 @@ class MLLMStage(Stage):
 
     def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, look, data: Sequences, encode):
         super().__init__(args, ranks)
-        self.name, self.row, self.model, self.tokenizer, self.look, self.data, self.encode = f"stage-{row.name}", row, model, tokenizer, look, data, encode
+        self.name, self.row, self.model, self.tokenizer, self.look, self.data, self.encode = (f"stage-{row.name}", row, model, tokenizer,
+            look, data, encode)
         self.design, self.streams = tokenizer.config.design, tokenizer.config.streams
         self.folder = args.out if last else os.path.join(args.out, self.name)
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, row.warmup
         pieces = "" if data.pieces is None else hashlib.sha256(data.pieces.tobytes()).hexdigest()
         self.settings = json.loads(json.dumps({
-            "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length], "row": {**asdict(row), "mixture": data.mixture},
-            "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model), **common(args, ranks)}))
+            "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length],
+            "row": {**asdict(row), "mixture": data.mixture},
+            "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model),
+            **common(args, ranks)}))
         model.requires_grad_(False)
         for part in row.trains:
             for parameter in model.parts()[part]:
                 parameter.requires_grad_(True)
         model.llm.checkpointing = args.checkpointing
-        matrices = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() >= 2 and MATRICES.search(name)] if args.preset in MUON else []
+        matrices = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() >= 2
+                    and MATRICES.search(name)] if args.preset in MUON else []
         self.optimizer = adamw([model], self.lr, (0.9, 0.95), 0.01, besides=matrices)
         self.muon = Muon(matrices, self.lr, 0.01) if matrices else None
         self.metrics, self.earlier = {}, {}     # earlier: seconds of the stages before
@@ -702,7 +765,8 @@ class MLLMStage(Stage):
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
-        counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.all_depths)] for part, in parts], dtype=torch.float32).sum(0)
+        counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.all_depths)] for part, in parts],
+                              dtype=torch.float32).sum(0)
         self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device, non_blocking=True)).clamp(min=1)
 
     def after_step(self, bad):
@@ -744,13 +808,15 @@ class MLLMStage(Stage):
         return {"images_per_second": round(self.per_second * pictures, 1), "stage_seconds": {**self.earlier, self.row.name: self.seconds}}
 
     def save(self, weights):
-        self.model.save_pretrained(self.folder, weights, stage=self.row.name, data=self.data.source, val_data=self.args.val_data, teacher=self.args.teacher)
+        self.model.save_pretrained(self.folder, weights, stage=self.row.name, data=self.data.source, val_data=self.args.val_data,
+                                   teacher=self.args.teacher)
 
 
 @torch.no_grad()
-def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: int, ranks: Ranks, grid: str, kinds, how: dict = SAMPLING) -> dict:
-    """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; look: the ViT that Frechet distances are measured in; grid: where a
-    picture of these goes. Called on all ranks."""
+def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: int, ranks: Ranks, grid: str, kinds,
+             how: dict = SAMPLING) -> dict:
+    """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; look: the ViT that Frechet distances are
+    measured in; grid: where a picture of these goes. Called on all ranks."""
     was_training, metrics = model.training, {}
     model.eval()
     if data.source in shapes.DIFFICULTIES:
@@ -764,21 +830,27 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
             metrics |= caption_retrieval(model, data, ranks, n)
         shown = [i for i, caption in enumerate(data.val_captions) if caption][:16]
         if "paint" in kinds and ranks.first and shown:
-            made, real = tokenizer.decode(model.paint([data.val_captions[i] for i in shown], **how)), tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
+            made, real = tokenizer.decode(model.paint([data.val_captions[i] for i in shown],
+                                                      **how)), tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
             rows = [images[i:i + 8] for i in range(0, len(shown), 8) for images in (real, made)]
-            save_grid(rows, grid, titles=[[data.val_captions[j] if row % 2 else "" for j in shown[row // 2 * 8:][:8]] for row in range(len(rows))])
+            save_grid(rows, grid, titles=[[data.val_captions[j] if row % 2 else "" for j in shown[row // 2 * 8:][:8]]
+                                          for row in range(len(rows))])
     model.train(was_training)
     return metrics
 
 
 def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
-    """(part, parameters), counted as the paper's App. D.1 and RECIPES do: a head is its transformer over depth, without projector and classifiers."""
+    """(part, parameters), counted as the paper's App. D.1 and RECIPES do: a head is its transformer over depth, without projector and
+    classifiers."""
     count = lambda parts: sum(p.numel() for p in parts)
-    outside = lambda head: [head.depth, *head.code_in.parameters(), *head.norm.parameters(), *(p for n, p in head.layers.named_parameters() if "norm" in n)]
-    rows = [("LLM", count(model.llm.parameters())), ("input projector", count(model.projector.parameters())), ("image marks", model.marks.numel())]
+    outside = lambda head: [head.depth, *head.code_in.parameters(), *head.norm.parameters(),
+                            *(p for n, p in head.layers.named_parameters() if "norm" in n)]
+    rows = [("LLM", count(model.llm.parameters())), ("input projector", count(model.projector.parameters())),
+            ("image marks", model.marks.numel())]
     for stream, head in model.heads.items():
         rows += [(f"{stream} head: projector from the LLM", count(head.projector.parameters())),
-                 (f"{stream} head: transformer over depth", count(p for layer in head.layers for n, p in layer.named_parameters() if "norm" not in n)),
+                 (f"{stream} head: transformer over depth", count(p for layer in head.layers for n, p in layer.named_parameters()
+                                                                  if "norm" not in n)),
                  (f"{stream} head: norms, codes and depths in", count(outside(head))),
                  (f"{stream} head: classifiers", head.classifiers.numel()),
                  (f"{stream} code table", model.tables[0].numel())]
@@ -791,19 +863,22 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
     """-> function from images (B, 3, H, W) to what the model reads: codes, or the deep features of the teacher, by default the tokenizer's.
     Its `key` tells kept codes of different encoders apart."""
-    model = load_teacher(folder, tokenizer.config.vision.image_size, teacher).to(next(tokenizer.parameters()).device) if config.continuous else tokenizer
+    model = load_teacher(folder, tokenizer.config.vision.image_size,
+                         teacher).to(next(tokenizer.parameters()).device) if config.continuous else tokenizer
 
     @torch.no_grad()
     def encode(images):
         return model(images, tokenizer.config.deep_layer)[0] if config.continuous else model.encode(images)
     if tokenizer.config.codebook_size > 2 ** 16:
         raise ValueError(f"a codebook of {tokenizer.config.codebook_size} codes, expected at most {2 ** 16}: codes are kept in 16 bits")
-    encode.key = {"encoder": digest(model), "continuous": config.continuous, "layers": [tokenizer.config.shallow_layer, tokenizer.config.deep_layer]}
+    encode.key = {"encoder": digest(model), "continuous": config.continuous,
+                  "layers": [tokenizer.config.shallow_layer, tokenizer.config.deep_layer]}
     return encode
 
 
 def judge(tokenizer: DualTokenizer, folder: str, ranks: Ranks):
-    """The ViT that Frechet distances of what is painted are measured in: the tokenizer's teacher, or, where it is not there, and that is said, the tokenizer's own."""
+    """The ViT that Frechet distances of what is painted are measured in: the tokenizer's teacher, or, where it is not there, and that is
+    said, the tokenizer's own."""
     if teacher_of(folder):
         return load_teacher(folder, tokenizer.config.vision.image_size).to(ranks.device)
     ranks.say(f"Frechet distances are in the tokenizer's own ViT, since {folder} does not say where its teacher is")
@@ -818,29 +893,37 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
         if args.vocabulary and sizes.vocab_size < 151_936:
             sizes = replace(sizes, vocab_size=math.ceil(text.size / 64) * 64)
         if STAGES[args.preset] is PAPER and not (args.bench or args.parameters or args.dry_run):
-            raise ValueError(f"the stages of --preset {args.preset} start from a pretrained LLM; give its folder with --llm, or train --preset small from scratch")
+            raise ValueError(f"the stages of --preset {args.preset} start from a pretrained LLM; give its folder with --llm, or train "
+                             "--preset small from scratch")
     elif os.path.isdir(name := hub.folder(name)):
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
         sizes = llm.config
         if (last := max(*text.ordinary, text.end, text.turn_end or 0)) >= sizes.vocab_size:
-            raise ValueError(f"the vocabulary in {name} has {last + 1} tokens, its LLM {sizes.vocab_size} rows; copy both from the same model")
+            raise ValueError(f"the vocabulary in {name} has {last + 1} tokens, its LLM {sizes.vocab_size} rows; copy both from the same "
+                             "model")
         if text.size > sizes.vocab_size:
-            say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens {text.marks['<image_start>']} to {text.size - 1}")
+            say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens "
+                f"{text.marks['<image_start>']} to {text.size - 1}")
     else:
-        raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a folder with config.json, weights and vocabulary, or a name on the hub such as Qwen/Qwen2.5-3B")
+        raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a folder with config.json, weights and vocabulary, or a "
+                         "name on the hub such as Qwen/Qwen2.5-3B")
     c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name not in ("", "none"))
     paints = split(args.streams_out) if args.streams_out else c.streams if c.image_stream else ()
-    config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=split(args.streams_in) or c.streams, streams_out=paints, positions=c.positions, depth=c.depth,
+    config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=split(args.streams_in) or c.streams, streams_out=paints,
+                        positions=c.positions, depth=c.depth,
                         codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim, tables=tables,
-                        feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256, **HEADS.get(args.preset, {}))
+                        feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256,
+                        **HEADS.get(args.preset, {}))
     if config.streams_out and c.image_stream not in config.streams_out:
-        raise ValueError(f"--streams-out is {args.streams_out!r}: " + (f"expected none, or {c.image_stream} among them, since pictures are decoded from its codes" if c.image_stream else
+        raise ValueError(f"--streams-out is {args.streams_out!r}: " + (f"expected none, or {c.image_stream} among them, since pictures are "
+                                                                       "decoded from its codes" if c.image_stream else
                          f"expected none, since the tokenizer's design, {c.design}, has no decoder"))
     return config, text, llm
 
 
 def tables() -> dict[str, Table]:
-    """The tables of the papers that are about language models. Where only understanding is looked at, stage 2 is the last one, as in LLaVA-1.5."""
+    """The tables of the papers that are about language models. Where only understanding is looked at, stage 2 is the last one, as in
+    LLaVA-1.5."""
     kinds = ("colour", "shape", "count", "existence", "relation", "comparison")
     asked = {"understanding.all.right": "questions right"} | {f"understanding.{kind}.right": kind for kind in kinds}
     painted = {f"painting.{skill}": skill for skill in ("all", *SKILLS)} | {"fd": "Frechet distance"}
@@ -848,25 +931,35 @@ def tables() -> dict[str, Table]:
     def row(label, design, reads="", paints="", paper=None):
         """paints: "", all that the tokenizer can; none: up to stage 2 alone."""
         name = "-".join(filter(None, ("mllm", design, reads and f"reads-{reads}", paints and f"paints-{paints}")))
-        return System(label, name, dict(streams_in=reads, streams_out=paints, until="2" if paints == "none" else ""), paper or {}, tokenizer=(design, dict(design=design)))
+        return System(label, name, dict(streams_in=reads, streams_out=paints, until="2" if paints == "none" else ""), paper or {},
+                      tokenizer=(design, dict(design=design)))
     right, every = "understanding.all.right", "painting.all"
     genai = lambda count, differ, compare, negate, universal, overall: {
-        **{f"painting.{k}": v for k, v in dict(count=count, differ=differ, compare=compare, negate=negate, universal=universal).items()}, every: overall}
+        **{f"painting.{k}": v for k, v in dict(count=count, differ=differ, compare=compare, negate=negate, universal=universal).items()},
+        every: overall}
     continuous = lambda paper: row("features of the teacher, continuous", "dual", "continuous", "none", {right: paper})
     return {
         "2": Table("Table 2: reading what was trained to reconstruct", asked, (), [
-            continuous(78.5), row("codes of reconstruction alone, deep layer", "recon-deep", "", "none", {right: 47.5})], "VQAv2 within LLaVA-1.5; its encoder for reconstruction is trained from scratch, ours from the SigLIP"),
+            continuous(78.5), row("codes of reconstruction alone, deep layer", "recon-deep", "", "none", {right: 47.5})],
+            "VQAv2 within LLaVA-1.5; its encoder for reconstruction is trained from scratch, ours from the SigLIP"),
         "4": Table("Table 4: reading one stream or both", asked, (), [
-            continuous(52.8), row("one codebook for both losses", "naive", "", "none", {right: 48.1}), row("dual, semantic codes alone", "dual", "semantic", "none", {right: 52.2}),
-            row("dual, semantic and pixel codes", "dual", "", "none", {right: 53.9})], "the average of ten benchmarks within LLaVA-1.5; its one codebook is VILA-U"),
+            continuous(52.8), row("one codebook for both losses", "naive", "", "none", {right: 48.1}),
+            row("dual, semantic codes alone", "dual", "semantic", "none", {right: 52.2}),
+            row("dual, semantic and pixel codes", "dual", "", "none", {right: 53.9})],
+            "the average of ten benchmarks within LLaVA-1.5; its one codebook is VILA-U"),
         "5": Table("Table 5 (b): painting with one stream or both", painted, ("fd",), [
-            row("one codebook for both losses", "naive", paper=genai(0.68, 0.66, 0.70, 0.49, 0.64, 0.60)), row("dual, pixel codes alone", "dual", "", "pixel", genai(0.59, 0.59, 0.59, 0.47, 0.59, 0.55)),
-            row("dual, pixel and semantic codes", "dual", paper=genai(0.76, 0.76, 0.78, 0.50, 0.72, 0.68))], "VQAScores on GenAI-Bench, 3B; its one codebook is VILA-U"),
+            row("one codebook for both losses", "naive", paper=genai(0.68, 0.66, 0.70, 0.49, 0.64, 0.60)),
+            row("dual, pixel codes alone", "dual", "", "pixel", genai(0.59, 0.59, 0.59, 0.47, 0.59, 0.55)),
+            row("dual, pixel and semantic codes", "dual", paper=genai(0.76, 0.76, 0.78, 0.50, 0.72, 0.68))],
+            "VQAScores on GenAI-Bench, 3B; its one codebook is VILA-U"),
         "6": Table("Table 6: one tokenizer with two codebooks, or two tokenizers", painted, ("fd",), [
-            row("one codebook for both losses", "naive", paper=dict(fd=15.12)), row("dual", "dual", paper=dict(fd=7.88)), row("dual encoder", "dual-encoder", paper=dict(fd=17.55))],
+            row("one codebook for both losses", "naive", paper=dict(fd=15.12)), row("dual", "dual", paper=dict(fd=7.88)),
+            row("dual encoder", "dual-encoder", paper=dict(fd=17.55))],
             "MJHQ-30K, 3B; its one codebook is VILA-U"),
-        "muse-6": Table("MUSE-VL, Table 6: the branches of its tokenizer", {"tokenizer.fd": "Frechet distance of reconstructions", **asked}, ("tokenizer.fd",), [
-            row("image branch", "sde-image", "", "none", {"tokenizer.fd": 2.63, right: 43.1}), row("semantic branch", "sde-semantic", "", "none", {right: 62.7}),
+        "muse-6": Table("MUSE-VL, Table 6: the branches of its tokenizer", {"tokenizer.fd": "Frechet distance of reconstructions", **asked},
+                        ("tokenizer.fd",), [
+            row("image branch", "sde-image", "", "none", {"tokenizer.fd": 2.63, right: 43.1}),
+            row("semantic branch", "sde-semantic", "", "none", {right: 62.7}),
             row("both (SDE)", "sde", "", "none", {"tokenizer.fd": 2.26, right: 63.6})], "the average of MMBench, SEED and MMStar"),
     }
 
@@ -874,13 +967,16 @@ def tables() -> dict[str, Table]:
 def train_table(args):
     """The language models of a table, over the tokenizers of the same --out, which are trained first where they are missing."""
     preset = tokenizer_preset(args)
-    taken = [name for name in ("streams_in", "streams_out", "teacher", "until", "parameters") if getattr(args, name)] + ["stage"] * (args.stage != "all")
+    taken = [name for name in ("streams_in", "streams_out", "teacher", "until", "parameters")
+             if getattr(args, name)] + ["stage"] * (args.stage != "all")
     if taken or args.tokenizer not in ("out/tokenizer", *PRESETS):
         raise ValueError(f"the rows of a table have --{', --'.join(taken or ['tokenizer'])} of their own; leave that out".replace("_", "-"))
     if args.data not in ("", *shapes.DIFFICULTIES):
-        raise ValueError(f"--data is {args.data!r}, but these tables ask and mark by the built-in world; expected one of {', '.join(shapes.DIFFICULTIES)}")
+        raise ValueError(f"--data is {args.data!r}, but these tables ask and mark by the built-in world; expected one of "
+                         f"{', '.join(shapes.DIFFICULTIES)}")
     args.out = "out/tables" if args.out == "out/mllm" else args.out
-    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images", str(args.eval_images),
+    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images",
+                                   str(args.eval_images),
                                    *(f"--{name}" for name in ("compile", "checkpointing") if getattr(args, name))])
     trained = {}
 
@@ -889,10 +985,13 @@ def train_table(args):
         folder, out = os.path.join(args.out, f"seed-{seed}", name), os.path.join(args.out, f"seed-{seed}", system.name)
         there = os.path.exists(os.path.join(folder, "metrics.json"))       # of whatever settings, but all the same ones
         trained[folder] = metrics_of(folder) if there else train_tokenizer.train_row(below, seed, name, changes)
-        alike = [{key: metrics["settings"][key] for key in ("preset", "data", "steps", "batch", "lr", "weights")} for metrics in trained.values()]
+        alike = [{key: metrics["settings"][key] for key in ("preset", "data", "steps", "batch", "lr", "weights")}
+                 for metrics in trained.values()]
         if apart := differences({**alike[0], "preset": preset}, alike[-1]):
-            raise ValueError(f"{folder} holds a tokenizer of other settings than the rest ({'; '.join(apart)}); delete it, or name another --out, or --preset")
-        row = argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "", **system.changes})
+            raise ValueError(f"{folder} holds a tokenizer of other settings than the rest ({'; '.join(apart)}); delete it, or name another "
+                             "--out, or --preset")
+        row = argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "",
+                                    **system.changes})
         main(args=row)
         return {**metrics_of(os.path.join(out, f"stage-{row.until}") if row.until else out), "tokenizer": trained[folder]}
     make_table(args, tables(), measure)
@@ -919,7 +1018,8 @@ def main(argv=None, args=None):
     # ---- device, tokenizer, LLM
     ranks = Ranks(args.device)
     if args.fsdp and ranks.count == 1:
-        raise ValueError("--fsdp shares the model over ranks, and there is one process; start several with torchrun --nproc_per_node=N, or leave it out")
+        raise ValueError("--fsdp shares the model over ranks, and there is one process; start several with torchrun --nproc_per_node=N, or "
+                         "leave it out")
     torch.manual_seed(args.seed)
     if args.bench == "growth":
         return bench_stage_growth(args, ranks)
@@ -947,7 +1047,8 @@ def main(argv=None, args=None):
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     if args.bench in ("paint", "answer"):
-        return (bench_painting if args.bench == "paint" else bench_answering)(args, ranks, to_generate(model, args.precision, ranks.device), tokenizer)
+        return (bench_painting if args.bench == "paint" else bench_answering)(args, ranks, to_generate(model, args.precision, ranks.device),
+                                                                              tokenizer)
 
     # ---- data
     for row in chosen:
@@ -955,11 +1056,13 @@ def main(argv=None, args=None):
             raise ValueError(f"stage {row.name} is of captioned images, and --data is none; name some with --data, or another --stage")
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
     look = judge(tokenizer, args.tokenizer, ranks) if source in shapes.DIFFICULTIES and config.streams_out and not args.bench else None
-    kind_of_data, size = WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences, tokenizer.config.vision.image_size
+    kind_of_data, size = (WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences,
+                          tokenizer.config.vision.image_size)
     data = kind_of_data(source, args, ranks, text, config, size, encode)
     if args.conversations or args.documents:
         data.add(RecordSequences(args, ranks, text, config, size, encode))
-    rows_to_run = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in chosen]     # of the one, or for --bench
+    # of the one, or for --bench
+    rows_to_run = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in chosen]
     for row in rows_to_run:
         data.batches(row)       # raises before anything is trained
     if args.eval_images < 4 * ranks.count:
@@ -969,13 +1072,15 @@ def main(argv=None, args=None):
     parameters = sum(p.numel() for p in model.parameters())
     if args.fsdp:
         ranks.shard(model, [*model.llm.model.layers, *model.heads.values()])
-    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)}, {parameters / 1e6:.1f} M parameters, data {source}, out {args.out}")
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)}, {parameters / 1e6:.1f} M parameters, data "
+              f"{source}, out {args.out}")
 
     # ---- the stages, in order
     earlier = {}
     for row in rows_to_run:
         batches = data.batches(row)
-        ranks.say(f"stage {row.name} trains {', '.join(row.trains)} on " + ", ".join(f"{kind} {share:g}" for kind, share in data.mixture.items()))
+        ranks.say(f"stage {row.name} trains {', '.join(row.trains)} on "
+                  + ", ".join(f"{kind} {share:g}" for kind, share in data.mixture.items()))
         stage = MLLMStage(args, ranks, row, row.name == names[-1], model, tokenizer, look, data, encode)
         if args.bench:
             bench(stage, batches)
@@ -1012,7 +1117,8 @@ def tokenizer_preset(args) -> str:
 
 
 class DrySequences(Sequences):
-    """Sequences of the lengths that a dry run tells of: one picture and --text-length bytes, or the bytes alone. No edits, which are two pictures long."""
+    """Sequences of the lengths that a dry run tells of: one picture and --text-length bytes, or the bytes alone. No edits, which are two
+    pictures long."""
     kinds = ("caption", "question", "paint", "text")
 
     def sequence(self, kind, rng):
@@ -1023,7 +1129,8 @@ class DrySequences(Sequences):
 
 
 def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
-    """FLOPs of painting one image after so many words, without guidance, which does all of it twice -> (all, one position and its codes)."""
+    """FLOPs of painting one image after so many words, without guidance, which does all of it twice -> (all, one position and its
+    codes)."""
     c, counter = model.config, flop_counter()
     cache, codes = Cache(c.llm, 1, words + c.positions, "cpu", torch.float32), torch.zeros(1, 1, len(c.streams), c.depth, dtype=torch.int64)
     with torch.no_grad(), counter:
@@ -1038,7 +1145,8 @@ def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
 
 
 def to_generate(model: DualMLLM, precision: str, device: torch.device) -> DualMLLM:
-    """The model for painting and answering: weights in bf16 on CUDA, or as `precision` says (auto, bf16, fp32), but code tables in fp32, since small residuals are added to large ones."""
+    """The model for painting and answering: weights in bf16 on CUDA, or as `precision` says (auto, bf16, fp32), but code tables in fp32,
+    since small residuals are added to large ones."""
     low = precision == "bf16" or precision == "auto" and device.type == "cuda"       # on a CPU the products are too small for bf16 to pay
     tables, model = model.tables, model.eval().requires_grad_(False).to(device, *[torch.bfloat16] * low)
     model.tables = tables.to(device)
@@ -1046,7 +1154,8 @@ def to_generate(model: DualMLLM, precision: str, device: torch.device) -> DualML
 
 
 def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer):
-    """--bench paint: guided pictures, from words to pixels, one at a time, 16, and on CUDA 64; with --compile also by compiled layers and CUDA graphs. Weights need not be trained."""
+    """--bench paint: guided pictures, from words to pixels, one at a time, 16, and on CUDA 64; with --compile also by compiled layers and
+    CUDA graphs. Weights need not be trained."""
     decoded = lambda n, graph: tokenizer.decode(model.paint(["a red circle above a blue square"] * n, graph=graph, **SAMPLING))
     for graph in (False, True) if args.compile else (False,):
         if graph:
@@ -1056,13 +1165,16 @@ def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer
             decoded(n, graph)
             first = time.perf_counter() - begun
             seconds = seconds_of(lambda: decoded(n, graph), ranks.device, warmup=0, rounds=3)
-            ranks.say(f"painting{', compiled' * graph}, {n} at a time, {model.config.positions} positions, guided: {seconds:.3f} s, {n / seconds:.2f} images/s; the first time {first:.1f} s")
+            ranks.say(f"painting{', compiled' * graph}, {n} at a time, {model.config.positions} positions, guided: {seconds:.3f} s, "
+                      f"{n / seconds:.2f} images/s; the first time {first:.1f} s")
 
 
 def bench_answering(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer, words: int = 64):
-    """--bench answer: a picture and a question, one at a time: until the first token, and tokens a second; the same for transformers' Qwen2 of this shape, if it is installed."""
+    """--bench answer: a picture and a question, one at a time: until the first token, and tokens a second; the same for transformers' Qwen2
+    of this shape, if it is installed."""
     c, device = model.config, ranks.device
-    begin = lambda: model._begin([turn(model.text, [Picture(torch.zeros(c.positions, len(c.streams), c.depth, dtype=torch.int64)), "what colour is the circle?"])], words)
+    begin = lambda: model._begin([turn(model.text, [Picture(torch.zeros(c.positions, len(c.streams), c.depth, dtype=torch.int64)),
+                                                    "what colour is the circle?"])], words)
     ours = lambda n: list(model.write_words(*begin(), n, lambda logits, t: logits.argmax(-1)))
     systems = {"ours": ours}
     try:
@@ -1071,7 +1183,8 @@ def bench_answering(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenize
             peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**asdict(c.llm))).to(next(model.parameters()).dtype).eval()
         x = begin()[1].valid.sum().item()       # as many places
         ids = torch.randint(c.llm.vocab_size, (1, x), device=device)
-        systems["transformers"] = lambda n: peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None)
+        systems["transformers"] = lambda n: peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                                                          do_sample=False, pad_token_id=0, eos_token_id=None)
     except ImportError:
         ranks.say("transformers is not installed, so there is no peer to compare with")
     with torch.no_grad():
@@ -1092,25 +1205,29 @@ def bench_stage_growth(args, ranks: Ranks):
             llm = replace(llm, hidden_size=size, intermediate_size=llm.intermediate_size * size // llm.hidden_size)
         if what == "words":
             given.text_length = size
-        config = replace(usual, llm=replace(llm, max_position_embeddings=32_768), **{"positions": dict(positions=size), "codebook size": dict(codebook_size=size)}.get(what, {}))
+        config = replace(usual, llm=replace(llm, max_position_embeddings=32_768),
+                         **{"positions": dict(positions=size), "codebook size": dict(codebook_size=size)}.get(what, {}))
         data = DrySequences("", given, ranks, text, config)
         data.key, data.pictures = {}, np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
         parts, model = next(iter(data.batches(row)(0)))[0], DualMLLM(config, text).to(ranks.device)
         return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), parts
     width = usual.llm.hidden_size
-    bench_growth(ranks, {"positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)], "width": [width, 2 * width, 4 * width],
+    bench_growth(ranks, {"positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)],
+                         "width": [width, 2 * width, 4 * width],
                          "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
 
 
 def estimate(args):
     """What the stages of a preset cost, over the tokenizer of a preset, whose features or weights are not needed."""
     if args.streams_in == "continuous" or (args.llm and args.llm not in LLMS) or args.vocabulary:
-        raise ValueError("--dry-run is of codes and of a preset's LLM; leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
+        raise ValueError("--dry-run is of codes and of a preset's LLM; leave out --streams-in continuous, --vocabulary, and an --llm that "
+                         "is no preset")
     tokenizer, ranks, count = preset_config(tokenizer_preset(args)), Ranks("cpu"), args.ranks or (8 if STAGES[args.preset] is PAPER else 1)
     config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
     many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
     many.count, args.text_data = count, ""
-    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch) for row in named(stages_for(args, config, False), args)]
+    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch)
+            for row in named(stages_for(args, config, False), args)]
 
     def data(row):
         made = DrySequences("", args, many, text, config)
@@ -1124,11 +1241,14 @@ def estimate(args):
         def maker(row, data, parts):
             there = [(part.map(mode.from_tensor),) for part, in parts]
             return MLLMStage(args, ranks, row, False, model, frozen, None, data, None), there
-        print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
+        print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, "
+              f"K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
         print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in frozen.parameters()))])
-        flops = {n: painting_flops(DualMLLM(replace(config, streams_in=config.streams[:n], streams_out=config.streams[:n]), text), args.text_length) for n in (1, 2)}
+        flops = {n: painting_flops(DualMLLM(replace(config, streams_in=config.streams[:n], streams_out=config.streams[:n]), text),
+                                   args.text_length) for n in (1, 2)}
         dry_run(args, [functools.partial(maker, *row) for row in made], count, "sequence")
-    print(f"painting an image after {args.text_length} words, without guidance: {flops[2][0] / 1e9:,.0f} GFLOP with two streams, {flops[2][0] / flops[1][0]:.3f} times those with one; a position and its "
+    print(f"painting an image after {args.text_length} words, without guidance: {flops[2][0] / 1e9:,.0f} GFLOP with two streams, "
+          f"{flops[2][0] / flops[1][0]:.3f} times those with one; a position and its "
           f"codes: {flops[2][1] / 1e9:.2f}, {flops[2][1] / flops[1][1]:.3f} times")
     print("paper, Table 11 (3B; of what, it does not say): 337.20 GFLOP a forward with two streams, 1.025 times the 328.98 with one")
 
@@ -1139,7 +1259,8 @@ def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:
         raise ValueError(f"stage {stage} is not finished in {folder!r}; run it first, or --stage all")
     model = DualMLLM.from_pretrained(folder)
     if model.config.tables_sha256 != config.tables_sha256:
-        raise ValueError(f"{folder} was trained on another tokenizer's codes (tables {model.config.tables_sha256[:12]}, this one's {config.tables_sha256[:12]}); give that --tokenizer")
+        raise ValueError(f"{folder} was trained on another tokenizer's codes (tables {model.config.tables_sha256[:12]}, this one's "
+                         f"{config.tables_sha256[:12]}); give that --tokenizer")
     changed = differences(asdict(model.config), asdict(config))
     if changed:
         raise ValueError(f"{folder} holds another design ({'; '.join(changed)}); use its flags, or start anew in another --out")

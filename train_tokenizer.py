@@ -1,19 +1,22 @@
 """Train the tokenizer: first a small SigLIP of its own (unless --siglip gives one), then both codebooks and the decoder, as in the paper.
 
-    python train_tokenizer.py                                                     # a CPU, minutes, the built-in world -> out/tokenizer
-    python train_tokenizer.py --preset small                                      # one GPU, textured world
-    torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip google/siglip-so400m-patch14-384 --data "cc12m/{00000..01242}.tar" --workers 8 --compile --checkpointing --accumulate 2
-    python train_tokenizer.py --data photos --preset nano-64                      # a folder of pictures with captions
-    python train_tokenizer.py --design naive --out out/naive                      # one codebook for both losses, or another of tokenizer.DESIGNS
-    python train_tokenizer.py --table 3 --seeds 3                                 # all rows of the paper's Table 3, and the table -> out/tables
-    python train_tokenizer.py --resume                                            # go on where a run stopped
-    python train_tokenizer.py --bench                                             # seconds per step, and where they go; writes nothing
-    python train_tokenizer.py --eval --out out/photos                             # metrics.json anew, without training
-    python train_tokenizer.py --eval --init DUALTOKEN --siglip SIGLIP --out out/released --zero-shot-data imagenet/val --class-names names.txt --retrieval-data flickr8k/captions.txt
-    python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run         # FLOPs, memory and time of a run on 8 GPUs; needs neither data nor weights
+    python train_tokenizer.py                                 # a CPU, minutes, the built-in world -> out/tokenizer
+    python train_tokenizer.py --preset small                  # one GPU, textured world
+    torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip google/siglip-so400m-patch14-384 --workers 8 \\
+        --compile --checkpointing --accumulate 2 --data "cc12m/{00000..01242}.tar"
+    python train_tokenizer.py --data photos --preset nano-64  # a folder of pictures with captions
+    python train_tokenizer.py --design naive --out out/naive  # one codebook for both losses, or another of tokenizer.DESIGNS
+    python train_tokenizer.py --table 3 --seeds 3             # all rows of the paper's Table 3, and the table -> out/tables
+    python train_tokenizer.py --resume                        # go on where a run stopped
+    python train_tokenizer.py --bench                         # seconds per step, and where they go; writes nothing
+    python train_tokenizer.py --eval --out out/photos         # metrics.json anew, without training
+    python train_tokenizer.py --eval --init DUALTOKEN --siglip SIGLIP --out out/released --zero-shot-data imagenet/val \\
+        --class-names names.txt --retrieval-data flickr8k/captions.txt
+    python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run   # FLOPs, memory and time of a run; needs neither data nor weights
 
-A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the same
-for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages, main.
+A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the
+same for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages,
+main.
 """
 
 import argparse
@@ -61,7 +64,8 @@ from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import CELLS, ResidualVQ, all_reduce, histogram, usage_and_perplexity
-from tokenizer import BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, brief, first_line, layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers, split_layers, write_json
+from tokenizer import (BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, brief, first_line, layer_similarity,
+                       load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers, split_layers, write_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,9 +93,10 @@ class Settings:
     weights: Weights = field(default_factory=Weights)
 
 
-# Deep features of a small SigLIP from scratch are large (variance 25), so their squared error at the release's weight drowns the pixels'. In a trial
-# of 300 steps (patches of 8, one seed), 0.02 in place of 0.2 gave 24.4 dB in place of 21.6, for a zero-shot accuracy of .973 in place of .984.
-# With all of the semantic gradient in the shared layers, dual reconstructs .3 and 1.5 dB worse than recon-shallow (seeds 0 and 1); with a tenth, .3 dB better and .5 worse.
+# Deep features of a small SigLIP from scratch are large (variance 25), so their squared error at the release's weight drowns the pixels'.
+# In a trial of 300 steps (patches of 8, one seed), 0.02 in place of 0.2 gave 24.4 dB in place of 21.6, for a zero-shot accuracy of .973 in
+# place of .984. With all of the semantic gradient in the shared layers, dual reconstructs .3 and 1.5 dB worse than recon-shallow (seeds 0
+# and 1); with a tenth, .3 dB better and .5 worse.
 _TOY = dict(betas=(0.9, 0.95), warmup=50, shared_gradient=0.1, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
@@ -125,43 +130,63 @@ def flags(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and settings: {', '.join(PRESETS)}")
     g.add_argument("--out", default="out/tokenizer", help="run folder")
-    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; default: the preset's")
+    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; "
+                                              "default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
-    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, each time others, drawn by shards where --data has many; 0: all")
-    g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, SigLIP2 (fixed resolution) or CLIP in Hugging Face's layout, or its name on the hub; default: train one first")
-    g.add_argument("--backbone", default="", help="timm:NAME, a pretrained ViT of the package timm by timm's name, in place of --siglip; it has no text tower, so there is no zero-shot")
-    g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; its sizes, not the preset's, count")
-    g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip or --backbone, whose position embeddings are interpolated for another size")
+    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, each time others, drawn by shards where --data has "
+                                                              "many; 0: all")
+    g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, SigLIP2 (fixed resolution) or CLIP in Hugging Face's "
+                                                "layout, or its name on the hub; default: train one first")
+    g.add_argument("--backbone", default="", help="timm:NAME, a pretrained ViT of the package timm by timm's name, in place of --siglip; "
+                                                  "it has no text tower, so there is no zero-shot")
+    g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; its sizes, "
+                                              "not the preset's, count")
+    g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip or --backbone, whose "
+                                                             "position embeddings are interpolated for another size")
     g = p.add_argument_group("model")
     g.add_argument("--design", default="", metavar="NAME", help=f"{', '.join(DESIGNS)}; default: dual. tokenizer.DESIGNS says what each is")
-    g.add_argument("--quantizer", default="", metavar="NAME", help="rvq (residual) or mcq (UniTok's: E in D chunks, a table each); default: rvq")
+    g.add_argument("--quantizer", default="", metavar="NAME", help="rvq (residual) or mcq (UniTok's: E in D chunks, a table each); "
+                                                                   "default: rvq")
     g.add_argument("--codebook-size", type=int, default=0, help="K of each stream; 0: the preset's")
     g.add_argument("--depth", type=int, default=0, help="D, codes of a position and stream; 0: the preset's")
     g.add_argument("--code-dim", type=int, default=0, help="E; 0: the preset's")
     g.add_argument("--layers", type=int, default=0, help="of the ViT, where it is trained here; 0: the preset's")
-    g.add_argument("--shallow-layer", type=lambda word: word if word in ("quarter", "split") else int(word), default=0, help="layer the pixel stream leaves after; quarter: a quarter of all; split: the last shallow one by the similarity of the layers; 0: the preset's, a quarter except in nano and nano-64")
+    g.add_argument("--shallow-layer", type=lambda word: word if word in ("quarter", "split") else int(word), default=0,
+                   help="layer the pixel stream leaves after; quarter: a quarter of all; split: the last shallow one by the similarity of "
+                        "the layers; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
-    g.add_argument("--shortcut-layer", type=int, default=0, help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
+    g.add_argument("--shortcut-layer", type=int, default=0,
+                   help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
     g = p.add_argument_group("evaluation at the end, on all of other data")
-    g.add_argument("--eval", action="store_true", help="only evaluate the tokenizer in --init, or else in --out; metrics.json in --out keeps what it says of training")
-    g.add_argument("--zero-shot-data", default="", help="folder with a folder of pictures per class, as ImageNet's: zero_shot is then measured on it")
-    g.add_argument("--class-names", default="", help="file with a line per class, in the order of the sorted folders; of several names, after commas, the first counts. Default: the folders' names")
-    g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; default: a photo of a {}.")
-    g.add_argument("--retrieval-data", default="", help="captions as Flickr8k has them, image,caption or image#number TAB caption: retrieval is then measured on them")
-    g.add_argument("--retrieval-images", default="", help="folder of their images; default: Images or images beside the file, else its own folder")
+    g.add_argument("--eval", action="store_true", help="only evaluate the tokenizer in --init, or else in --out; metrics.json in --out "
+                                                       "keeps what it says of training")
+    g.add_argument("--zero-shot-data", default="", help="folder with a folder of pictures per class, as ImageNet's: zero_shot is then "
+                                                        "measured on it")
+    g.add_argument("--class-names", default="", help="file with a line per class, in the order of the sorted folders; of several names, "
+                                                     "after commas, the first counts. Default: the folders' names")
+    g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; default: a "
+                                                   "photo of a {}.")
+    g.add_argument("--retrieval-data", default="", help="captions as Flickr8k has them, image,caption or image#number TAB caption: "
+                                                        "retrieval is then measured on them")
+    g.add_argument("--retrieval-images", default="",
+                   help="folder of their images; default: Images or images beside the file, else its own folder")
     g = shared_flags(p, tables("nano"), ("quantizer", "growth"))
     g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
     g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
     g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
     g.add_argument("--semantic-weight", type=float, default=1.0, help="times the preset's weights of the semantic terms")
-    g.add_argument("--shared-gradient", type=float, default=-1.0, help="share, 0 to 1, of the semantic losses' gradient that enters the layers which feed the pixel stream too; -1: the preset's, and in the paper 1")
-    g.add_argument("--fast-vq", action=argparse.BooleanOptionalAction, default=False, help="nearest codes by a kernel of our own (Triton, CUDA), for large codebooks")
+    g.add_argument("--shared-gradient", type=float, default=-1.0, help="share, 0 to 1, of the semantic losses' gradient that enters the "
+                   "layers which feed the pixel stream too; -1: the preset's, and in the paper 1")
+    g.add_argument("--fast-vq", action=argparse.BooleanOptionalAction, default=False,
+                   help="nearest codes by a kernel of our own (Triton, CUDA), for large codebooks")
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
     args = p.parse_args(argv)
-    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, layers=0, codebook_size=0, depth=0, code_dim=0)
+    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, layers=0, codebook_size=0, depth=0,
+                 code_dim=0)
     if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
-        raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
+        raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: expected one of them, and --backbone as "
+                         "timm:NAME")
     if bool(args.vgg) != bool(args.lpips):
         raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
     for name in ("gan_start", "shared_gradient"):
@@ -170,41 +195,51 @@ def flags(argv=None) -> argparse.Namespace:
     if not args.semantic_weight >= 0:
         raise ValueError(f"--semantic-weight is {args.semantic_weight}, expected at least 0")
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
-        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data; add that, or leave them out")
-    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile", "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
+        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data; add that, or "
+                         "leave them out")
+    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile",
+                              "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
     if idle:
         raise ValueError(f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
     return args
 
 
 def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
-    """The flags of every training script, whose tables and measurements have these names -> the group of those about optimisation, to add to."""
+    """The flags of every training script, whose tables and measurements have these names -> the group of those about optimisation, to add
+    to."""
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, data order and crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 autocast on CUDA and on a CPU with AVX-512 BF16, else fp32; quantizers are always fp32")
+    g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
+                   help="auto: bf16 autocast on CUDA and on a CPU with AVX-512 BF16, else fp32; quantizers are always fp32")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile transformer layers and decoder")
-    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations in the backward pass to save memory")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
+                   help="recompute activations in the backward pass to save memory")
     g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
     g = p.add_argument_group("run")
     g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from the state in --out")
     g.add_argument("--log-every", type=int, default=20, help="steps between log lines")
     g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0: only at the end")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    g.add_argument("--keep-checkpoints", type=int, default=1, help="newest ones; with 2 or more, --resume goes on from an older one where the newest is damaged")
+    g.add_argument("--keep-checkpoints", type=int, default=1, help="newest ones; with 2 or more, --resume goes on from an older one where "
+                                                                   "the newest is damaged")
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
-    g.add_argument("--table", default="", help=f"run the rows of a table of the papers ({', '.join(tables)}), each in a folder of its own in --out (default: out/tables), and write the table there")
+    g.add_argument("--table", default="", help=f"run the rows of a table of the papers ({', '.join(tables)}), each in a folder of its own "
+                                               "in --out (default: out/tables), and write the table there")
     g.add_argument("--seeds", type=int, default=1, help="of every row of --table: --seed and those that follow it")
-    g.add_argument("--bench", nargs="?", const="steps", default="", choices=("steps", *benches), help="time 20 steps of each stage, or something else, and write nothing")
+    g.add_argument("--bench", nargs="?", const="steps", default="", choices=("steps", *benches),
+                   help="time 20 steps of each stage, or something else, and write nothing")
     g = p.add_argument_group("dry run: what a run would cost, before there are data, weights or a GPU")
-    g.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and time of each stage, with and without --checkpointing; train and write nothing")
+    g.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and time of each stage, with and without "
+                                                          "--checkpointing; train and write nothing")
     g.add_argument("--ranks", type=int, default=0, help="GPUs that it is for; 0: 8 in the paper's presets, 1 in ours")
     g.add_argument("--utilisation", type=float, default=0.4, help="share of an H100's dense bf16 FLOP/s that is reached")
     g = p.add_argument_group("optimisation (0: the preset's)")
     g.add_argument("--steps", type=int, default=0, help="steps of the tokenizer stage, or of the --stage that is named")
     g.add_argument("--batch-size", type=int, default=0, help="samples a step over all ranks")
     g.add_argument("--lr", type=float, default=0.0, help="peak learning rate of the tokenizer stage, or of the --stage that is named")
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches that a rank's share of a step is split into, where memory is short")
+    g.add_argument("--accumulate", type=int, default=1,
+                   help="micro-batches that a rank's share of a step is split into, where memory is short")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     g.add_argument("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row whose gradient is not finite")
     return g
@@ -214,7 +249,8 @@ def check_shared(args, **more: int):
     """ValueError for a flag below its least value; more: those of one script, by name."""
     if args.seeds != 1 and not args.table or args.table and (args.bench or args.dry_run):
         raise ValueError("--seeds goes with --table, and --table goes without --bench and --dry-run")
-    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1, keep_checkpoints=1, eval_images=2, lr=0, ranks=0, seeds=1)
+    least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1,
+                 keep_checkpoints=1, eval_images=2, lr=0, ranks=0, seeds=1)
     for name, value in {**least, **more}.items():
         if not getattr(args, name) >= value:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {value}")
@@ -242,12 +278,15 @@ class Ranks:
                 torch.cuda.set_device(self.device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, or a device that this torch sees") from None
+            raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, or a device that "
+                             "this torch sees") from None
         if "RANK" in os.environ and not dist.is_initialized():
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, "
+                raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: set "
+                                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, "
                                  "so that each start has a store of its own, or leave out --max-restarts")
-            # Two hours: at the end of a long extraction or evaluation ranks wait for each other. A rank that died is noticed by torchrun, at once.
+            # Two hours: at the end of a long extraction or evaluation ranks wait for each other. A rank that died is noticed by torchrun,
+            # at once.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         self.first = self.rank == 0
         if self.count > 1 and self.device.type == "cuda" and Ranks.hosts is None:
@@ -267,14 +306,17 @@ class Ranks:
             print(*words, flush=True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """DDP where there are several ranks, unless they share the weights. Buffers are not broadcast: codebooks are equal because every rank computes the same update."""
+        """DDP where there are several ranks, unless they share the weights. Buffers are not broadcast: codebooks are equal because every
+        rank computes the same update."""
         if self.count == 1 or hasattr(model, "reshard"):
             return model
-        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                                                   broadcast_buffers=False)
 
     def shard(self, model: nn.Module, parts: list[nn.Module]):
-        """FSDP: every rank keeps a share of the weights, gradients and optimiser state; a part's weights are gathered when it computes, what belongs to no part
-        stays gathered from the forward to the backward pass. In fp32, as DDP would hold them, so that the results are the same."""
+        """FSDP: every rank keeps a share of the weights, gradients and optimiser state; a part's weights are gathered when it computes,
+        what belongs to no part stays gathered from the forward to the backward pass. In fp32, as DDP would hold them, so that the results
+        are the same."""
         from torch.distributed.fsdp import fully_shard      # a second of importing, for those who need it
         from torch.distributed.tensor import Shard
 
@@ -291,7 +333,8 @@ class Ranks:
         if self.count > 1:
             parts = [None] * self.count
             dist.all_gather_object(parts, rows)
-        return {name: torch.cat([p[name] for p in parts]) if isinstance(value, Tensor) else sum((p[name] for p in parts), []) for name, value in rows.items()}
+        return {name: torch.cat([p[name] for p in parts]) if isinstance(value, Tensor) else sum((p[name] for p in parts), []) for name,
+                value in rows.items()}
 
 
 def whole(x):
@@ -308,7 +351,8 @@ def share_of(x: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_state(state, first: bool):
-    """A state dict, or a part of one, as if there were one rank: on the CPU, and on the first rank alone. Tensor by tensor, so that the device holds one of them."""
+    """A state dict, or a part of one, as if there were one rank: on the CPU, and on the first rank alone. Tensor by tensor, so that the
+    device holds one of them."""
     if isinstance(state, (dict, list)):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         gathered = {key: whole_state(value, first) for key, value in items}
@@ -318,7 +362,8 @@ def whole_state(state, first: bool):
 
 
 def load_part(part, state: dict, source: str):
-    """What `whole_state` made of a model, a module or an optimiser, back into it, shared or not. Raises ValueError where it does not fit."""
+    """What `whole_state` made of a model, a module or an optimiser, back into it, shared or not. Raises ValueError where it does not
+    fit."""
     if isinstance(part, nn.Module):
         own = part.state_dict()
         return load_weights(part, {name: share_of(value, own.get(name)) for name, value in state.items()}, source)
@@ -326,27 +371,32 @@ def load_part(part, state: dict, source: str):
     names, rows = {"momentum"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}, state["state"]
     for i, row in rows.items():     # torch looks at none of this before it steps
         shapes = (parameters[i].shape, torch.Size())
-        if row.keys() != names or not all(value.is_floating_point() and value.shape == shapes[name == "step"] for name, value in row.items()):
-            raise ValueError(f"{source} holds the state of another optimiser ({brief(', '.join(map(str, row)))} for parameter {i} of shape {tuple(shapes[0])}); start anew, or take an older copy of it")
+        if row.keys() != names or not all(value.is_floating_point() and value.shape == shapes[name == "step"] for name,
+                                          value in row.items()):
+            raise ValueError(f"{source} holds the state of another optimiser ({brief(', '.join(map(str, row)))} for parameter {i} of shape "
+                             f"{tuple(shapes[0])}); start anew, or take an older copy of it")
     if missing := [i for i, p in enumerate(parameters) if p in part.state and i not in rows]:
         raise ValueError(f"{source} lacks the optimiser's state for parameter {missing[0]}; start anew, or take an older copy of it")
     fit = lambda p, value: share_of(value, p) if value.shape == p.shape else value
     # Learning rates and the like are not the file's: `settings` says that they are the same.
-    part.load_state_dict({"param_groups": part.state_dict()["param_groups"], "state": {i: {name: fit(parameters[i], value) for name, value in row.items()} for i, row in rows.items()}})
+    part.load_state_dict({"param_groups": part.state_dict()["param_groups"],
+                          "state": {i: {name: fit(parameters[i], value) for name, value in row.items()} for i, row in rows.items()}})
 
 
 def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float, besides: list = ()) -> torch.optim.AdamW:
-    """AdamW over what is trainable, `besides` those that have another optimiser; no decay on biases, norms and other vectors. Fused: it can skip a step by a
-    flag on the device."""
+    """AdamW over what is trainable, `besides` those that have another optimiser; no decay on biases, norms and other vectors. Fused: it can
+    skip a step by a flag on the device."""
     besides = {id(p) for p in besides}
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in besides]
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}, {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of a matrix's momentum, made orthogonal (Jordan et al. 2024), in the size of AdamW's steps, so that its learning rates and decay fit (Liu et al.
-    2025). For weight matrices (..., m, n). Unlike torch's: equal shapes go together, and a step can be skipped by a flag on the device."""
+    """Steps of a matrix's momentum, made orthogonal (Jordan et al. 2024), in the size of AdamW's steps, so that its learning rates and
+    decay fit (Liu et al. 2025). For weight matrices (..., m, n). Unlike torch's: equal shapes go together, and a step can be skipped by a
+    flag on the device."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -400,21 +450,24 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def precision(args, ranks: Ranks) -> str:
-    """bf16 or fp32. auto is bf16 on CUDA, and on a CPU that multiplies bf16 itself (AVX-512 BF16; torch may not say): elsewhere it is slower."""
+    """bf16 or fp32. auto is bf16 on CUDA, and on a CPU that multiplies bf16 itself (AVX-512 BF16; torch may not say): elsewhere it is
+    slower."""
     native = ranks.device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return args.precision if args.precision != "auto" else "bf16" if native else "fp32"
 
 
 class Stage:
-    """A step of the recipe, as `fit` sees it: `name`, `folder`, `model`, `optimizer`, `steps`, `batch` (samples of all ranks), `lr`, `warmup`, and
-    `settings`, a dict that must not change when a run resumes. What is fitted, and how, is in the methods."""
+    """A step of the recipe, as `fit` sees it: `name`, `folder`, `model`, `optimizer`, `steps`, `batch` (samples of all ranks), `lr`,
+    `warmup`, and `settings`, a dict that must not change when a run resumes. What is fitted, and how, is in the methods."""
     unit, design, streams = "images", "", ()        # what a batch is counted in; for the record
 
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
         self.precision, self.counted = precision(args, ranks), {}      # counted: numbers of its own since the last log line
-        keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights until the step ends: of shared weights, that would be the whole model
-        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16, cache_enabled=keeps) if self.precision == "bf16" else contextlib.nullcontext()
+        keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights until the step ends: of shared weights, that would be
+                                                        # the whole model
+        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16,
+                                               cache_enabled=keeps) if self.precision == "bf16" else contextlib.nullcontext()
 
     def before_step(self, parts: list[tuple]):
         """Before the first micro-batch of a step; parts are all of this rank's."""
@@ -447,7 +500,8 @@ class Stage:
 
 
 def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tensor]):
-    """Forward and backward of one step's micro-batches. Adds to `sums` a row (sum, finite values, others) for the loss and each of its terms."""
+    """Forward and backward of one step's micro-batches. Adds to `sums` a row (sum, finite values, others) for the loss and each of its
+    terms."""
     stage.before_step(parts)
     for n, part in enumerate(parts):
         # DDP averages at the last micro-batch alone; FSDP at each, since between them whole gradients would have to stay.
@@ -462,8 +516,8 @@ def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tenso
 
 
 def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
-    """Clip, step unless the gradient is not finite, and what comes after: -> the gradient's norm, and whether it was bad. Both are the same on all ranks,
-    since gradients are averaged, and both stay on the device."""
+    """Clip, step unless the gradient is not finite, and what comes after: -> the gradient's norm, and whether it was bad. Both are the same
+    on all ranks, since gradients are averaged, and both stay on the device."""
     norm = whole(nn.utils.clip_grad_norm_([p for p in stage.model.parameters() if p.requires_grad], stage.args.clip))
     bad = ~norm.isfinite()
     step_or_skip(stage.optimizer, lr, bad)
@@ -510,8 +564,8 @@ class Stopped(Exception):
 
 
 class Signals:
-    """While training, the first SIGINT or SIGTERM is only noted, as `asked`, so that the step ends and is saved; one more acts at once, unless it comes within a second: torchrun sends on to
-    its ranks what a job's end has sent to all of them already."""
+    """While training, the first SIGINT or SIGTERM is only noted, as `asked`, so that the step ends and is saved; one more acts at once,
+    unless it comes within a second: torchrun sends on to its ranks what a job's end has sent to all of them already."""
 
     def __enter__(self):
         self.asked, self.first, self.before = 0, 0.0, {}
@@ -522,7 +576,8 @@ class Signals:
     def note(self, number, frame):
         if not self.asked:
             self.asked, self.first = number, time.monotonic()
-            os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved first; once more, a second from now, stops at once\n".encode())      # print is not for handlers
+            text = f"\n{signal.Signals(number).name}: the step is finished and saved first; once more, a second from now, stops at once\n"
+            os.write(2, text.encode())      # print is not for handlers
         elif time.monotonic() > self.first + 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.default_int_handler(number, frame) if number == signal.SIGINT else os.kill(os.getpid(), number)
@@ -533,20 +588,23 @@ class Signals:
 
 
 def never_ending(batches, start: int, say):
-    """batches(start), begun anew at the step where a worker died, as of too little memory. Raises ValueError where one dies at that step again."""
+    """batches(start), begun anew at the step where a worker died, as of too little memory. Raises ValueError where one dies at that step
+    again."""
     step, failed = start, None
     while True:
         try:
             for batch in batches(step):
                 if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise in the middle of a step; the loader itself notices too, within seconds
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise in the middle of a step; the loader
+                                                                        # itself notices too, within seconds
                 yield batch
                 step += 1
         except (RuntimeError, EOFError, ConnectionError) as error:      # the last two where it died in the middle of a batch
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             if failed == step:
-                raise ValueError(f"the processes that read the data for step {step + 1} died twice ({first_line(error)}); give the machine more memory, or lower --workers") from None
+                raise ValueError(f"the processes that read the data for step {step + 1} died twice ({first_line(error)}); give the machine "
+                                 "more memory, or lower --workers") from None
             failed = step
             say(f"  a process that reads data died at step {step + 1}; it and the others are started again")
 
@@ -555,13 +613,15 @@ LOW, LOW_STEPS = 0.1, 100       # a codebook of whose codes fewer than this shar
 
 
 def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: dict | None = None):
-    """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the device; losses, bad steps and code usage are
-    looked at when a log line is due. since_log: what a checkpoint kept of the steps since the last one. Raises Stopped after SIGINT or SIGTERM, once it has saved."""
+    """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the
+    device; losses, bad steps and code usage are looked at when a log line is due. since_log: what a checkpoint kept of the steps since the
+    last one. Raises Stopped after SIGINT or SIGTERM, once it has saved."""
     args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3), "low": {}, "counted": {}}
     stage.wrapped = ranks.wrap(stage.model)
     stream, waited, broken = never_ending(batches, start, lambda words: print(f"{words} (rank {ranks.rank})", flush=True)), 0.0, []
     # Of the steps since the last log line: the sums of `gradients`; bad steps in a row, the longest such row, and all of them.
-    mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first       # each rank's own, in a checkpoint of as many
+    # each rank's own, in a checkpoint of as many
+    mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first
     sums = {name: mine(rows).to(ranks.device) for name, rows in since_log["sums"].items()}
     streak, longest, skipped = since_log["bad"].to(ranks.device)
     low = since_log["low"]      # streams, and since when they have used few codes
@@ -585,10 +645,12 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
             if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
                 for row in sums.values():       # the term may have been another rank's; all ranks are here together
                     all_reduce(row)
-                raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite ({not_finite(sums)}); "
+                raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite "
+                                 f"({not_finite(sums)}); "
                                  f"the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
             if final or done % args.log_every == 0:
-                means = {name: row[0].item() / row[1].item() if row[1] else None for name, row in ((name, all_reduce(row)) for name, row in sums.items())}
+                means = {name: row[0].item() / row[1].item() if row[1] else None for name,
+                         row in ((name, all_reduce(row)) for name, row in sums.items())}
                 line = {"step": done, **means, "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
                 if skipped.item():
                     line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
@@ -597,7 +659,8 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
                 if collapsed := [stream for stream, since_step in low.items() if done - since_step >= LOW_STEPS]:
                     line["collapsed"] = collapsed
                 now = time.time()
-                line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since), "seconds": now - begun}
+                line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since),
+                         "seconds": now - begun}
                 write_log(stage, line, broken)
                 training += now - since
                 sums, waited, broken, since, seen = {}, 0.0, [], now, done
@@ -607,19 +670,22 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
             before, due = time.time(), final or args.eval_every and done % args.eval_every == 0
             if asked or due or done % args.save_every == 0:     # before an evaluation too: it may be long, and nobody waits for its end
                 rows = ranks.gather_rows({name: row[None] for name, row in sums.items()})
-                save_state(stage, done, time.time() - begun, {"sums": rows, "bad": torch.stack([streak, longest, skipped]), "low": low, "counted": stage.counted})
+                save_state(stage, done, time.time() - begun, {"sums": rows, "bad": torch.stack([streak, longest, skipped]), "low": low,
+                                                              "counted": stage.counted})
             if due and not asked:
                 evaluate_and_log(stage, done)
             since += time.time() - before       # evaluating and saving are not training
             if asked := asked or due and ranks.agree(signals.asked):
-                ranks.say(f"{signal.Signals(asked).name}: {stage.name} stopped after step {done} of {stage.steps}, which is saved in {os.path.join(stage.folder, 'state.pt')}; --resume goes on")
+                ranks.say(f"{signal.Signals(asked).name}: {stage.name} stopped after step {done} of {stage.steps}, which is saved in "
+                          f"{os.path.join(stage.folder, 'state.pt')}; --resume goes on")
                 raise Stopped(asked)
     stage.seconds, stage.per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
 
 
 def evaluate_and_log(stage: Stage, step: int, log: bool = True):
     metrics = {name: value for name, value in stage.evaluate().items() if isinstance(value, float)}
-    stage.ranks.say(f"{stage.name} {step}/{stage.steps}  evaluated: " + "  ".join(f"{name} {show(value)}" for name, value in metrics.items()))
+    stage.ranks.say(f"{stage.name} {step}/{stage.steps}  evaluated: "
+                    + "  ".join(f"{name} {show(value)}" for name, value in metrics.items()))
     if stage.ranks.first and log:
         append_log(stage.folder, {"step": step, **{f"eval_{name}": value for name, value in metrics.items()}})
 
@@ -630,7 +696,8 @@ def not_finite(sums: dict[str, Tensor]) -> str:
 
 
 def show(value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and (abs(value) < 0.01 or abs(value) >= 1000) else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) and (abs(value) < 0.01 or abs(value) >= 1000) else f"{value:.3f}" if isinstance(value,
+        float) else str(value)
 
 
 def write_log(stage: Stage, line: dict, broken: list[str]):
@@ -638,12 +705,14 @@ def write_log(stage: Stage, line: dict, broken: list[str]):
     if not stage.ranks.first:
         return
     left = (stage.steps - line["step"]) * stage.batch / line[f"{stage.unit}_per_second"]
-    words = [f"{name} {show(value)}" for name, value in line.items() if name not in ("step", "seconds", "not_finite", "waiting", "collapsed")]
+    words = [f"{name} {show(value)}" for name, value in line.items()
+             if name not in ("step", "seconds", "not_finite", "waiting", "collapsed")]
     print(f"{stage.name} {line['step']}/{stage.steps}  " + "  ".join(words) + f"  left {left / 60:.1f} min", flush=True)
     if "skipped" in line:
         print(f"  {line['skipped']} steps skipped, not finite: {line['not_finite']}", flush=True)
     if "collapsed" in line:
-        print(f"  codebook {' and '.join(line['collapsed'])}: under {LOW:.0%} of its codes in use for {LOW_STEPS} steps or more; it has collapsed: lower --lr, or look at the data", flush=True)
+        print(f"  codebook {' and '.join(line['collapsed'])}: under {LOW:.0%} of its codes in use for {LOW_STEPS} steps or more; it has "
+              "collapsed: lower --lr, or look at the data", flush=True)
     if broken:
         line["broken"] = broken
         print(f"  {len(broken)} broken samples replaced: " + "; ".join(broken[:3]) + (" ..." if len(broken) > 3 else ""), flush=True)
@@ -667,21 +736,25 @@ def read_log(folder: str) -> list[dict]:
                     lines.append(json.loads(line))
                     lines[-1]["step"] += 0
                 except (ValueError, TypeError, KeyError, RecursionError):
-                    raise ValueError(f'{path}, line {number}: got {line[:60]!r}, expected an object with a "step"; take that line out') from None
+                    raise ValueError(f'{path}, line {number}: got {line[:60]!r}, expected an object with a "step"; take that line '
+                                     'out') from None
     return lines
 
 
 def checkpoints(folder: str) -> list[str]:
     """state.pt, and those before it that were kept, state-1.pt, ...: the newest first."""
-    older = sorted((int(name[6:-3]), name) for name in os.listdir(folder) if re.fullmatch(r"state-\d+\.pt", name)) if os.path.isdir(folder) else []
+    older = sorted((int(name[6:-3]), name) for name in os.listdir(folder)
+                   if re.fullmatch(r"state-\d+\.pt", name)) if os.path.isdir(folder) else []
     return [path for path in (os.path.join(folder, name) for name in ("state.pt", *(name for _, name in older))) if os.path.exists(path)]
 
 
 def save_state(stage: Stage, step: int, seconds: float, since_log: dict):
-    """What others load, curves and samples; then state.pt, which holds the weights too. The same files whatever the number of ranks, and whether they share the weights or not.
-    Raises OSError on all ranks where the first could not write; the checkpoint before it is then kept."""
+    """What others load, curves and samples; then state.pt, which holds the weights too. The same files whatever the number of ranks, and
+    whether they share the weights or not. Raises OSError on all ranks where the first could not write; the checkpoint before it is then
+    kept."""
     parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state(), "since_log": since_log}
-    state, failed = whole_state({name: part if isinstance(part, dict) else part.state_dict() for name, part in parts.items()}, stage.ranks.first), None
+    state, failed = whole_state({name: part if isinstance(part, dict) else part.state_dict() for name, part in parts.items()},
+                                stage.ranks.first), None
     if stage.ranks.first:
         try:
             write_state(stage, {"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state})
@@ -706,7 +779,8 @@ def write_state(stage: Stage, state: dict):
     except OSError as error:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); the checkpoint before it is kept: make room, then --resume") from None
+        raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); the checkpoint before it is kept: make "
+                      "room, then --resume") from None
     older = [os.path.join(stage.folder, f"state-{n}.pt") for n in range(keep)]       # of which the first is never there
     for n in range(keep - 1, 0, -1):
         if os.path.exists(before := older[n - 1] if n > 1 else path):
@@ -715,18 +789,22 @@ def write_state(stage: Stage, state: dict):
 
 
 def load_state(stage: Stage) -> tuple[int, float, dict | None]:
-    """Back to where `save_state` was: -> step, seconds, and what it knew since the last log line. Of several checkpoints the newest that can be read. The log loses what came after.
-    Raises ValueError for damaged files or other settings."""
+    """Back to where `save_state` was: -> step, seconds, and what it knew since the last log line. Of several checkpoints the newest that
+    can be read. The log loses what came after. Raises ValueError for damaged files or other settings."""
     damaged = []
     for path in checkpoints(stage.folder):
         try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)      # read where it is needed: ranks may share what none could hold
-            changed, step, seconds, since_log = differences(state["settings"], stage.settings), state["step"], state["seconds"], state.get("since_log")
+            # read where it is needed: ranks may share what none could hold
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            changed, step, seconds, since_log = differences(state["settings"],
+                                                            stage.settings), state["step"], state["seconds"], state.get("since_log")
             if type(step) is not int or not 0 <= step <= stage.steps or not isinstance(seconds, (int, float)):
                 raise ValueError(f"step {step} of {stage.steps} after {seconds} seconds")
-            if since_log and not (all(rows.shape[1:] == (3,) and rows.isfinite().all() for rows in (*since_log["sums"].values(), since_log["bad"][None]))
+            if since_log and not (all(rows.shape[1:] == (3,) and rows.isfinite().all()
+                                      for rows in (*since_log["sums"].values(), since_log["bad"][None]))
                                   and all(type(value) is int for value in since_log["low"].values())
-                                  and {name: value.shape for name, value in since_log["counted"].items()} == {name: value.shape for name, value in stage.counted.items()}):
+                                  and {name: value.shape for name, value in since_log["counted"].items()} == {name: value.shape for name,
+                    value in stage.counted.items()}):
                 raise ValueError("what it knew since the last log line is damaged")
             break
         except Exception as error:      # torch.load raises nearly anything on damaged bytes
@@ -734,15 +812,18 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
     else:
         raise ValueError(f"{'; '.join(words for _, words in damaged)}; expected what a run of this script wrote")
     if stage.ranks.agree(step) != -stage.ranks.agree(-step):
-        raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; look at the disk, and start them again")
+        raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; look at the disk, and start "
+                         "them again")
     if changed:
-        raise ValueError(f"{path} comes from a run with other settings ({'; '.join(changed[:4])}{f'; {len(changed) - 4} more' if len(changed) > 4 else ''}); "
+        raise ValueError(f"{path} comes from a run with other settings "
+                         f"({'; '.join(changed[:4])}{f'; {len(changed) - 4} more' if len(changed) > 4 else ''}); "
                          "resume with the same ones, or start anew in another --out")
     try:
         for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
             load_part(part, state[name], path)
     except (KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); start anew, or take an older copy of it") from None
+        raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); start anew, or take an older copy of "
+                         "it") from None
     if stage.ranks.first:
         kept = [line for line in read_log(stage.folder) if line["step"] <= step]
         path = os.path.join(stage.folder, "log.jsonl")
@@ -778,10 +859,12 @@ def to_picture(images: Tensor) -> list[Image.Image]:
 
 
 def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[str]] | None = None):
-    """A PNG with one row of pictures per tensor (B, 3, H, W), each picture at least `cell` pixels wide, enlarged by a whole number, its title below."""
+    """A PNG with one row of pictures per tensor (B, 3, H, W), each picture at least `cell` pixels wide, enlarged by a whole number, its
+    title below."""
     pictures = [to_picture(row) for row in rows]
     side, cell = pictures[0][0].width, cell if titles is None else max(cell, 160)
-    gap, cell = 4 if len(pictures) * len(pictures[0]) > 1 or titles else 0, side * max(1, cell // side)      # one picture alone has no frame: it may be read again
+    # one picture alone has no frame: it may be read again
+    gap, cell = 4 if len(pictures) * len(pictures[0]) > 1 or titles else 0, side * max(1, cell // side)
     high = cell + gap + (36 if titles else 0)
     sheet = Image.new("RGB", (len(pictures[0]) * (cell + gap) + gap, len(rows) * high + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -799,8 +882,10 @@ def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[s
 def draw_curves(log: list[dict], path: str, width: int = 300, height: int = 150):
     """A PNG with one small panel per number in the log, over steps."""
     skip = {"step", "seconds", "waiting", "skipped", "collapsed"}
-    names = [name for name in dict.fromkeys(key for line in log for key in line) if name not in skip and not isinstance(log[0].get(name, 0.0), (list, str))]
-    series = {name: [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}
+    names = [name for name in dict.fromkeys(key for line in log for key in line) if name not in skip
+             and not isinstance(log[0].get(name, 0.0), (list, str))]
+    series = {name: [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
+              for name in names}
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
@@ -832,17 +917,19 @@ def peak_memory_gib(device: torch.device) -> float:
 def commit() -> str:
     """The commit of this code, or "unknown"."""
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True,
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True,
+                              text=True,
                               check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}      # dense bf16 FLOP/s, for model FLOPs utilisation
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s, for model FLOPs utilisation
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's, which does not know the attention that runs on a CPU. Causal attention counts as if nothing were masked. Not by module: that would hold on to recomputed activations."""
+    """torch's, which does not know the attention that runs on a CPU. Causal attention counts as if nothing were masked. Not by module: that
+    would hold on to recomputed activations."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker.__enter__ = counter.mod_tracker.__exit__ = lambda: None
     for way in ("", "_backward"):
@@ -886,12 +973,15 @@ def bench(stage: Stage, batches, what: str = ""):
     seconds = seconds_of(one, device, times=4)
     peak = next((flops for name, flops in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     used = f", {counter.get_total_flops() / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""
-    stage.ranks.say(f"{stage.name}{what}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} {stage.unit}/s, {counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
-                    f"{used}, {statistics.mean(waited[-20:]) / seconds:.2%} of it waiting for data, peak memory {peak_memory_gib(device):.2f} GiB")
+    stage.ranks.say(f"{stage.name}{what}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} {stage.unit}/s, "
+                    f"{counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
+                    f"{used}, {statistics.mean(waited[-20:]) / seconds:.2%} of it waiting for data, peak memory "
+                    f"{peak_memory_gib(device):.2f} GiB")
 
 
 def bench_quantizer(args, ranks: Ranks):
-    """Training and evaluation of a residual quantizer of the size that peers are measured at, beside vector-quantize-pytorch where it is installed; whether its codes are the nearest; how its time grows."""
+    """Training and evaluation of a residual quantizer of the size that peers are measured at, beside vector-quantize-pytorch where it is
+    installed; whether its codes are the nearest; how its time grows."""
     cuda = ranks.device.type == "cuda"
     M, K, E, D = (32 * 729, 16_384, 32, 8) if cuda else (4096, 1024, 32, 4)
 
@@ -904,7 +994,8 @@ def bench_quantizer(args, ranks: Ranks):
         return vq, lambda: (vq(x), vq.training and vq.update())
     rows = {"ours" + ", --fast-vq" * args.fast_vq: ours(M, K, D)}
     try:
-        peer, x = importlib.import_module("vector_quantize_pytorch").ResidualVQ(dim=E, codebook_size=K, num_quantizers=D, shared_codebook=True, decay=0.99).to(ranks.device), z(M)
+        peer, x = importlib.import_module("vector_quantize_pytorch").ResidualVQ(dim=E, codebook_size=K, num_quantizers=D,
+                                                                                shared_codebook=True, decay=0.99).to(ranks.device), z(M)
         rows["vector-quantize-pytorch"] = peer, lambda: peer(x)
     except ImportError:
         ranks.say("vector-quantize-pytorch is not installed, so there is no peer to compare with")
@@ -915,7 +1006,8 @@ def bench_quantizer(args, ranks: Ranks):
                 vq.train(training)
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
-                ranks.say(f"  {name}, {'training with EMA' if training else 'evaluation'}: {1000 * seconds_of(one, ranks.device):.2f} ms" + f", {peak_memory_gib(ranks.device):.2f} GiB" * cuda)
+                ranks.say(f"  {name}, {'training with EMA' if training else 'evaluation'}: {1000 * seconds_of(one, ranks.device):.2f} ms"
+                          + f", {peak_memory_gib(ranks.device):.2f} GiB" * cuda)
         vq, x = next(iter(rows.values()))[0], z(M)
         codes, wrong, ours_left, least_left = vq.encode(x)[0], 0, 0.0, 0.0
         for part, chosen in zip(x[0].split(1024), codes.split(1024)):
@@ -923,11 +1015,15 @@ def bench_quantizer(args, ranks: Ranks):
             for d in range(D):
                 distances = torch.cdist(left, vq.table(d).double())
                 nearest, left = distances.min(1), left - vq.table(d)[chosen[:, d]].double()
-                wrong, ours_left, least_left = wrong + (nearest.indices != chosen[:, d]).sum(), ours_left + left.square().sum(), least_left + nearest.values.square().sum()
-        ranks.say(f"  {1 - wrong / codes.numel():.4%} of the codes are the nearest in float64; what they leave is {ours_left / least_left - 1:.1e} more than the least")
-        for name, sizes in (("vectors", [(M * n, K, D) for n in (1, 2, 4)]), ("codebook size", [(M, K * n, D) for n in (1, 2, 4)]), ("depth", [(M, K, D * n) for n in (1, 2, 4)])):
+                wrong, ours_left, least_left = wrong + (nearest.indices != chosen[:,
+                    d]).sum(), ours_left + left.square().sum(), least_left + nearest.values.square().sum()
+        ranks.say(f"  {1 - wrong / codes.numel():.4%} of the codes are the nearest in float64; what they leave is "
+                  f"{ours_left / least_left - 1:.1e} more than the least")
+        for name, sizes in (("vectors", [(M * n, K, D) for n in (1, 2, 4)]), ("codebook size", [(M, K * n, D) for n in (1, 2, 4)]),
+                            ("depth", [(M, K, D * n) for n in (1, 2, 4)])):
             times = [seconds_of(ours(*size)[1], ranks.device) for size in sizes]
-            ranks.say(f"  {name} x 1, 2, 4: " + ", ".join(f"{1000 * t:.2f}" for t in times) + f" ms in training, exponent {exponent((1, 2, 4), times):.2f}")
+            ranks.say(f"  {name} x 1, 2, 4: " + ", ".join(f"{1000 * t:.2f}" for t in times)
+                      + f" ms in training, exponent {exponent((1, 2, 4), times):.2f}")
 
 
 def exponent(sizes, values) -> float:
@@ -937,7 +1033,8 @@ def exponent(sizes, values) -> float:
 
 
 def bench_growth(ranks: Ranks, axes: dict, make):
-    """How a step's time and memory grow. axes: {what: sizes}; make(what, size) -> (stage, micro-batches). Memory is the device's peak on CUDA, else what the dry run counts."""
+    """How a step's time and memory grow. axes: {what: sizes}; make(what, size) -> (stage, micro-batches). Memory is the device's peak on
+    CUDA, else what the dry run counts."""
     for what, sizes in axes.items():
         rows = []
         for size in sizes:
@@ -950,18 +1047,20 @@ def bench_growth(ranks: Ranks, axes: dict, make):
             seconds = seconds_of(lambda: whole_step(stage, parts), ranks.device, rounds=3)
             rows.append((seconds, peak_memory_gib(ranks.device) if ranks.device.type == "cuda" else measure(stage, parts).memory / 2 ** 30))
         seconds, memory = zip(*rows)
-        ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {', '.join(f'{x:.3f}' for x in seconds)} s a step, exponent {exponent(sizes, seconds):.2f}; "
+        ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {', '.join(f'{x:.3f}' for x in seconds)} s a step, exponent "
+                  f"{exponent(sizes, seconds):.2f}; "
                   f"{', '.join(f'{x:.3f}' for x in memory)} GiB, exponent {exponent(sizes, memory):.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# dry run, shared with train_mllm.py. A stage's own step runs once on fake tensors, which have shapes and dtypes but no memory, so that nothing here repeats
-# what a model computes. Not in the estimate: what the allocator loses between blocks, workspaces of kernels, NCCL's buffers, the CUDA context
-# (about a GiB in all, often more), data loading, evaluation, and the optimiser's own temporaries.
+# dry run, shared with train_mllm.py. A stage's own step runs once on fake tensors, which have shapes and dtypes but no memory, so that
+# nothing here repeats what a model computes. Not in the estimate: what the allocator loses between blocks, workspaces of kernels, NCCL's
+# buffers, the CUDA context (about a GiB in all, often more), data loading, evaluation, and the optimiser's own temporaries.
 
 @contextlib.contextmanager
 def fake():
-    """Tensors made in it have no memory. They lie on a CPU, and their modules stay there, since torch cannot move them; quantizers take as many distances at once as on a GPU."""
+    """Tensors made in it have no memory. They lie on a CPU, and their modules stay there, since torch cannot move them; quantizers take as
+    many distances at once as on a GPU."""
     moves, nn.Module.to, cells = nn.Module.to, lambda module, *_: module, CELLS.pop("cpu")
     try:
         with FakeTensorMode() as mode, warnings.catch_warnings():
@@ -973,7 +1072,8 @@ def fake():
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors that are alive: `now`, and at the `peak`, where `gradients` of them were those of parameters, of which a rank holds one of `shards`."""
+    """Bytes of all tensors that are alive: `now`, and at the `peak`, where `gradients` of them were those of parameters, of which a rank
+    holds one of `shards`."""
 
     def __init__(self, tensors, shards: int = 1):
         super().__init__()
@@ -1036,7 +1136,8 @@ def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False
     live, stage.wrapped = Live(tensors(*modules), ranks if fsdp else 1), model
     weights, own = live.now, sum({x.untyped_storage()._cdata: x.nbytes for x in tensors(model)}.values())
     hooks = [p.register_post_accumulate_grad_hook(live.accumulated) for x in modules for p in x.parameters() if p.requires_grad]
-    hooks += [register(lambda *_: marks.append(counter.get_total_flops())) for register in (model.register_forward_pre_hook, model.register_forward_hook)]
+    hooks += [register(lambda *_: marks.append(counter.get_total_flops()))
+              for register in (model.register_forward_pre_hook, model.register_forward_hook)]
     with live, counter:
         gradients(stage, few, stage.steps, {})      # a step past the end: everything is on
     for hook in hooks:
@@ -1050,12 +1151,14 @@ def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False
     if fsdp:        # layers are gathered one after the other, the next while one computes; what is in no layer stays gathered
         layers = [sum(p.nbytes for p in x.parameters()) for x in model.modules() if type(x).__name__ in ("Layer", "LLMLayer", "VisualHead")]
         reduced, divisor = own - sum(layers) + 2 * max(layers), ranks
-    return Cost(sum(p.numel() for p in trained), repeat * (sum(marks[1::2]) - sum(marks[::2])), repeat * counter.get_total_flops(), weights - own + own / divisor,
+    return Cost(sum(p.numel() for p in trained), repeat * (sum(marks[1::2]) - sum(marks[::2])), repeat * counter.get_total_flops(),
+                weights - own + own / divisor,
                 live.gradients, state / divisor, reduced, live.peak - weights - live.gradients)
 
 
 def as_on_cuda(stage: Stage):
-    """Fake tensors lie on a CPU; this makes autocast there keep what CUDA's keeps: norms in fp32. fp16 has the bytes of bf16, and the kernel of attention that CUDA has."""
+    """Fake tensors lie on a CPU; this makes autocast there keep what CUDA's keeps: norms in fp32. fp16 has the bytes of bf16, and the
+    kernel of attention that CUDA has."""
     if stage.precision == "bf16":
         stage.autocast = lambda: torch.autocast("cpu", torch.float16)
         for module in [m for x in vars(stage).values() if isinstance(x, nn.Module) for m in x.modules()]:
@@ -1067,9 +1170,11 @@ def dry_run(args, makers: list, ranks: int, unit: str):
     """The table of all stages. makers: functions that make (stage, micro-batches of a rank), all fake."""
     args.precision = "bf16" if args.precision == "auto" else args.precision
     fsdp, peak = getattr(args, "fsdp", False), PEAK["H100"] * args.utilisation
-    print(f"\na rank of {ranks}, {args.precision}{', FSDP' if fsdp else ', DDP' if ranks > 1 else ''}; GFLOP per {unit}, GiB a rank at the peak of a step; time at {args.utilisation:.0%} "
+    print(f"\na rank of {ranks}, {args.precision}{', FSDP' if fsdp else ', DDP' if ranks > 1 else ''}; GFLOP per {unit}, GiB a rank at the "
+          f"peak of a step; time at {args.utilisation:.0%} "
           f"of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s" + (", which fp32 has not: no time" if args.precision == "fp32" else ""))
-    names = ("trained M", "forward", "step", "weights", "gradients", "optimiser", "gathered" if fsdp else "DDP's", "activations", "sum", "80 GB", "s/step", f"{unit}s/s", "hours")
+    names = ("trained M", "forward", "step", "weights", "gradients", "optimiser", "gathered" if fsdp else "DDP's", "activations", "sum",
+             "80 GB", "s/step", f"{unit}s/s", "hours")
     print(f"  {'stage':35}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in names))
     for make in makers:
         for args.checkpointing in (False, True):
@@ -1078,10 +1183,14 @@ def dry_run(args, makers: list, ranks: int, unit: str):
             cost = measure(stage, parts, ranks, fsdp)
             share, seconds = stage.batch // ranks, cost.step / peak
             gib = [x / 2 ** 30 for x in (cost.weights, cost.gradients, cost.optimiser, cost.reduced, cost.activations, cost.memory)]
-            fits = "fits" if gib[-1] < 0.9 * 79 else "tight" if gib[-1] < 79 else "no"      # of the 79 GiB that such a device has, a tenth for what is not counted
-            row = [f"{cost.trained / 1e6:.1f}", *(f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)), *(f"{x:.2f}" for x in gib), fits]
-            row += ["-"] * 3 if args.precision == "fp32" else [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}", f"{stage.steps * seconds / 3600:.3g}"]
-            title = f"{stage.name}, {share}{f' in {args.accumulate}' if args.accumulate > 1 else ''}{', checkpointing' if args.checkpointing else ''}"
+            # of the 79 GiB that such a device has, a tenth for what is not counted
+            fits = "fits" if gib[-1] < 0.9 * 79 else "tight" if gib[-1] < 79 else "no"
+            row = [f"{cost.trained / 1e6:.1f}", *(f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)), *(f"{x:.2f}" for x in gib),
+                   fits]
+            row += ["-"] * 3 if args.precision == "fp32" else [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}",
+                                                               f"{stage.steps * seconds / 3600:.3g}"]
+            title = (f"{stage.name}, "
+                     f"{share}{f' in {args.accumulate}' if args.accumulate > 1 else ''}{', checkpointing' if args.checkpointing else ''}")
             print(f"  {title:35}" + "".join(f"{x:>{max(9, len(name) + 2)}}" for x, name in zip(row, names)), flush=True)
     print("not counted: fragmentation, workspaces of kernels, NCCL's buffers, waiting for data and for other ranks, evaluation")
 
@@ -1097,7 +1206,8 @@ def print_parts(rows: list[tuple[str, int]]):
 
 @dataclass
 class System:
-    """A row: what it is, its run (folder, and flags by name), the paper's numbers by metric, and metrics that have another name in this row."""
+    """A row: what it is, its run (folder, and flags by name), the paper's numbers by metric, and metrics that have another name in this
+    row."""
     label: str
     name: str
     changes: dict
@@ -1118,8 +1228,8 @@ class Table:
 
 
 def make_table(args, tables: dict[str, Table], measure):
-    """Runs, or finds, every system of --table with every seed; measure(seed, system) -> its metrics. Prints the table and writes it into --out, as JSON, Markdown and bars.
-    Raises ValueError for a table that is not there, and for rows that do not compare."""
+    """Runs, or finds, every system of --table with every seed; measure(seed, system) -> its metrics. Prints the table and writes it into
+    --out, as JSON, Markdown and bars. Raises ValueError for a table that is not there, and for rows that do not compare."""
     if args.table not in tables:
         raise ValueError(f"--table is {args.table!r}, expected one of {', '.join(tables)}")
     table, seeds, begun = tables[args.table], range(args.seed, args.seed + args.seeds), time.time()
@@ -1132,16 +1242,21 @@ def make_table(args, tables: dict[str, Table], measure):
                 values = [value.get(key) if isinstance(value, dict) else None for value in values]
             if None not in values:
                 ours[column] = {"mean": sum(values) / len(values), "spread": max(values) - min(values), "values": values}
-        rows.append({"label": system.label, "run": system.name, "ours": ours, "paper": {name: value for name, value in system.paper.items() if value is not None},
-                     "seconds": [metrics["seconds"] for metrics in by_seed.values()], **{f"{what}s": sorted({metrics[what] for metrics in by_seed.values()}) for what in ("commit", "device")}})
+        rows.append({"label": system.label, "run": system.name, "ours": ours,
+                     "paper": {name: value for name, value in system.paper.items() if value is not None},
+                     "seconds": [metrics["seconds"] for metrics in by_seed.values()],
+                     **{f"{what}s": sorted({metrics[what] for metrics in by_seed.values()}) for what in ("commit", "device")}})
     if len(counts := {metrics["images"] for by_seed in found for metrics in by_seed.values() if "images" in metrics}) > 1:
-        raise ValueError(f"the rows of --table {args.table} were evaluated on {' and '.join(map(str, sorted(counts)))} images; name one --eval-images, and another --out, or delete those of the others")
+        raise ValueError(f"the rows of --table {args.table} were evaluated on {' and '.join(map(str, sorted(counts)))} images; name one "
+                         "--eval-images, and another --out, or delete those of the others")
     ranks = Ranks(args.device)
     if ranks.first:
         path = os.path.join(args.out, f"table-{args.table}")
-        write_json(path + ".json", {"table": table.title, "preset": args.preset, "seeds": [*seeds], "paper": table.source, **machine(ranks), "rows": rows})
+        write_json(path + ".json", {"table": table.title, "preset": args.preset, "seeds": [*seeds], "paper": table.source, **machine(ranks),
+                                    "rows": rows})
         devices = sorted({device for row in rows for device in row["devices"]})
-        text = table_text(table, rows, f"preset {args.preset}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {' and '.join(devices)}, torch {torch.__version__}")
+        text = table_text(table, rows, f"preset {args.preset}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
+                                       f"{' and '.join(devices)}, torch {torch.__version__}")
         with open(path + ".md", "w", encoding="utf-8") as file:
             file.write(text)
         draw_bars(table, rows, path + ".png")
@@ -1165,7 +1280,8 @@ def table_text(table: Table, rows: list[dict], made: str) -> str:
         return words + (f" ({paper:g})" if paper is not None else "")
     head = ["", *(f"{what} {'↓' if name in table.lower else '↑'}" for name, what in table.columns.items())]
     lines = [head, ["---"] * len(head), *([row["label"], *(cell(row, column) for column in table.columns)] for row in rows)]
-    return f"**{table.title}**; in brackets the paper's numbers, {table.source}. {made}.\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"**{table.title}**; in brackets the paper's numbers, {table.source}. {made}.\n\n" + "".join(f"| {' | '.join(line)} |\n"
+        for line in lines)
 
 
 def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: int = 20):
@@ -1187,18 +1303,21 @@ def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: 
             if ours:
                 draw.rectangle((left, high + 1, at(ours["mean"]), high + line - 6), fill=(90, 130, 210))
                 draw.line((at(min(ours["values"])), high + line // 2 - 3, at(max(ours["values"])), high + line // 2 - 3), fill="black")
-            draw.text((at(max(ours["values"])) + 5 if ours else left, high), show(ours["mean"]) if ours else "-", fill="black", font_size=12)
+            draw.text((at(max(ours["values"])) + 5 if ours else left, high), show(ours["mean"]) if ours else "-", fill="black",
+                      font_size=12)
             draw.text((left + room + 70, high), "" if paper is None else f"{paper:g}", fill=(130, 130, 130), font_size=12)
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
 
 def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, height: int = 420):
-    """Two metrics against each other: a numbered dot for each row that has both, a line for one that has the first alone; the labels below."""
+    """Two metrics against each other: a numbered dot for each row that has both, a line for one that has the first alone; the labels
+    below."""
     across, up = table.curve
     have = [row for row in rows if across in row["ours"]]
     value = lambda row, name: row["ours"][name]["mean"] if name in row["ours"] else None
-    ends = {name: (min(v for row in have if (v := value(row, name)) is not None), max(v for row in have if (v := value(row, name)) is not None)) for name in table.curve}
+    ends = {name: (min(v for row in have if (v := value(row, name)) is not None),
+                   max(v for row in have if (v := value(row, name)) is not None)) for name in table.curve}
     margin = {name: 0.08 * (high - low) or 1.0 for name, (low, high) in ends.items()}
     low, high = ({name: pair[end] + (2 * end - 1) * margin[name] for name, pair in ends.items()} for end in (0, 1))
     left, top, right, bottom = 70, 40, width - 20, height - 50
@@ -1221,7 +1340,8 @@ def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, heig
         else:
             draw.ellipse((x(a) - 4, y(b) - 4, x(a) + 4, y(b) + 4), fill=(40, 90, 200))
         draw.text((x(a) + 7, y(b) - 14 if b is not None else top + 4), str(n), fill="black", font_size=13)
-        draw.text((left, height + 20 * (n - 1)), f"{n}  {row['label']}" + (" (a line: it has no semantics)" if b is None else ""), fill="black", font_size=12)
+        draw.text((left, height + 20 * (n - 1)), f"{n}  {row['label']}" + (" (a line: it has no semantics)" if b is None else ""),
+                  fill="black", font_size=12)
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
@@ -1240,8 +1360,8 @@ def first_time(reports: list[str], seen: set[str]) -> list[str]:
 
 
 class Data:
-    """Training and validation images with captions, of the built-in world or of real images, of which an epoch draws --num-samples, each time others.
-    Captions become ids in the stages. runs: images that each stage takes, by its name, to say how many epochs that is."""
+    """Training and validation images with captions, of the built-in world or of real images, of which an epoch draws --num-samples, each
+    time others. Captions become ids in the stages. runs: images that each stage takes, by its name, to say how many epochs that is."""
 
     def __init__(self, source: str, val_source: str, size: int, args, ranks: Ranks, runs: dict[str, int]):
         self.source, self.size, self.args, self.ranks, self.worlds = source, size, args, ranks, source in shapes.DIFFICULTIES
@@ -1250,8 +1370,10 @@ class Data:
             raise ValueError(f"--eval-images is {args.eval_images}, expected at least {max(2, ranks.count)}")
         if self.worlds:
             if val_source or args.num_samples:
-                raise ValueError(f"{f'--val-data {val_source!r}' if val_source else '--num-samples'} goes with images, and --data is the built-in world {source!r}; leave it out")
-            self.train, self.val, self.captioned = shapes.World(source, size, args.seed), shapes.World(source, size, VALIDATION_SEED, "val"), True
+                raise ValueError(f"{f'--val-data {val_source!r}' if val_source else '--num-samples'} goes with images, and --data is the "
+                                 f"built-in world {source!r}; leave it out")
+            self.train, self.val, self.captioned = shapes.World(source, size, args.seed), shapes.World(source, size, VALIDATION_SEED,
+                "val"), True
             return
         data = ImageData(source, size, train=True, seed=args.seed, num_samples=args.num_samples)
         self.train, self.val = (data, ImageData(val_source, size, train=False)) if val_source else data.split()
@@ -1259,16 +1381,20 @@ class Data:
         for report in dict.fromkeys(self.train.broken + self.val.broken):
             ranks.say(f"  {report}")
         if args.num_samples > len(self.train):
-            raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, or 0 for all of them")
+            raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, or 0 "
+                             "for all of them")
         epoch = args.num_samples or len(self.train)
-        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; {epoch:,} of {len(self.train):,} samples an epoch"
-                  + (", epochs in this run: " if runs else "") + ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items()))
+        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; {epoch:,} of {len(self.train):,} samples an "
+                  "epoch"
+                  + (", epochs in this run: " if runs else "") + ", ".join(f"{stage} {images / epoch:.2f}" for stage,
+                                                                           images in runs.items()))
         if len(self.val) < max(2, ranks.count):
-            raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some with --val-data")
+            raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some "
+                             "with --val-data")
 
     def batches(self, batch: int):
-        """-> function of a start step that yields this rank's part of each global batch, without end: micro-batches (images (b, 3, H, W) on the device in
-        [-1, 1], captions), and reports. Step t is the same whatever ranks there are: rank r has the r-th block."""
+        """-> function of a start step that yields this rank's part of each global batch, without end: micro-batches (images (b, 3, H, W) on
+        the device in [-1, 1], captions), and reports. Step t is the same whatever ranks there are: rank r has the r-th block."""
         ranks, local, accumulate = self.ranks, batch // self.ranks.count, self.args.accumulate
         check_batch(batch, ranks, accumulate)
 
@@ -1302,7 +1428,8 @@ class Data:
             return
         local = max(1, min(batch, len(self.val) // self.ranks.count))
         stop, seen = math.ceil(math.ceil(n / self.ranks.count) / local), set()
-        for images, captions, reports in self.val.load(local * self.ranks.count, stop=stop, rank=self.ranks.rank, ranks=self.ranks.count, workers=self.args.workers):
+        for images, captions, reports in self.val.load(local * self.ranks.count, stop=stop, rank=self.ranks.rank, ranks=self.ranks.count,
+                                                       workers=self.args.workers):
             for report in first_time(reports, seen):
                 print(f"  {report}", flush=True)
             yield self._signed(images), captions
@@ -1312,8 +1439,9 @@ class Data:
 # evaluation
 
 def retrieval(image: Tensor, text: Tensor, captions: list[str], owner: list[int] | None = None) -> dict[str, float]:
-    """R@1 both ways over unit vectors (M, C) of images and (K, C) of captions; owner: the image of each caption, by default the one with its number. A hit is a right
-    caption, word for word: several pictures may share it. Empty captions, and pictures without others, are left out; {} where no two captions are left."""
+    """R@1 both ways over unit vectors (M, C) of images and (K, C) of captions; owner: the image of each caption, by default the one with
+    its number. A hit is a right caption, word for word: several pictures may share it. Empty captions, and pictures without others, are
+    left out; {} where no two captions are left."""
     told = [k for k, caption in enumerate(captions) if caption]
     pictures, of = torch.tensor([owner[k] if owner else k for k in told], dtype=torch.int64).unique(return_inverse=True)
     image, text, captions = image[pictures], text[told], [captions[k] for k in told]
@@ -1321,7 +1449,8 @@ def retrieval(image: Tensor, text: Tensor, captions: list[str], owner: list[int]
         return {}
     names = {caption: n for n, caption in enumerate(dict.fromkeys(captions))}
     label = [names[caption] for caption in captions]
-    right, best, nearest, i2t = set(zip(of.tolist(), label)), text.new_full((len(text),), -2.0), torch.zeros_like(text[:, 0], dtype=torch.int64), 0
+    right, best, nearest, i2t = set(zip(of.tolist(), label)), text.new_full((len(text),), -2.0), torch.zeros_like(text[:, 0],
+        dtype=torch.int64), 0
     for start in range(0, len(image), 1024):        # of 31,000 pictures and 155,000 captions, all likenesses at once would be 19 GB
         similar = image[start:start + 1024] @ text.T
         i2t += sum((start + n, label[k]) in right for n, k in enumerate(similar.argmax(1).tolist()))
@@ -1333,8 +1462,8 @@ def retrieval(image: Tensor, text: Tensor, captions: list[str], owner: list[int]
 
 
 def zero_shot(pool, siglip: SigLIP, data: Data, split: str) -> float:
-    """Accuracy on single-shape scenes of the built-in world among the captions "a COLOUR SHAPE": over the pairs seen in training (split val), or over
-    all pairs, on scenes with the others (split held_out). pool: images -> (B, C)."""
+    """Accuracy on single-shape scenes of the built-in world among the captions "a COLOUR SHAPE": over the pairs seen in training (split
+    val), or over all pairs, on scenes with the others (split held_out). pool: images -> (B, C)."""
     seen, rank, ranks = shapes.seen_pairs(data.source), data.ranks.rank, data.ranks.count
     pairs = seen if split == "val" else seen + shapes.held_out_pairs(data.source)
     world = shapes.World(data.source, data.size, VALIDATION_SEED, split, single=1.0)
@@ -1343,14 +1472,16 @@ def zero_shot(pool, siglip: SigLIP, data: Data, split: str) -> float:
     for i in range(0, len(mine), 128):
         scenes = world.scenes(mine[i:i + 128])
         label = torch.tensor([pairs.index((scene[0].colour, scene[0].shape)) for scene in scenes], device=data.ranks.device)
-        right += ((F.normalize(pool(shapes.render(scenes, data.size, data.ranks.device)).float(), dim=-1) @ text.T).argmax(1) == label).sum()
+        right += ((F.normalize(pool(shapes.render(scenes, data.size, data.ranks.device)).float(), dim=-1) @ text.T).argmax(1)
+                  == label).sum()
     total = torch.tensor([float(right), len(mine)], device=data.ranks.device)
     all_reduce(total)
     return (total[0] / total[1]).item()
 
 
 def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]:
-    """On single-shape validation scenes: the share that the reader reads right in the originals, and, of those, the share right in the reconstructions."""
+    """On single-shape validation scenes: the share that the reader reads right in the originals, and, of those, the share right in the
+    reconstructions."""
     world = shapes.World(data.source, data.size, VALIDATION_SEED, "val", single=1.0)
     mine, counts = range(data.ranks.rank, data.args.eval_images // 2, data.ranks.count), torch.zeros(3, device=data.ranks.device)
     for i in range(0, len(mine), 128):
@@ -1358,7 +1489,8 @@ def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]
         images = shapes.render(scenes, data.size, data.ranks.device)
         sides = [shapes.read(x, data.source) for x in (images, tokenizer.decode(tokenizer.encode(images)))]
         original, rebuilt = ([shapes.same(a, b) for a, b in zip(scenes, side)] for side in sides)
-        counts += torch.tensor([len(scenes), sum(original), sum(a and b for a, b in zip(original, rebuilt))], dtype=torch.float32, device=counts.device)
+        counts += torch.tensor([len(scenes), sum(original), sum(a and b for a, b in zip(original, rebuilt))], dtype=torch.float32,
+                               device=counts.device)
     n, right, both = all_reduce(counts).tolist()
     return right / n, both / max(right, 1)
 
@@ -1382,8 +1514,8 @@ def evaluate_siglip(siglip: SigLIP, data: Data) -> dict:
 
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data) -> dict:
-    """Everything measured on codes and reconstructions, as far as the design has them; fd is the Frechet distance of the teacher's pooled features, on `images`
-    samples. Without the text tower's vocabulary, what needs text is left out."""
+    """Everything measured on codes and reconstructions, as far as the design has them; fd is the Frechet distance of the teacher's pooled
+    features, on `images` samples. Without the text tower's vocabulary, what needs text is left out."""
     was_training, siglip = tokenizer.training, tokenizer.siglip_model
     tokenizer.eval()
     device, c = data.ranks.device, tokenizer.config
@@ -1396,23 +1528,28 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
         rows["real"].append(teacher(images, c.deep_layer)[1].float())
         if paints:
             rebuilt = tokenizer.decode(codes)
-            rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images)), rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
+            rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images)), rows["fake"].append(teacher(rebuilt,
+                c.deep_layer)[1].float())
         if reads:
-            rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(), dim=-1)), rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
+            rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(),
+                                             dim=-1)), rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
         words += captions
         for s, stream in enumerate(streams):
             counts[stream] += histogram(codes[:, :, s], c.codebook_size)
     rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items()}, "captions": words})
     metrics = {"retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
                "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"])} if reads else {}
-    metrics |= {"psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(), "fd": frechet_distance(rows["fake"], rows["real"])} if paints else {}
+    metrics |= {"psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(),
+                "fd": frechet_distance(rows["fake"], rows["real"])} if paints else {}
     metrics["images"] = len(rows["captions"])
     for what, index in (("usage", 0), ("perplexity", 1)):
         by_depth = {s: usage_and_perplexity(all_reduce(counts[s].clone()))[index].tolist() for s in streams}
         over_all = {s: usage_and_perplexity(all_reduce(counts[s].clone()).sum(0))[index].item() for s in streams}
-        metrics |= {what: over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()}, f"{what}_by_depth": by_depth}
+        metrics |= {what: over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()},
+                    f"{what}_by_depth": by_depth}
     if data.worlds and reads:
-        metrics |= {"zero_shot": zero_shot(tokenizer.pool, siglip, data, "val"), "teacher_zero_shot": zero_shot(lambda x: teacher(x)[1], siglip, data, "val"),
+        metrics |= {"zero_shot": zero_shot(tokenizer.pool, siglip, data, "val"),
+                    "teacher_zero_shot": zero_shot(lambda x: teacher(x)[1], siglip, data, "val"),
                     "zero_shot_held_out": zero_shot(tokenizer.pool, siglip, data, "held_out"),
                     "teacher_zero_shot_held_out": zero_shot(lambda x: teacher(x)[1], siglip, data, "held_out")}
     if data.worlds and paints:
@@ -1439,7 +1576,8 @@ def told(path: str) -> list[str]:
 
 
 def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], list[int], list[list[str]]]:
-    """--zero-shot-data, --class-names, --templates -> the pictures' paths, their classes, and each class's prompts. Raises ValueError for what does not fit."""
+    """--zero-shot-data, --class-names, --templates -> the pictures' paths, their classes, and each class's prompts. Raises ValueError for
+    what does not fit."""
     if not os.path.isdir(folder):
         raise ValueError(f"--zero-shot-data {folder!r} is no folder; expected one that holds a folder of pictures for each class")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
@@ -1462,8 +1600,9 @@ def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], li
 
 
 def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[int], list[str]]:
-    """--retrieval-data, --retrieval-images -> the pictures' paths, captions, the picture of each, and the names of pictures that are missing. Raises ValueError,
-    with the line's number, for another form than Kaggle's Flickr8k (CSV with the header image,caption) or the original one (image#number, a tab, caption)."""
+    """--retrieval-data, --retrieval-images -> the pictures' paths, captions, the picture of each, and the names of pictures that are
+    missing. Raises ValueError, with the line's number, for another form than Kaggle's Flickr8k (CSV with the header image,caption) or the
+    original one (image#number, a tab, caption)."""
     if not os.path.isfile(path):
         raise ValueError(f"--retrieval-data {path!r} is no file; expected captions as Flickr8k has them")
     home = os.path.dirname(path)
@@ -1485,13 +1624,16 @@ def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[in
     names = list(dict.fromkeys(name for name, _ in rows))
     there = {name: n for n, name in enumerate(name for name in names if os.path.isfile(os.path.join(folder, name)))}
     if len(there) < 2:
-        raise ValueError(f"of the {len(names)} images that {path} names, {len(there)} are in {folder or '.'}; name their folder with --retrieval-images")
+        raise ValueError(f"of the {len(names)} images that {path} names, {len(there)} are in {folder or '.'}; name their folder with "
+                         "--retrieval-images")
     rows = [row for row in rows if row[0] in there]
-    return [os.path.join(folder, name) for name in there], [words for _, words in rows], [there[name] for name, _ in rows], [name for name in names if name not in there]
+    return [os.path.join(folder, name) for name in there], [words for _, words in rows], [there[name] for name, _ in rows], [name
+        for name in names if name not in there]
 
 
 def text_vectors(siglip: SigLIP, groups: list[list[str]], ranks: Ranks, what: str) -> Tensor:
-    """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, made a unit vector again. Ranks take turns."""
+    """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, made a unit vector again. Ranks take
+    turns."""
     mine, step, rows = range(ranks.rank, len(groups), ranks.count), max(1, 256 // len(groups[0])), []
     for i in tqdm(range(0, len(mine), step), what, disable=not ranks.first):
         some = [groups[n] for n in mine[i:i + step]]
@@ -1502,17 +1644,19 @@ def text_vectors(siglip: SigLIP, groups: list[list[str]], ranks: Ranks, what: st
 
 
 def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, data: Data, what: str, keep) -> dict:
-    """keep(numbers, unit vectors through the codes (b, C), the teacher's (b, C)), a dict of rows, over all pictures that can be read, of all ranks, on the CPU;
-    "broken" counts the others, which are named on the screen. Raises ValueError where nothing is left."""
+    """keep(numbers, unit vectors through the codes (b, C), the teacher's (b, C)), a dict of rows, over all pictures that can be read, of
+    all ranks, on the CPU; "broken" counts the others, which are named on the screen. Raises ValueError where nothing is left."""
     ranks, rows, broken = data.ranks, [], []
     if len(paths) < ranks.count:
         raise ValueError(f"{what}: {len(paths)} pictures for {ranks.count} ranks; add pictures, or start fewer")
     mine = torch.arange(ranks.rank, len(paths), ranks.count)
-    loader = torch.utils.data.DataLoader(Pictures(paths, data.size), 64, sampler=mine.tolist(), num_workers=data.args.workers, worker_init_fn=start_worker, generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(Pictures(paths, data.size), 64, sampler=mine.tolist(), num_workers=data.args.workers,
+                                         worker_init_fn=start_worker, generator=torch.Generator())
     for numbers, (images, reports) in zip(mine.split(64), tqdm(loader, what, disable=not ranks.first)):
         good, images = torch.tensor([not report for report in reports]), data._signed(images)
         broken += filter(None, reports)
-        rows.append(keep(numbers[good], *(F.normalize(pool(images).float(), dim=-1).cpu()[good] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))))
+        rows.append(keep(numbers[good],
+                         *(F.normalize(pool(images).float(), dim=-1).cpu()[good] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))))
     rows = ranks.gather_rows({**{name: torch.cat([row[name] for row in rows]) for name in rows[0]}, "broken": broken})
     for report in rows["broken"]:
         ranks.say(f"  left out: {report}")
@@ -1536,14 +1680,17 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
     if captions:
         paths, words, owner, missing = captions
         text = text_vectors(siglip, [[caption] for caption in words], data.ranks, "captions")
-        rows = on_pictures(paths, tokenizer, teacher, data, "retrieval", lambda numbers, *sides: {"picture": numbers, "retrieval": sides[0], "teacher_retrieval": sides[1]})
+        rows = on_pictures(paths, tokenizer, teacher, data, "retrieval",
+                           lambda numbers, *sides: {"picture": numbers, "retrieval": sides[0], "teacher_retrieval": sides[1]})
         place = {picture: n for n, picture in enumerate(rows["picture"].tolist())}
         kept = [k for k, picture in enumerate(owner) if picture in place]      # not the captions of broken pictures
         for name in ("retrieval", "teacher_retrieval"):
-            metrics[name] = retrieval(rows[name].to(data.ranks.device), text[kept].to(data.ranks.device), [words[k] for k in kept], [place[owner[k]] for k in kept])
+            metrics[name] = retrieval(rows[name].to(data.ranks.device), text[kept].to(data.ranks.device), [words[k] for k in kept],
+                                      [place[owner[k]] for k in kept])
         for name in missing:
             data.ranks.say(f"  left out: {name} is not there")
-        metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept), "retrieval_missing": len(missing), "retrieval_broken": rows["broken"]}
+        metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept), "retrieval_missing": len(missing),
+                    "retrieval_broken": rows["broken"]}
     tokenizer.train(was_training)
     return metrics
 
@@ -1554,7 +1701,8 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
 
 
 def compile_parts(*modules: nn.Module):
-    """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they are too."""
+    """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they
+    are too."""
     for module in modules:
         for part in module.modules():
             if type(part).__name__ in ("Layer", "Decoder", "ConvEncoder", "LLMLayer", "DepthLayer"):
@@ -1581,7 +1729,8 @@ def digest(model: nn.Module) -> str:
 def load_lpips(vgg: str, heads: str) -> LPIPS:
     """vgg: a file of torchvision's VGG16, heads: of lpips' linear layers on it. Raises ValueError if either is not what it should be."""
     model, names = LPIPS(), {f"lin{n}.model.1.weight": str(n) for n in range(len(LPIPS.WIDTHS))}
-    features = {name.removeprefix("features."): value.float() for name, value in read_tensors(vgg).items() if not name.startswith("classifier.")}
+    features = {name.removeprefix("features."): value.float() for name, value in read_tensors(vgg).items()
+                if not name.startswith("classifier.")}
     load_weights(model.features, features, vgg)
     load_weights(model.heads, {names.get(name, name): value.float() for name, value in read_tensors(heads).items()}, heads)
     return model
@@ -1598,12 +1747,14 @@ class SigLIPStage(Stage):
         self.steps, self.batch, self.lr, self.warmup = settings.siglip_steps, settings.siglip_batch, settings.siglip_lr, settings.warmup
         torch.manual_seed(args.seed)
         self.model = SigLIP(config.vision, config.text).to(ranks.device)
-        nn.init.constant_(self.model.logit_bias, -math.log(self.batch))     # the share of pairs that match, as a logit; SigLIP's -10 is for 32,768
+        nn.init.constant_(self.model.logit_bias, -math.log(self.batch))     # the share of pairs that match, as a logit; SigLIP's -10 is for
+                                                                            # 32,768
         self.model.vision_model.checkpointing = args.checkpointing
         if args.compile:
             compile_parts(self.model)
         self.optimizer = adamw([self.model], self.lr, (0.9, 0.95), settings.weight_decay)
-        self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch, "lr": self.lr,
+        self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
+                         "batch": self.batch, "lr": self.lr,
                          "vision": asdict(config.vision), "text": asdict(config.text), **common(args, ranks)}
 
     def loss(self, images, captions, *, step):
@@ -1620,11 +1771,14 @@ class SigLIPStage(Stage):
 
 
 class TokenizerStage(Stage):
-    """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2). The text tower stays as it is."""
+    """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2). The text tower stays as it
+    is."""
     name = "tokenizer"
 
-    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP, init: DualTokenizer | None = None, files: tuple = ((), ())):
-        """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`. files: for `evaluate_files`, at the end."""
+    def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP, init: DualTokenizer | None = None,
+                 files: tuple = ((), ())):
+        """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`. files: for `evaluate_files`, at the
+        end."""
         super().__init__(args, ranks)
         if siglip.vision_config != config.vision:
             raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, expected {config.vision}; train or name another SigLIP")
@@ -1652,9 +1806,12 @@ class TokenizerStage(Stage):
             self.gan_lr = settings.gan_lr
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.gan_steps, self.codes, self.pictures, self.counted = 0, None, None, {"gan_skipped": torch.zeros((), device=ranks.device)}
-        self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps, "batch": self.batch,
-                         "lr": self.lr, "weights": asdict(settings.weights), "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
-                         "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args, ranks)}
+        self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
+                         "batch": self.batch,
+                         "lr": self.lr, "weights": asdict(settings.weights), "shared_gradient": self.model.shared_gradient, "gan": gan,
+                         "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
+                         "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if self.perceptual else {}),
+                         **common(args, ranks)}
 
     def loss(self, images, captions, *, step):
         features = self.wrapped(images)
@@ -1664,7 +1821,7 @@ class TokenizerStage(Stage):
         total, more = weighted(terms, self.weights), {}
         self.codes = features.codes
         if step >= self.gan_from:
-            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}        # its gradient is for the second pass alone
+            frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}  # its gradient is for the second pass alone
             adversarial = -torch.func.functional_call(self.discriminator, frozen, (features.images,)).float().mean()
             weight = adaptive_weight(terms["pixel"] + terms.get("perceptual", 0), adversarial, self.model.decoder.conv_out.weight)
             total = total + self.weights.adversarial * weight * adversarial
@@ -1690,10 +1847,12 @@ class TokenizerStage(Stage):
 
     def log(self):
         c = self.model.config
-        usage = (usage_and_perplexity(all_reduce(histogram(self.codes[:, :, s], c.codebook_size).sum(0)))[0].item() for s in range(len(self.streams)))
+        usage = (usage_and_perplexity(all_reduce(histogram(self.codes[:, :, s], c.codebook_size).sum(0)))[0].item()
+                 for s in range(len(self.streams)))
         skipped = self.counted["gan_skipped"].item()
         self.counted["gan_skipped"].zero_()
-        return {f"usage_{stream}": value for stream, value in zip(self.streams, usage)} | ({"discriminator_skipped": skipped} if skipped else {})
+        return {f"usage_{stream}": value for stream, value in zip(self.streams, usage)} | ({"discriminator_skipped": skipped}
+            if skipped else {})
 
     def evaluate(self):
         self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
@@ -1703,7 +1862,8 @@ class TokenizerStage(Stage):
         return evaluate_files(self.model, self.teacher, self.data, *self.files)
 
     def save(self, weights):
-        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data, teacher=self.args.siglip or self.args.backbone)
+        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data, teacher=self.args.siglip
+                                   or self.args.backbone)
         if not self.model.design.paints:
             return
         if self.pictures is None:
@@ -1713,22 +1873,26 @@ class TokenizerStage(Stage):
         with torch.no_grad():
             rebuilt = self.model.decode(self.model.encode(images))
         self.model.train()
-        save_grid([images[:8], rebuilt[:8], images[8:], rebuilt[8:]] if len(images) == 16 else [images, rebuilt], os.path.join(self.folder, "samples", "reconstructions.png"))
+        save_grid([images[:8], rebuilt[:8], images[8:], rebuilt[8:]] if len(images) == 16 else [images, rebuilt],
+                  os.path.join(self.folder, "samples", "reconstructions.png"))
 
 
-FACTS = ("preset", "design", "streams", "steps", "seed", "data", "device", "ranks", "seconds", "peak_memory_gib", "images_per_second", "torch", "commit", "settings")
+FACTS = ("preset", "design", "streams", "steps", "seed", "data", "device", "ranks", "seconds", "peak_memory_gib", "images_per_second",
+         "torch", "commit", "settings")
 
 
 def machine(ranks: Ranks) -> dict:
     """What a number was computed on, and by which code."""
-    return {"device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads", "ranks": ranks.count,
+    return {"device": torch.cuda.get_device_name(ranks.device)
+            if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads", "ranks": ranks.count,
             "torch": torch.__version__, "commit": commit()}
 
 
 def finish(stage: Stage):
     """metrics.json of a run, and a table on the screen. Of training it says FACTS, the rest is evaluation."""
     args, ranks = stage.args, stage.ranks
-    about = {"preset": args.preset, "design": stage.design, "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed, "data": stage.data.source,
+    about = {"preset": args.preset, "design": stage.design, "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed,
+             "data": stage.data.source,
              "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
              f"{stage.unit}_per_second": round(stage.per_second, 1), **machine(ranks), **stage.about()}
     if ranks.first:
@@ -1743,20 +1907,25 @@ def tell(path: str, metrics: dict, **more):
 
 
 def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP, data: Data, files: tuple):
-    """Evaluate a tokenizer against its teacher. metrics.json in --out keeps what it says of training; the numbers of its evaluation are replaced, all of them."""
+    """Evaluate a tokenizer against its teacher. metrics.json in --out keeps what it says of training; the numbers of its evaluation are
+    replaced, all of them."""
     if siglip.vision_config != tokenizer.config.vision:
-        raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {tokenizer.config.vision}; name the SigLIP that it was trained from with --siglip")
-    begun, path, facts = time.time(), os.path.join(args.out, "metrics.json"), {"preset": tokenizer.config.preset, "design": tokenizer.config.design, "streams": list(tokenizer.config.streams)}
+        raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {tokenizer.config.vision}; name the SigLIP that "
+                         "it was trained from with --siglip")
+    begun, path, facts = time.time(), os.path.join(args.out, "metrics.json"), {"preset": tokenizer.config.preset,
+        "design": tokenizer.config.design, "streams": list(tokenizer.config.streams)}
     if os.path.exists(path):
         try:
             facts = {name: value for name, value in read_json(path).items() if name in FACTS}
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no JSON object ({error}), so that what it says of training cannot be kept; mend or delete it") from None
+            raise ValueError(f"{path} is no JSON object ({error}), so that what it says of training cannot be kept; mend or delete "
+                             "it") from None
     tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
     for quantizer in tokenizer.quantizers.values():
         quantizer.fused = args.fast_vq
     metrics = {**evaluate_tokenizer(tokenizer, teacher, data), **evaluate_files(tokenizer, teacher, data, *files)}
-    about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data, "seconds": round(time.time() - begun, 1), **machine(ranks)}
+    about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data, "seconds": round(time.time() - begun, 1),
+             **machine(ranks)}
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
         tell(path, metrics, **facts, evaluated=about)
@@ -1775,8 +1944,10 @@ def report(metrics: dict):
 
 def train_table(args):
     """The tokenizers of --table."""
-    taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]      # not sizes, which are those of all rows
-    taken += [name for name, default in (("semantic_weight", 1), ("shared_gradient", -1)) if args.table == "trade" and getattr(args, name) != default]
+    # not sizes, which are those of all rows
+    taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]
+    taken += [name for name, default in (("semantic_weight", 1), ("shared_gradient", -1)) if args.table == "trade"
+              and getattr(args, name) != default]
     if taken:
         raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
     if args.backbone and args.table in ("7", "9"):
@@ -1787,18 +1958,22 @@ def train_table(args):
 
 
 def train_row(args, seed: int, name: str, changes: dict) -> dict:
-    """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP. Flags that say nothing to
-    its design are left out. -> its metrics."""
+    """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP.
+    Flags that say nothing to its design are left out. -> its metrics."""
     home, design = os.path.join(args.out, f"seed-{seed}"), DESIGNS[changes["design"]]
-    idle = {} if design.means else dict(semantic_weight=1.0, zero_shot_data="", class_names="", templates="", retrieval_data="", retrieval_images="")
-    idle |= ({} if design.paints else dict(vgg="", lpips="", gan=None)) | ({} if changes["design"] == "dual" else dict(shared_gradient=-1.0))
-    row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "", **idle, **changes})
+    idle = {} if design.means else dict(semantic_weight=1.0, zero_shot_data="", class_names="", templates="", retrieval_data="",
+                                        retrieval_images="")
+    idle |= ({} if design.paints else dict(vgg="", lpips="", gan=None)) | ({}
+                                                                           if changes["design"] == "dual" else dict(shared_gradient=-1.0))
+    row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "", **idle,
+                                **changes})
     main(args=row, siglip_folder=os.path.join(home, f"siglip-{row.layers}" if row.layers else "siglip"))
     return metrics_of(row.out)
 
 
 def main(argv=None, args=None, siglip_folder: str = ""):
-    """A run, or those of a table. args: in place of argv; siglip_folder: where the SigLIP that is trained first goes, by default into --out."""
+    """A run, or those of a table. args: in place of argv; siglip_folder: where the SigLIP that is trained first goes, by default into
+    --out."""
     args = args or flags(argv)
     if args.preset not in SETTINGS:
         raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}", [args.preset], SETTINGS))
@@ -1807,17 +1982,22 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
     # ---- settings: the preset's, and what was given by hand
     s = SETTINGS[args.preset]
-    s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, siglip_batch=args.batch_size or s.siglip_batch,
+    s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, siglip_batch=args.batch_size
+                or s.siglip_batch,
                 lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
-                gan_start=s.gan_start if args.gan_start < 0 else args.gan_start, shared_gradient=s.shared_gradient if args.shared_gradient < 0 else args.shared_gradient)
-    s = replace(s, weights=replace(s.weights, **{name: args.semantic_weight * getattr(s.weights, name) for name in ("deep", "pooled", "cosine")}))
-    changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer", "deep_layer", "shortcut_layer") if getattr(args, name)}
+                gan_start=s.gan_start if args.gan_start < 0 else args.gan_start, shared_gradient=s.shared_gradient
+                if args.shared_gradient < 0 else args.shared_gradient)
+    s = replace(s,
+        weights=replace(s.weights, **{name: args.semantic_weight * getattr(s.weights, name) for name in ("deep", "pooled", "cosine")}))
+    changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer",
+                                                      "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer in ("quarter", "split") else {}
     if args.layers and (args.siglip or args.backbone or args.init):
         raise ValueError(f"--layers {args.layers} is of a ViT that is trained here, and there is one already; leave it out")
     if args.dry_run:
         if args.init or args.backbone or args.shallow_layer == "split":
-            raise ValueError("--dry-run is of a preset's sizes, and --init, --backbone and --shallow-layer split bring their own; leave them out")
+            raise ValueError("--dry-run is of a preset's sizes, and --init, --backbone and --shallow-layer split bring their own; leave "
+                             "them out")
         config = preset_config(args.preset, args.image_size, args.layers, **changes)
         config.text.vocab_size = config.text.vocab_size if args.siglip else BYTES
         with fake():
@@ -1830,21 +2010,26 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     args.siglip, args.init = args.siglip and hub.folder(args.siglip), args.init or (args.out if args.eval else "")
     init = load_init(args, changes) if args.init else None
     side = init.config.vision.image_size if init else args.image_size
-    siglip = SigLIP.from_pretrained(args.siglip, side) if args.siglip else SigLIP.from_timm(args.backbone[5:], side, not args.bench) if args.backbone else None
+    siglip = SigLIP.from_pretrained(args.siglip, side) if args.siglip else SigLIP.from_timm(args.backbone[5:], side,
+        not args.bench) if args.backbone else None
     if siglip:
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
     config = init.config if init else preset_config(args.preset, args.image_size, args.layers, **changes)
     design = DESIGNS[config.design]
-    idle = {"shallow_layer": "shallow" in design.features, "shared_gradient": config.design == "dual", **dict.fromkeys(("semantic_weight", "zero_shot_data", "retrieval_data"), design.means),
+    idle = {"shallow_layer": "shallow" in design.features, "shared_gradient": config.design == "dual",
+            **dict.fromkeys(("semantic_weight", "zero_shot_data", "retrieval_data"), design.means),
             **dict.fromkeys(("gan", "vgg"), design.paints)}
-    idle = [name for name, does in idle.items() if not does and getattr(args, name) != dict(shallow_layer=0, shared_gradient=-1.0, semantic_weight=1.0, gan=None).get(name, "")]
+    idle = [name for name, does in idle.items() if not does
+            and getattr(args, name) != dict(shallow_layer=0, shared_gradient=-1.0, semantic_weight=1.0, gan=None).get(name, "")]
     if idle:
-        raise ValueError(f"the design {config.design} has nothing that --{', --'.join(idle).replace('_', '-')} could change; leave that out")
+        raise ValueError(f"the design {config.design} has nothing that --{', --'.join(idle).replace('_', '-')} could change; leave that "
+                         "out")
     if not siglip:
         config.text.vocab_size = BYTES      # a SigLIP of its own reads bytes, whatever the preset's pretrained one reads
     if args.eval:
         trained = read_config(args.init)
-        s, args.val_data = replace(s, data=args.data or trained.get("data") or s.data), args.val_data or ("" if args.data else trained.get("val_data", ""))
+        s, args.val_data = replace(s, data=args.data or trained.get("data") or s.data), args.val_data or (""
+            if args.data else trained.get("val_data", ""))
     files = (read_classes(args.zero_shot_data, args.class_names, args.templates) if args.zero_shot_data else (),
              read_captions(args.retrieval_data, args.retrieval_images) if args.retrieval_data else ())
 
@@ -1855,12 +2040,15 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     data = Data(s.data, args.val_data, config.vision.image_size, args, ranks, runs)
     for batch in () if args.eval else (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
-    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers fp32), "
+    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers "
+              "fp32), "
               f"data {s.data} at {config.vision.image_size} px, out {args.out}")
 
-    trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if args.siglip else config.vision.image_size
+    trained_for = read_config(args.siglip)["vision_config"].get("image_size",
+                                                                VisionConfig.image_size) if args.siglip else config.vision.image_size
     if trained_for != config.vision.image_size:
-        ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {config.vision.image_size}")
+        ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for "
+                  f"{config.vision.image_size}")
 
     if siglip:
         reader = init.siglip_model if init else siglip
@@ -1876,7 +2064,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
         if not data.captioned:
-            raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; add .txt files or a metadata.jsonl, or give --siglip FOLDER")
+            raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; add .txt files or a metadata.jsonl, or give "
+                             "--siglip FOLDER")
         stage = SigLIPStage(args, ranks, s, config, data, siglip_folder)
         if args.bench:
             bench(stage, data.batches(stage.batch))
@@ -1886,13 +2075,14 @@ def main(argv=None, args=None, siglip_folder: str = ""):
             train(stage, data.batches(stage.batch))
         siglip = stage.model if args.bench else SigLIP.from_pretrained(stage.folder)
         config = replace(config, vision=siglip.vision_config, text=siglip.text_config)      # as if it had been given
-        args.siglip = siglip_folder and os.path.relpath(siglip_folder, args.out)        # for the record, where it is not beside the tokenizer
+        args.siglip = siglip_folder and os.path.relpath(siglip_folder, args.out)  # for the record, where it is not beside the tokenizer
 
     # ---- stage 2: the tokenizer
     if args.shallow_layer == "split":
         alike = layer_similarity(siglip.vision_model.to(ranks.device), next(iter(data.validation(max(1, 256 // ranks.count))))[0])
         config = replace(config, shallow_layer=split_layers(all_reduce(alike) / ranks.count)[0])
-        ranks.say(f"the pixel stream leaves after layer {config.shallow_layer} of {config.vision.num_hidden_layers}, where the shallow layers end")
+        ranks.say(f"the pixel stream leaves after layer {config.shallow_layer} of {config.vision.num_hidden_layers}, where the shallow "
+                  "layers end")
     if not args.vgg:
         ranks.say("the perceptual term is off: it needs --vgg and --lpips")
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
@@ -1913,7 +2103,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
 
 def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
-    """The tables of the paper that are about tokenizers. 7 and 9 have ViTs of so many layers each, by default the preset's and twice as many, which are trained here."""
+    """The tables of the paper that are about tokenizers. 7 and 9 have ViTs of so many layers each, by default the preset's and twice as
+    many, which are trained here."""
     every = dict(zero_shot="zero-shot accuracy", fd="Frechet distance", psnr="PSNR, dB", ssim="SSIM")
     some, lower = {name: every[name] for name in ("zero_shot", "fd", "psnr")}, ("fd",)
     own, usual = PRESETS[preset]["vision"]["num_hidden_layers"], preset_config(preset).shallow_layer
@@ -1924,30 +2115,38 @@ def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
 
     def at(n: int, shallow: int, *paper):
         name = "dual" if (n, shallow) == (own, usual) else f"dual-{shallow}-of-{n}"
-        return System(f"layer {shallow} of {n}", name, dict(design="dual", shallow_layer=shallow, layers=0 if layers or n == own else n), dict(zip(some, paper)))
+        return System(f"layer {shallow} of {n}", name, dict(design="dual", shallow_layer=shallow, layers=0 if layers or n == own else n),
+                      dict(zip(some, paper)))
 
     def ten(label, name, design, quantizer, *paper):
         return System(label, name, dict(design=design, quantizer=quantizer), dict(zip(every, paper)))
 
     def trade(weight, share):
         name = "dual" if (weight, share) == (1, SETTINGS[preset].shared_gradient) else f"dual-weight-{weight:g}-shared-{share:g}"
-        return System(f"dual, semantic weight x {weight:g}, shared gradient x {share:g}", name, dict(design="dual", semantic_weight=weight, shared_gradient=share))
+        return System(f"dual, semantic weight x {weight:g}, shared gradient x {share:g}", name,
+                      dict(design="dual", semantic_weight=weight, shared_gradient=share))
 
     seven = ((78.8, 0.78), (76.3, 1.27), (72.9, 2.61)), ((81.0, 0.73), (79.5, 1.28), (74.3, 2.78))
     shallow = three("(c) reconstruction, shallow layer", "recon-shallow", None, 0.29, 28.12, 0.745)
     return {
         "3": Table("Table 3: reconstruction and semantics in one codebook, or in two", every, lower, [
-            three("initial state, continuous", "quantised", 83.2, zero_shot="teacher_zero_shot"), three("initial state, quantised", "quantised", 82.4),
-            three("(a) both losses, deep layer", "naive", 72.3, 3.86, 12.64, 0.574), three("(b) reconstruction, deep layer", "recon-deep", None, 0.27, 27.88, 0.722),
+            three("initial state, continuous", "quantised", 83.2, zero_shot="teacher_zero_shot"),
+            three("initial state, quantised", "quantised", 82.4),
+            three("(a) both losses, deep layer", "naive", 72.3, 3.86, 12.64, 0.574),
+            three("(b) reconstruction, deep layer", "recon-deep", None, 0.27, 27.88, 0.722),
             shallow, three("(d) dual", "dual", 82.0, 0.25, 28.69, 0.744)], "So400m/14-384"),
-        "7": Table("Tables 7 and 8: the layer that pixels leave after", some, lower, [at(n, layer, *paper) for n, papers in zip(quarters, seven) for layer, paper in zip(quarters[n], papers)],
+        "7": Table("Tables 7 and 8: the layer that pixels leave after", some, lower,
+                   [at(n, layer, *paper) for n, papers in zip(quarters, seven) for layer, paper in zip(quarters[n], papers)],
                    "SigLIP-L/16-256 at 6, 12, 18 of 24, and DFN-H/14-224 at 8, 16, 24 of 32"),
-        "9": Table("Table 9: layers near the first quarter", some, lower, [at(n, layer) for n in quarters for layer in range(quarters[n][0] - 2, quarters[n][0] + 3) if layer > 0],
-                   "78.9 to 79.2 and 0.82 to 0.84 at 5 to 7 of 24 for DFN-L/14-224, 81.0 to 81.3 and 0.66 to 0.72 at 5 to 9 of 27 for SigLIP2-SO/16-256"),
+        "9": Table("Table 9: layers near the first quarter", some, lower,
+                   [at(n, layer) for n in quarters for layer in range(quarters[n][0] - 2, quarters[n][0] + 3) if layer > 0],
+                   "78.9 to 79.2 and 0.82 to 0.84 at 5 to 7 of 24 for DFN-L/14-224, 81.0 to 81.3 and 0.66 to 0.72 at 5 to 9 of 27 for "
+                   "SigLIP2-SO/16-256"),
         "10": Table("Table 10: residual and multi-codebook quantisation; (b) and (c) have as many bits, (a) half of them", every, lower, [
             ten("(a) one codebook, MCQ", "naive-mcq", "naive", "mcq", 78.6, 0.38), ten("(b) dual, RVQ", "dual", "dual", "", 80.3, 0.39),
             ten("(c) dual, MCQ", "dual-mcq", "dual", "mcq", 82.2, 0.25)], "ViTamin-L/16; (a) is UniTok itself"),
-        "trade": Table("What semantics cost reconstruction", every, lower, [shallow, *(trade(*row) for row in ((1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0)))],
+        "trade": Table("What semantics cost reconstruction", every, lower,
+                       [shallow, *(trade(*row) for row in ((1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0)))],
                        "So400m/14-384, where dual has 28.69 dB", curve=("psnr", "zero_shot")),
     }
 
@@ -1956,14 +2155,19 @@ def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
     """(part, parameters) of a tokenizer; code tables are no parameters, and come last."""
     count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
     siglip, projections = model.siglip_model, [x for name, x in model.named_children() if name.split("_")[0] in ("prequant", "postquant")]
-    other = [("convolutional encoder", model.encoder), ("semantic decoder", model.semantic_decoder), ("ViT once more, frozen", model.teacher)]
-    return [("ViT" + ", frozen" * (not model.design.vit), count(siglip.vision_model)), ("text tower, frozen", count(siglip.text_model)), ("scale and bias, frozen", 2), ("projections", count(*projections)),
-            ("decoder", count(*filter(None, (model.post_quant_conv, model.decoder)))), *((name, count(part)) for name, part in other if part), ("code tables, not by gradient", sum(x.codebook.numel() for x in model.quantizers.values()))]
+    other = [("convolutional encoder", model.encoder), ("semantic decoder", model.semantic_decoder),
+             ("ViT once more, frozen", model.teacher)]
+    return [("ViT" + ", frozen" * (not model.design.vit), count(siglip.vision_model)), ("text tower, frozen", count(siglip.text_model)),
+            ("scale and bias, frozen", 2), ("projections", count(*projections)),
+            ("decoder", count(*filter(None, (model.post_quant_conv, model.decoder)))), *((name, count(part)) for name, part in other
+        if part), ("code tables, not by gradient", sum(x.codebook.numel() for x in model.quantizers.values()))]
 
 
 def estimate(args, s: Settings, config):
-    """What the stages of a preset cost; with --siglip, which is not read, the tokenizer's alone; with --vgg, which is not read either, LPIPS too."""
-    vgg, args.vgg, ranks, count, side = args.vgg, "", Ranks("cpu"), args.ranks or (8 if args.preset in PAPER else 1), config.vision.image_size
+    """What the stages of a preset cost; with --siglip, which is not read, the tokenizer's alone; with --vgg, which is not read either,
+    LPIPS too."""
+    vgg, args.vgg, ranks, count, side = args.vgg, "", Ranks("cpu"), args.ranks or (8
+                                                                                   if args.preset in PAPER else 1), config.vision.image_size
     data = argparse.Namespace(source=s.data, drawn=s.data)
 
     def parts(batch):
@@ -1981,7 +2185,8 @@ def estimate(args, s: Settings, config):
     stage = tokenizer_stage()[0]
     rows = tokenizer_parts(stage.model) + [("teacher, frozen", sum(p.numel() for p in stage.teacher.parameters()))]
     rows += [("discriminator", sum(p.numel() for p in stage.discriminator.parameters()))] if hasattr(stage, "discriminator") else []
-    print(f"dry run of {args.preset}: {side} px, {config.positions} positions, D {config.depth}, K {config.codebook_size}, E {config.code_dim}, {'with' if vgg else 'without'} LPIPS")
+    print(f"dry run of {args.preset}: {side} px, {config.positions} positions, D {config.depth}, K {config.codebook_size}, E "
+          f"{config.code_dim}, {'with' if vgg else 'without'} LPIPS")
     print_parts(rows)
     first = [] if args.siglip else [lambda: (SigLIPStage(args, ranks, s, config, data), parts(s.siglip_batch))]
     dry_run(args, [*first, tokenizer_stage], count, "image")
@@ -1993,16 +2198,20 @@ def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
 
     def make(what, size):
         image_size = size if what == "image size" else args.image_size
-        config = preset_config(args.preset, image_size, args.layers, **changes | {"codebook size": dict(codebook_size=size), "depth": dict(depth=size)}.get(what, {}))
-        stage = TokenizerStage(args, ranks, s, config, argparse.Namespace(source="random", drawn="random"), SigLIP(config.vision, config.text))
+        config = preset_config(args.preset, image_size, args.layers,
+                               **changes | {"codebook size": dict(codebook_size=size), "depth": dict(depth=size)}.get(what, {}))
+        stage = TokenizerStage(args, ranks, s, config, argparse.Namespace(source="random", drawn="random"),
+                               SigLIP(config.vision, config.text))
         side, share = config.vision.image_size, s.batch // (args.accumulate * ranks.count)
         return stage, [(torch.randn(share, 3, side, side, device=ranks.device).clamp(-1, 1), [""] * share) for _ in range(args.accumulate)]
-    bench_growth(ranks, {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)], "codebook size": [usual.codebook_size * n for n in (1, 4, 16)],
+    bench_growth(ranks, {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)],
+                         "codebook size": [usual.codebook_size * n for n in (1, 4, 16)],
                          "depth": [usual.depth * n for n in (1, 2, 4)]}, make)
 
 
 def teacher_of(folder: str) -> str:
-    """Where the SigLIP is that a tokenizer of ours was trained from: a folder, a name on the hub, or timm:NAME; "" where its config.json does not say."""
+    """Where the SigLIP is that a tokenizer of ours was trained from: a folder, a name on the hub, or timm:NAME; "" where its config.json
+    does not say."""
     told = read_config(folder).get("teacher", "")
     if not isinstance(told, str):
         raise ValueError(f"{folder}/config.json has the teacher {brief(told)}, expected a folder or a name; correct that, or take it out")
@@ -2017,12 +2226,16 @@ def load_teacher(folder: str, image_size: int, name: str = "") -> nn.Module:
 
 
 def load_init(args, changes: dict) -> DualTokenizer:
-    """The tokenizer of --init (of --eval, by default that in --out). Its teacher is --siglip or --backbone, by default the SigLIP that lies beside a tokenizer of ours."""
+    """The tokenizer of --init (of --eval, by default that in --out). Its teacher is --siglip or --backbone, by default the SigLIP that lies
+    beside a tokenizer of ours."""
     if changes or args.image_size:
-        raise ValueError(f"--image-size, the design, its sizes and layers are those of the tokenizer in --init {args.init}; leave these flags out")
+        raise ValueError(f"--image-size, the design, its sizes and layers are those of the tokenizer in --init {args.init}; leave these "
+                         "flags out")
     ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
-    if args.eval and os.path.realpath(args.init) != os.path.realpath(args.out) and os.path.exists(os.path.join(args.out, "model.safetensors")):
-        raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; name another --out")
+    if args.eval and os.path.realpath(args.init) != os.path.realpath(args.out) and os.path.exists(os.path.join(args.out,
+            "model.safetensors")):
+        raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; name "
+                         "another --out")
     if ours and not teacher:
         teacher = teacher_of(args.init)
         args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
@@ -2046,7 +2259,8 @@ def train(stage: Stage, batches):
     if stage.ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(stage.ranks.device)
     lock(stage.folder, stage.ranks)
-    old = checkpoints(stage.folder) + [path for path in (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl")) if os.path.exists(path)]
+    old = checkpoints(stage.folder) + [path for path in (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl"))
+                                       if os.path.exists(path)]
     if stage.args.resume and checkpoints(stage.folder):
         begun = load_state(stage)
     elif old:
@@ -2064,13 +2278,15 @@ def run(main, trains: bool = True):
     then = "--resume goes on from the last checkpoint" if trains else "start it again"
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")       # the name of a broken file may be no UTF-8, or nothing that this terminal can write
+            sys.stdout.reconfigure(errors="backslashreplace")       # the name of a broken file may be no UTF-8, or nothing that this
+                                                                    # terminal can write
         main()
         if dist.is_initialized():
             dist.barrier()      # a rank that leaves while others work may be taken for one that died
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        words = f"{error.strerror}: {error.filename or 'a file of this run'}; make room or name another --out, then {then}" if full else (str(error).strip() or repr(error)).splitlines()[-1]
+        words = (f"{error.strerror}: {error.filename or 'a file of this run'}; make room or name another --out, then {then}"
+                 if full else (str(error).strip() or repr(error)).splitlines()[-1])
         sys.exit(f"error: {words}")       # of an error in a worker, torch gives the traceback too
     except torch.OutOfMemoryError:
         sys.exit(f"error: out of memory; try {'--checkpointing, --accumulate 2, or ' * trains}a smaller --batch-size")
@@ -2081,7 +2297,7 @@ def run(main, trains: bool = True):
         sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
-            gc.collect()        # what shards a model holds the process group in cycles, and its threads must end before the interpreter does
+            gc.collect()  # what shards a model holds the process group in cycles, and its threads must end before the interpreter does
             dist.destroy_process_group()
 
 

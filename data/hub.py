@@ -4,8 +4,9 @@ A checkpoint by its folder or by its name on the Hugging Face hub:
     folder("checkpoints/siglip")                        the folder itself
     folder("google/siglip-so400m-patch14-384")          in Hugging Face's cache; else in torch's, downloaded once
 
-What is downloaded: config.json, the weights as safetensors (one file, or an index and its shards), the vocabulary, and the pixels' mean and deviation. A file gets its name only when it
-is whole, so that a broken connection leaves nothing that looks finished; what is whole is not fetched again.
+What is downloaded: config.json, the weights as safetensors (one file, or an index and its shards), the vocabulary, and the pixels' mean and
+deviation. A file gets its name only when it is whole, so that a broken connection leaves nothing that looks finished; what is whole is not
+fetched again.
 """
 import json
 import os
@@ -93,9 +94,11 @@ def _fetch(url: str, found: str, file: str) -> bool:
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return False
-        raise ValueError(f"{url} answers {error.code} ({error.reason}); a model that asks for consent has to be downloaded by hand: give its folder") from None
+        raise ValueError(f"{url} answers {error.code} ({error.reason}); a model that asks for consent has to be downloaded by hand: give "
+                         "its folder") from None
     except OSError as error:
-        raise ValueError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}); without a connection, give a folder that holds the model") from None
+        raise ValueError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}); without a connection, give a folder that holds the "
+                         "model") from None
     finally:
         if os.path.exists(part):
             os.remove(part)

@@ -9,13 +9,15 @@ Real images with captions, from a few pictures in a folder to collections like C
     train, held_out = ImageData("cc12m/{00000..01242}.tar", size=256).split()
     for images, captions, broken in train.load(batch_size=256, start=step, workers=8):      # (B, 3, 256, 256) uint8, lists of str
 
-The scan notes where everything is (about 50 bytes per sample, and its name); from then on any sample can be read by its number. What it finds
-in a shard is kept in torch's cache, or in the folder NANODUALTOKEN_INDEX (empty: nowhere), for as long as the shard's size and time stay.
+The scan notes where everything is (about 50 bytes per sample, and its name); from then on any sample can be read by its number. What it
+finds in a shard is kept in torch's cache, or in the folder NANODUALTOKEN_INDEX (empty: nowhere), for as long as the shard's size and time
+stay.
 
 Which image a training sample is, and which crop, follows from `seed` and its position in an endless stream, not from the number of ranks or
-workers: one integer in a checkpoint is enough to go on exactly. Each epoch shuffles anew: everything at once where that is single files or fits the
-buffer; else the shards, which are then read SHARDS at a time, by pieces in random order, through windows of a buffer's size. An epoch may end
-inside a batch: nothing is dropped or comes twice. A broken sample is replaced by another one and reported: never fatal, never silent.
+workers: one integer in a checkpoint is enough to go on exactly. Each epoch shuffles anew: everything at once where that is single files or
+fits the buffer; else the shards, which are then read SHARDS at a time, by pieces in random order, through windows of a buffer's size. An
+epoch may end inside a batch: nothing is dropped or comes twice. A broken sample is replaced by another one and reported: never fatal, never
+silent.
 """
 import contextlib
 import copy
@@ -48,8 +50,8 @@ SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if 
 MAX_BYTES = 256 << 20                   # what is larger is no picture
 TRIES = 100                             # neighbours that may stand in for a broken sample
 OPEN_SHARDS = 64                        # at a time and per process: 1,024 open files are a usual limit
-# Of the shuffle. Random reads fall into 20,000 / 16 neighbouring samples of each of 16 shards, about 1 GB in all, which the page cache holds. Of fewer
-# shards, a window would lack variety where they are sorted; of more, pieces would be shorter, and more files open.
+# Of the shuffle. Random reads fall into 20,000 / 16 neighbouring samples of each of 16 shards, about 1 GB in all, which the page cache
+# holds. Of fewer shards, a window would lack variety where they are sorted; of more, pieces would be shorter, and more files open.
 SHARDS, BUFFER = 16, 20_000
 HELD_OUT, MOST_HELD_OUT = 0.05, 5000    # of `split`: share, and samples
 SCALE, RATIO = 0.9, 4 / 3               # of `random_crop`: smallest share of the area, most extreme width / height and height / width
@@ -83,13 +85,15 @@ def decode(source, name=None, near=None):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: too many pixels ({error}); expected at most {Image.MAX_IMAGE_PIXELS:,}: "
                          "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS") from None
-    except Exception as error:      # Pillow's plugins raise nearly anything on bad bytes: OSError, SyntaxError, struct.error, IndexError, ...
-        reason = "0 bytes" if not data else "unknown format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+    except Exception as error:  # Pillow's plugins raise nearly anything on bad bytes: OSError, SyntaxError, struct.error, IndexError, ...
+        reason = "0 bytes" if not data else "unknown format" if isinstance(error,
+                                                                           UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{name}: cannot be read as an image ({reason}); expected a complete file in a format that Pillow opens") from None
 
 
 def _check_file(path, name):
-    """Raises ValueError for what is no file, such as a link to a device, which may have no end, or is larger than a picture; OSError where there is nothing."""
+    """Raises ValueError for what is no file, such as a link to a device, which may have no end, or is larger than a picture; OSError where
+    there is nothing."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
         got = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "a folder, a pipe or a device"
@@ -146,7 +150,8 @@ def random_crop(image, size, rng):
 # ---- the scan: source -> files, records, names ----------------------------------------------------------------------
 
 def _braces(pattern):
-    """"a{08..10}.tar" -> ["a08.tar", "a09.tar", "a10.tar"]; also lists such as {0..3,7}, and several braces. An empty range is a ValueError."""
+    """"a{08..10}.tar" -> ["a08.tar", "a09.tar", "a10.tar"]; also lists such as {0..3,7}, and several braces. An empty range is a
+    ValueError."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -164,16 +169,19 @@ def _paths(source):
     if os.path.exists(source):      # asked first: a folder's name may hold commas, brackets or braces
         return [source], []
     if "://" in source:
-        raise ValueError(f"the source {source!r} is a URL, expected files of this computer: download the shards first, and name their folder")
+        raise ValueError(f"the source {source!r} is a URL, expected files of this computer: download the shards first, and name their "
+                         "folder")
     paths, reports = [], []
     for part in map(str.strip, re.split(r",(?![^{]*\})", source)):      # at commas outside braces
         found = {path: [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) for path in _braces(part)}
         missing = [path for path in found if not found[path]]
         if len(missing) == len(found):
-            raise FileNotFoundError(f"no such image data: {part!r} of the source {source!r}; expected a folder of images, .tar shards, a pattern "
+            raise FileNotFoundError(f"no such image data: {part!r} of the source {source!r}; expected a folder of images, .tar shards, a "
+                                    "pattern "
                                     "that matches some, or a range of them such as cc12m/{00000..01242}.tar: check the path")
         if missing:
-            reports.append(f"{part}: {len(missing):,} of {len(found):,} are missing and left out: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}")
+            reports.append(f"{part}: {len(missing):,} of {len(found):,} are missing and left out: "
+                           f"{', '.join(missing[:10])}{', ...' * (len(missing) > 10)}")
         paths += sum(found.values(), [])
     return list(dict.fromkeys(paths)), reports
 
@@ -183,11 +191,12 @@ def _pack(rows, prefix=b""):
     names = [os.fsencode(row[0]) for row in rows]
     starts = np.cumsum([0] + [len(name) for name in names])
     hashes = [int.from_bytes(hashlib.blake2b(prefix + name, digest_size=4).digest(), "little") for name in names]
-    return np.array([(start, len(name), key, *row[1:]) for start, name, key, row in zip(starts, names, hashes, rows)], RECORD), b"".join(names)
+    return np.array([(start, len(name), key, *row[1:]) for start, name, key, row in zip(starts, names, hashes, rows)],
+                    RECORD), b"".join(names)
 
 
 def _is_image(name):
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")      # ._a.jpg: a Mac's note on a.jpg
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith(".")  # ._a.jpg: a Mac's note on a.jpg
 
 
 class _Headers(io.BufferedReader):
@@ -216,7 +225,8 @@ def _scan_tar(path):
             file.seek(tar.offset)       # tarfile takes a damaged or missing header for the end, but a complete archive ends in zeros
             if file.read(512) != bytes(512):
                 raise ValueError(f"no header at byte {tar.offset:,} of {total:,}")
-    except (OSError, ValueError, OverflowError, RecursionError, tarfile.TarError) as error:      # of sizes of 90 bits; of a thousand headers of one member
+    # of sizes of 90 bits; of a thousand headers of one member
+    except (OSError, ValueError, OverflowError, RecursionError, tarfile.TarError) as error:
         broken.append(f"{path}: cut, damaged or not a plain tar ({error}); the {len(members):,} members before that are used")
     for name in filter(_is_image, members):
         stem = os.path.splitext(name)[0]
@@ -226,7 +236,8 @@ def _scan_tar(path):
 
 
 def _kept(path, stamp):
-    """File of the cache -> RECORD array, names, [], as `_scan_tar` found them; None where it is missing, damaged, or of another state of the shard."""
+    """File of the cache -> RECORD array, names, [], as `_scan_tar` found them; None where it is missing, damaged, or of another state of
+    the shard."""
     with contextlib.suppress(Exception):        # numpy and zipfile raise nearly anything on damaged bytes; then the shard itself is asked
         with np.load(path, allow_pickle=False) as kept:     # a zip file, which checks its sums
             records, names = kept["records"], kept["names"].tobytes()
@@ -234,8 +245,8 @@ def _kept(path, stamp):
 
 
 def _scan_shard(path, folder):
-    """`_scan_tar`, its result kept in `folder` ("": nowhere). Of several processes at it, one scans and the others wait; who ends leaves no lock.
-    Of a shard with something to report nothing is kept: it may have been a bad moment of the disk, and is to be reported again."""
+    """`_scan_tar`, its result kept in `folder` ("": nowhere). Of several processes at it, one scans and the others wait; who ends leaves no
+    lock. Of a shard with something to report nothing is kept: it may have been a bad moment of the disk, and is to be reported again."""
     if not folder:
         return _scan_tar(path)
     scan = None
@@ -260,7 +271,8 @@ def _scan_shard(path, folder):
             return scan
     except OSError as error:
         records, names, broken = scan or _scan_tar(path)
-        return records, names, broken or [f"what is in shards cannot be kept in {folder} ({error.strerror}), and is looked up in them at every start: "
+        return records, names, broken or [f"what is in shards cannot be kept in {folder} ({error.strerror}), and is looked up in them at "
+                                          "every start: "
                                           "set NANODUALTOKEN_INDEX to another folder, or to nothing"]
 
 
@@ -349,7 +361,8 @@ class ImageData:
 
     def __init__(self, source, size, train=True, seed=0, num_samples=0, buffer=BUFFER):
         if size < 1 or seed < 0 or buffer < 1:
-            raise ValueError(f"got size {size}, seed {seed} and buffer {buffer}, expected a size of at least 1 pixel, a seed of at least 0, a buffer of at least 1")
+            raise ValueError(f"got size {size}, seed {seed} and buffer {buffer}, expected a size of at least 1 pixel, a seed of at least "
+                             "0, a buffer of at least 1")
         self.size, self.seed, self.num_samples, self.buffer = size, seed, num_samples, buffer
         self.files, records, self.names, self.broken = _scan(source)
         self.epoch, self.group = None, None
@@ -357,7 +370,8 @@ class ImageData:
         self._hold(records, train)
 
     def _hold(self, records, train):
-        """Takes these records. `starts` and `sizes`: of the shards' runs among them; `loose`: indices of those that are shuffled as a whole."""
+        """Takes these records. `starts` and `sizes`: of the shards' runs among them; `loose`: indices of those that are shuffled as a
+        whole."""
         starts = np.flatnonzero(np.r_[True, records["file"][1:] != records["file"][:-1]])
         sizes, tar = np.diff(starts, append=len(records)), records["image"][starts] >= 0
         tar &= len(records) > self.buffer
@@ -396,7 +410,8 @@ class ImageData:
         return int(self.rows[place - self.edges[group]])
 
     def _deal(self, epoch):
-        """Epoch -> its groups: at most SHARDS shards (their numbers) and a share of the loose samples (their indices) each; the place where each begins."""
+        """Epoch -> its groups: at most SHARDS shards (their numbers) and a share of the loose samples (their indices) each; the place where
+        each begins."""
         rng = np.random.default_rng([self.seed, 0, epoch])
         loose, shards = rng.permutation(self.loose), rng.permutation(len(self.starts))      # 4 bytes a loose sample in each worker
         count = max(1, math.ceil(len(shards) / SHARDS))
@@ -404,7 +419,8 @@ class ImageData:
         return groups, np.cumsum([0] + [self.sizes[shards].sum() + len(loose) for shards, loose in groups])[:-1]
 
     def _shuffled(self, epoch, group):
-        """A group's indices in their order: its shards in pieces, SHARDS of which make a window, the pieces and then each window shuffled."""
+        """A group's indices in their order: its shards in pieces, SHARDS of which make a window, the pieces and then each window
+        shuffled."""
         shards, loose = self.groups[group]
         if not len(shards):
             return loose
@@ -417,8 +433,8 @@ class ImageData:
         return rows
 
     def sample(self, position):
-        """-> (image (3, size, size) uint8, caption, reports), a function of seed and position alone. For a broken image comes the next healthy
-        one in index order, or one from anywhere, where its shard is gone or ten in a row are broken; a missing caption is "".
+        """-> (image (3, size, size) uint8, caption, reports), a function of seed and position alone. For a broken image comes the next
+        healthy one in index order, or one from anywhere, where its shard is gone or ten in a row are broken; a missing caption is "".
         Raises ValueError if none of TRIES samples can be read."""
         index, broken = self.order(position), []
         for attempt in range(TRIES):
@@ -438,16 +454,18 @@ class ImageData:
             except (OSError, ValueError, AttributeError, RecursionError) as error:     # AttributeError: other JSON than {"caption": "text"}
                 caption = ""
                 broken.append(f"{name}: its caption cannot be read ({type(error).__name__}: {error}) and is taken as empty")
-            crop = random_crop(image, self.size, np.random.default_rng([self.seed, 1, position])) if self.train else centre_crop(image, self.size)
+            crop = random_crop(image, self.size, np.random.default_rng([self.seed, 1, position])) if self.train else centre_crop(image,
+                self.size)
             return crop, caption, list(dict.fromkeys(broken))
         raise ValueError(f"nothing readable at position {position}: {len(broken)} samples tried are broken, the first: {broken[0]}")
 
     __getitem__ = sample    # what DataLoader calls
 
     def load(self, batch_size, start=0, stop=None, rank=0, ranks=1, workers=0, pin=False):
-        """-> DataLoader of (images (b, 3, size, size) uint8, captions, reports): this rank's b = batch_size / ranks samples of each global batch,
-        from step `start` to before `stop`. In training step t has positions t * batch_size and on, a block per rank, without end unless `stop`
-        is given. Evaluation goes once over the data, a rank over positions rank, rank + ranks, ...; its last batch may be smaller."""
+        """-> DataLoader of (images (b, 3, size, size) uint8, captions, reports): this rank's b = batch_size / ranks samples of each global
+        batch, from step `start` to before `stop`. In training step t has positions t * batch_size and on, a block per rank, without end
+        unless `stop` is given. Evaluation goes once over the data, a rank over positions rank, rank + ranks, ...; its last batch may be
+        smaller."""
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(f"got a batch of {batch_size} for {ranks} ranks, expected a positive multiple of the number of ranks")
         local, mine = batch_size // ranks, range(rank, len(self), ranks)

@@ -2,15 +2,17 @@
 Conversations, edits and interleaved documents from JSON files, of any size: only where each record is stays in memory.
 
     chats.json      LLaVA's list (or one record a line, .jsonl): {"image": "a.jpg", or a list of paths, or nothing, "conversations":
-                    [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. <image> is where a picture stands;
-                    "user" and "assistant" are heard too. The replies are learned.
-    documents.jsonl one list a line, of {"text": words} and {"image": path}, in reading order. "paint": true for a picture to learn to paint,
+                    [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. <image> is where a
+                    picture stands; "user" and "assistant" are heard too. The replies are learned.
+    documents.jsonl one list a line, of {"text": words} and {"image": path}, in reading order. "paint": true for a picture to learn to
+    paint,
                     "loss": false for what is not to be learned (a picture that is only read has no loss).
                     An edit is told by its shape: pictures that are read, one text with "loss": false, one picture to paint:
                     [{"image": "a.png"}, {"text": "make it blue", "loss": false}, {"image": "b.png", "paint": true}]
 
     records = Records([("chats.json", conversation), ("documents.jsonl", document)])
-    kind, parts = records[7]        # ("question", [([Image("a.jpg"), "What is this?"], ["A cat."])]), or a ValueError that says what is wrong
+    kind, parts = records[7]        # ("question", [([Image("a.jpg"), "What is this?"], ["A cat."])]), or a ValueError that says what is
+    wrong
 """
 import io
 import json
@@ -37,7 +39,8 @@ class Image(NamedTuple):
 
 
 class Records:
-    """Record i of several files, read when it is asked for: `parse(record, folder)` of its file. folder: of the images, if not each file's own."""
+    """Record i of several files, read when it is asked for: `parse(record, folder)` of its file. folder: of the images, if not each file's
+    own."""
 
     def __init__(self, sources: list, folder: str = ""):
         """sources: (path, `conversation` or `document`). Raises ValueError for a file that cannot be read."""
@@ -46,7 +49,8 @@ class Records:
             try:
                 spans.append(np.array([(number, *span) for span in _spans(path, parse is document)], np.int64).reshape(-1, 3))
             except (OSError, ValueError) as error:
-                raise ValueError(f"{path} cannot be read as records ({error}); expected one in each line, or for conversations also one JSON list of them") from None
+                raise ValueError(f"{path} cannot be read as records ({error}); expected one in each line, or for conversations also one "
+                                 "JSON list of them") from None
         self.spans = np.concatenate(spans)                              # (records, 3): file, first byte, bytes
 
     def __len__(self):
@@ -70,7 +74,8 @@ class Records:
 
 
 def _spans(path: str, lists: bool):
-    """File -> (first byte, bytes) of each record: its lines that are not empty; or, where it begins with [ and its lines are not to be lists, that list's items."""
+    """File -> (first byte, bytes) of each record: its lines that are not empty; or, where it begins with [ and its lines are not to be
+    lists, that list's items."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else io.BytesIO() as data:
         if lists or isinstance(data, io.BytesIO) or not re.match(rb"(?:\xef\xbb\xbf)?\s*\[", data):
             begin = 0
@@ -108,9 +113,11 @@ def conversation(record, folder: str) -> tuple[str, list]:
     images, turns = record.get("image"), record.get("conversations")
     images = [] if images is None else images if isinstance(images, list) else [images]
     _check(all(isinstance(path, str) for path in images), f'"image" is {str(images)[:40]}, expected a path or a list of paths')
-    _check(isinstance(turns, list) and all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns), '"conversations" is no list of {"from": ..., "value": words}')
+    _check(isinstance(turns, list) and all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns),
+           '"conversations" is no list of {"from": ..., "value": words}')
     for t in turns:
-        _check(isinstance(t.get("from"), str) and t["from"] in SPEAKERS, f"unknown speaker {str(t.get('from'))[:40]!r}, expected {', '.join(SPEAKERS)}")
+        _check(isinstance(t.get("from"), str) and t["from"] in SPEAKERS, f"unknown speaker {str(t.get('from'))[:40]!r}, expected "
+                                                                         f"{', '.join(SPEAKERS)}")
     _check([SPEAKERS[t["from"]] for t in turns] == [0, 1] * (len(turns) // 2), "its speakers do not take turns, question and reply")
     marks = sum(t["value"].count("<image>") for t in turns)
     _check(marks == len(images), f"{marks} <image> marks for {len(images)} images")
@@ -118,7 +125,8 @@ def conversation(record, folder: str) -> tuple[str, list]:
     _check(any(t["value"].strip() for t in turns[1::2]), "no reply, so nothing with a loss")
     paths, exchanges = iter(images), []
     for question, reply in zip(turns[::2], turns[1::2]):
-        words = [part.strip() for part in question["value"].split("<image>")]       # the line break after a picture is the files' habit; ours have none
+        # the line break after a picture is the files' habit; ours have none
+        words = [part.strip() for part in question["value"].split("<image>")]
         asked = [words[0]] + [item for part in words[1:] for item in (Image(os.path.join(folder, next(paths))), part)]
         exchanges.append(([item for item in asked if item], [reply["value"].strip()]))
     return "question", exchanges
@@ -129,14 +137,17 @@ def document(record, folder: str) -> tuple[str, list]:
     _check(isinstance(record, list), f"expected a list, got {str(record)[:40]!r}")
     parts = []
     for part in record:
-        _check(isinstance(part, dict) and ("text" in part) != ("image" in part), f'{str(part)[:40]!r} is neither {{"text": words}} nor {{"image": path}}')
-        _check(not set(part) - {"text", "image", "loss", "paint"}, f'{str(part)[:60]!r} has other names than "text" or "image", "loss" and "paint"')
+        _check(isinstance(part, dict) and ("text" in part) != ("image" in part),
+               f'{str(part)[:40]!r} is neither {{"text": words}} nor {{"image": path}}')
+        _check(not set(part) - {"text", "image", "loss", "paint"},
+               f'{str(part)[:60]!r} has other names than "text" or "image", "loss" and "paint"')
         for flag in ("loss", "paint"):
             _check(isinstance(part.get(flag, True), bool), f'"{flag}" is {str(part.get(flag))[:40]!r}, expected true or false')
         words, path, loss = part.get("text"), part.get("image"), part.get("loss", True)
         _check(isinstance(words if "text" in part else path, str), f"{str(part)[:40]!r} is neither words nor a path")
         parts.append(Text(words, loss) if "text" in part else Image(os.path.join(folder, path), part.get("paint", False), loss))
-    edit = len(parts) > 2 and isinstance(parts[-2], Text) and not parts[-2].loss and all(isinstance(p, Image) for p in parts[:-2] + parts[-1:])
+    edit = len(parts) > 2 and isinstance(parts[-2], Text) and not parts[-2].loss and all(isinstance(p, Image) for p in parts[:-2]
+                                                                                         + parts[-1:])
     edit = edit and [p.paint for p in parts[:-2] + parts[-1:]] == [False] * (len(parts) - 2) + [True]
     _check(learned(parts), "nothing in it has a loss")
     return "edit" if edit else "document", parts

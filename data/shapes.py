@@ -4,10 +4,10 @@
     images, captions = world.batch(range(64))       # (64, 3, 32, 32) in [-1, 1], ["a red circle", ...]
     read(images)[0]                                 # (Object(shape="circle", colour="red", size="large", x=0.41, y=0.63),)
 
-A sample is a pure function of (seed, split, index): every number in it is a hash, so any batch can be drawn anywhere and in any order, with no
-generator whose state would have to be saved. Scenes are small integer tensors on the CPU; only `render` and `read` touch the device.
-`plain` has 4 shapes, 4 colours and one size on flat grounds; `textured` has 8 of each, two sizes, patterned grounds and shaded shapes.
-The reader knows how shapes are drawn and nothing else, so it can mark reconstructed and generated images without any model.
+A sample is a pure function of (seed, split, index): every number in it is a hash, so any batch can be drawn anywhere and in any order, with
+no generator whose state would have to be saved. Scenes are small integer tensors on the CPU; only `render` and `read` touch the device.
+`plain` has 4 shapes, 4 colours and one size on flat grounds; `textured` has 8 of each, two sizes, patterned grounds and shaded shapes. The
+reader knows how shapes are drawn and nothing else, so it can mark reconstructed and generated images without any model.
 """
 
 import itertools
@@ -30,14 +30,15 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 SLOTS = 4                           # the most shapes in a scene
 GRID = 256                          # positions are whole multiples of 1/256 of the image side
 GAP = 0.06                          # least distance between the circles around two shapes, in image sides
-BORDER = 8 / GRID                   # least distance from such a circle to the image's edge; 8 steps, so that 3 free bits of x never cross it
+BORDER = 8 / GRID  # least distance from such a circle to the image's edge; 8 steps, so that 3 free bits of x never cross it
 MARGIN = 0.2                        # "left of" and its like are said, and hold, only from this distance on
 RADII = torch.tensor([0.12, 0.18])  # of the circle around a shape, by size
 PALETTE = torch.tensor([[0.86, 0.18, 0.18], [0.20, 0.66, 0.27], [0.16, 0.34, 0.86], [0.97, 0.83, 0.16],
                         [0.96, 0.52, 0.10], [0.50, 0.20, 0.68], [0.20, 0.78, 0.84], [0.97, 0.55, 0.76]])
 GROUNDS = torch.tensor([[0.94, 0.93, 0.91], [0.85, 0.87, 0.90], [0.84, 0.80, 0.75], [0.70, 0.73, 0.71],      # from light to dark
                         [0.52, 0.53, 0.57], [0.37, 0.39, 0.43], [0.25, 0.25, 0.28], [0.15, 0.15, 0.17]])
-# The colour that each shape never wears in training; every colour is left out once. Two such pairs lie in the plain world: blue circle, red triangle.
+# The colour that each shape never wears in training; every colour is left out once. Two such pairs lie in the plain world: blue circle, red
+# triangle.
 HELD_OUT = torch.tensor([2, 4, 0, 7, 1, 3, 6, 5])
 
 
@@ -69,7 +70,8 @@ class Object(NamedTuple):
 
 
 class Scene(tuple):
-    """A tuple of `Object`s, from top to bottom. `look` are the integers behind ground and shading (see `_look`); they take no part in equality."""
+    """A tuple of `Object`s, from top to bottom. `look` are the integers behind ground and shading (see `_look`); they take no part in
+    equality."""
 
     def __new__(cls, objects, look=(0,) * 9):
         self = super().__new__(cls, objects)
@@ -98,7 +100,8 @@ class Scenes:
     def __iter__(self):
         columns = (t.tolist() for t in (self.count, self.shape, self.colour, self.size, self.xy, self.look))
         for n, shape, colour, size, xy, look in zip(*columns):
-            yield Scene((Object(SHAPES[shape[i]], COLOURS[colour[i]], SIZES[size[i]], xy[i][0] / GRID, xy[i][1] / GRID) for i in range(n)), look)
+            yield Scene((Object(SHAPES[shape[i]], COLOURS[colour[i]], SIZES[size[i]], xy[i][0] / GRID, xy[i][1] / GRID) for i in range(n)),
+                        look)
 
     def __getitem__(self, i: int) -> Scene:
         return list(self)[i]
@@ -107,14 +110,17 @@ class Scenes:
 def pack(scenes: list[Scene]) -> Scenes:
     """The inverse of iterating over `Scenes`: readable scenes to tensors (objects sorted again), so that edited scenes can be rendered."""
     if not scenes or not all(1 <= len(scene) <= SLOTS for scene in scenes):
-        raise ValueError(f"pack: scenes of {sorted({len(s) for s in scenes})} shapes, expected at least one, each of 1 to {SLOTS}; drop the others")
+        raise ValueError(f"pack: scenes of {sorted({len(s) for s in scenes})} shapes, expected at least one, each of 1 to {SLOTS}; drop "
+                         "the others")
     rows = []
     for scene in scenes:
-        objects = sorted((round(o.y * GRID), round(o.x * GRID), SHAPES.index(o.shape), COLOURS.index(o.colour), SIZES.index(o.size)) for o in scene)
+        objects = sorted((round(o.y * GRID), round(o.x * GRID), SHAPES.index(o.shape), COLOURS.index(o.colour), SIZES.index(o.size))
+                         for o in scene)
         rows.append(objects + [(0,) * 5] * (SLOTS - len(scene)))
     y, x, shape, colour, size = torch.tensor(rows).unbind(2)
     count = torch.tensor([len(scene) for scene in scenes])
-    return Scenes(count, shape, colour, size, torch.stack([x, y], 2), torch.tensor([scene.look for scene in scenes]), torch.zeros_like(count))
+    return Scenes(count, shape, colour, size, torch.stack([x, y], 2), torch.tensor([scene.look for scene in scenes]),
+                  torch.zeros_like(count))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -130,7 +136,8 @@ def _draw(key: Tensor, n: int) -> Tensor:
 
 
 def _residue(scenes: Scenes) -> Tensor:
-    """(B,) in 0..7: a hash of all objects, without the lowest three bits of the first one's x. Grounds take no part: new paint makes no new scene."""
+    """(B,) in 0..7: a hash of all objects, without the lowest three bits of the first one's x. Grounds take no part: new paint makes no new
+    scene."""
     x, y = scenes.xy.unbind(2)
     code = (((scenes.shape * 8 + scenes.colour) * 2 + scenes.size) * GRID + x) * GRID + y + 1
     code[:, 0] -= x[:, 0] % 8 * GRID
@@ -142,39 +149,42 @@ def _residue(scenes: Scenes) -> Tensor:
 
 
 def is_validation(scenes: Scenes) -> Tensor:
-    """(B,) bool. A scene is for validation iff the lowest three bits of its first x equal a hash of the rest. No training scene is, for any seed."""
+    """(B,) bool. A scene is for validation iff the lowest three bits of its first x equal a hash of the rest. No training scene is, for any
+    seed."""
     return scenes.xy[:, 0, 0] % 8 == _residue(scenes)
 
 
 def _place(bits: Tensor, radius: Tensor, present: Tensor) -> Tensor:
-    """Centres (B, 4, 2) such that no two shapes come near each other; bits (B, 9), radius (B, 4) in image sides. Random places are pulled towards
-    the image's corners, each to its own, until none overlap. That takes at most eleven steps, all tried at once: there is nothing to reject."""
+    """Centres (B, 4, 2) such that no two shapes come near each other; bits (B, 9), radius (B, 4) in image sides. Random places are pulled
+    towards the image's corners, each to its own, until none overlap. That takes at most eleven steps, all tried at once: there is nothing
+    to reject."""
     corner = torch.tensor([[0, 0], [1, 1], [1, 0], [0, 1]])[(torch.arange(SLOTS) + bits[:, 8:]) % 4]       # (B, 4, 2)
     pull = torch.linspace(0, 1, 12)[:, None, None, None]
     unit = (1 - pull) * (bits[:, :8].unflatten(1, (SLOTS, 2)) % 4096 / 4096) + pull * corner               # (12, B, 4, 2)
     low = (radius + BORDER)[..., None]
     xy = low + unit * (1 - 2 * low)
-    near = torch.cdist(xy, xy) < radius[:, :, None] + radius[:, None] + GAP + 8 / GRID                     # 8 / GRID: the free bits of x again
+    near = torch.cdist(xy, xy) < radius[:, :, None] + radius[:, None] + GAP + 8 / GRID  # 8 / GRID: the free bits of x again
     pair = torch.ones(SLOTS, SLOTS, dtype=torch.bool).triu(1) & present[:, :, None] & present[:, None]
     step = (near & pair).flatten(2).any(2).int().argmin(0)             # the first step without overlap
     return (xy[step, torch.arange(len(bits))] * GRID).long()
 
 
 def _look(bits: Tensor, difficulty: str) -> Tensor:
-    """(B, 9): difficulty, ground, second ground, pattern of the ground (flat, gradient, stripes, noise), its angle, frequency and phase (of 256),
-    pattern of the shapes (flat, shaded, striped) and its angle. Plain scenes use the first two only."""
+    """(B, 9): difficulty, ground, second ground, pattern of the ground (flat, gradient, stripes, noise), its angle, frequency and phase (of
+    256), pattern of the shapes (flat, shaded, striped) and its angle. Plain scenes use the first two only."""
     ranges = torch.tensor([1, len(GROUNDS), 1, 4, 256, 256, 256, 3, 256])
     look = bits % ranges
     if difficulty == "plain":
         return look * (torch.arange(9) == 1)
     look[:, 0] = 1
-    look[:, 2] = torch.where(look[:, 1] < len(GROUNDS) // 2, look[:, 1] + 1 + bits[:, 2] % 2, look[:, 1] - 1 - bits[:, 2] % 2)     # a near shade
+    # a near shade
+    look[:, 2] = torch.where(look[:, 1] < len(GROUNDS) // 2, look[:, 1] + 1 + bits[:, 2] % 2, look[:, 1] - 1 - bits[:, 2] % 2)
     return look
 
 
 class World:
-    """An endless set of scenes. single: the share with one shape (default 0.8; 1 in `held_out`, where the first shape is always a held-out pair).
-    ValueError: an unknown difficulty or split, fewer than 16 pixels, or a share outside [0, 1]."""
+    """An endless set of scenes. single: the share with one shape (default 0.8; 1 in `held_out`, where the first shape is always a held-out
+    pair). ValueError: an unknown difficulty or split, fewer than 16 pixels, or a share outside [0, 1]."""
 
     def __init__(self, difficulty: str = "plain", size: int = 32, seed: int = 0, split: str = "train", single: float | None = None):
         if difficulty not in DIFFICULTIES:
@@ -235,7 +245,8 @@ class World:
 # ---------------------------------------------------------------- drawing
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points: folded into one tenth of the circle, a star is the side of one straight line, from its outer corner (1, 0) to an inner one."""
+    """Five points: folded into one tenth of the circle, a star is the side of one straight line, from its outer corner (1, 0) to an inner
+    one."""
     turn = math.pi / 5
     angle = (torch.atan2(x, -y).abs() + turn) % (2 * turn) - turn
     r, inner = torch.hypot(x, y), 0.46
@@ -251,7 +262,8 @@ DISTANCES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.95, y.abs() - 0.3), torch.maximum(x.abs() - 0.3, y.abs() - 0.95)),
     lambda x, y: (x.abs() / 0.66 + y.abs() - 1) * 0.551,
     _star,
-    lambda x, y: torch.minimum((x.abs() + (y - 0.2).abs() - 0.8) * 0.707, torch.hypot(x.abs() - 0.4, y + 0.2) - 0.566),    # tilted square, two discs
+    # tilted square, two discs
+    lambda x, y: torch.minimum((x.abs() + (y - 0.2).abs() - 0.8) * 0.707, torch.hypot(x.abs() - 0.4, y + 0.2) - 0.566),
     lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.24,
 )
 
@@ -286,7 +298,7 @@ def _ground(look: Tensor, size: int, device) -> Tensor:
 
 def render(scenes: Scenes, size: int, device="cpu") -> Tensor:
     """Images (B, 3, size, size) float32 in [-1, 1]. Never waits for the device."""
-    owner, slot = (torch.arange(SLOTS) < scenes.count[:, None]).nonzero(as_tuple=True)              # (O,): one row per shape in the whole batch
+    owner, slot = (torch.arange(SLOTS) < scenes.count[:, None]).nonzero(as_tuple=True)  # (O,): one row per shape in the whole batch
     shape, order = scenes.shape[owner, slot].sort()
     owner, slot = owner[order], slot[order]
     angle, pattern = scenes.look[owner, 8] * math.tau / 256, scenes.look[owner, 7]
@@ -301,7 +313,7 @@ def render(scenes: Scenes, size: int, device="cpu") -> Tensor:
         shade = torch.where(kind == 1, along * 0.15, torch.sin(along * 9) * 0.1) * (kind > 0)       # a light from the side, or stripes
         paint = paint * (1 + shade[:, None])
     ground = _ground(scenes.look, size, device)
-    images = ground.index_add(0, rows, cover[:, None] * (paint - ground[rows]))         # shapes never overlap, so their order does not matter
+    images = ground.index_add(0, rows, cover[:, None] * (paint - ground[rows]))  # shapes never overlap, so their order does not matter
     return images.clamp(0, 1) * 2 - 1
 
 
@@ -362,7 +374,8 @@ def claims(scene: Scene) -> list[Claim]:
     nouns = [o.noun for o in scene]
     for a, b in itertools.combinations(scene, 2):                                           # exactly one of each
         if nouns.count(a.noun) == nouns.count(b.noun) == 1:
-            say("differ", f"one {a.colour if a.shape == b.shape else a.noun} and one {b.noun}", lambda s, pair=sorted((a.noun, b.noun)): sorted(
+            say("differ", f"one {a.colour if a.shape == b.shape else a.noun} and one {b.noun}",
+                lambda s, pair=sorted((a.noun, b.noun)): sorted(
                 o.noun for o in s if o.noun in pair) == pair)
     for word, test in _things(scene.difficulty):
         n = sum(map(test, scene))
@@ -413,7 +426,8 @@ def questions(scene: Scene) -> list[tuple[str, str, str]]:
 
     numbers = [(word, sum(map(test, scene))) for word, test in _things(scene.difficulty)]
     absent, numbers = [pair for pair in numbers if not pair[1]], [pair for pair in numbers if pair[1]]
-    asked += [("count", f"how many {word} are there?", NUMBERS[k]) for word, k in numbers + [("shapes", len(scene)), *absent[chance % 3:][:1]]]
+    asked += [("count", f"how many {word} are there?", NUMBERS[k]) for word,
+              k in numbers + [("shapes", len(scene)), *absent[chance % 3:][:1]]]
     for (word, k), (other, m) in itertools.permutations(numbers, 2):
         if k != m and word.endswith(" shapes") == other.endswith(" shapes"):
             asked.append(("comparison", f"are there more {word} than {other}?", "yes" if k > m else "no"))
@@ -469,8 +483,8 @@ def _edit(kind: str, scene: Scene, rng) -> tuple[str, list[Object]] | None:
 
 
 def edits(scene: Scene, rng) -> tuple[str, str, Scene] | None:
-    """One random edit (kind, instruction, scene after it); kind: recolour, remove, add or move; rng: a `random.Random`. None, rarely, where nothing
-    fits. No edit leads from a training scene to a validation scene, nor to a held-out pair that was not there before."""
+    """One random edit (kind, instruction, scene after it); kind: recolour, remove, add or move; rng: a `random.Random`. None, rarely, where
+    nothing fits. No edit leads from a training scene to a validation scene, nor to a held-out pair that was not there before."""
     free = bool(is_validation(pack([scene])))
     for kind in rng.sample(EDITS, len(EDITS)):
         for _ in range(40):
@@ -503,13 +517,13 @@ def _templates(size: int, difficulty: str, device: str) -> tuple[Tensor, list[tu
 
 
 def _unmix(images: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Every pixel of images (B, 3, H, W) in [0, 1] as a mixture of the ground and each of n colours: the colour's share in [0, 1.2], and the squared
-    misfit of the best mixture, both (B, n, H, W)."""
+    """Every pixel of images (B, 3, H, W) in [0, 1] as a mixture of the ground and each of n colours: the colour's share in [0, 1.2], and
+    the squared misfit of the best mixture, both (B, n, H, W)."""
     matrix = FEATURES.to(images.device)
     f, p = torch.einsum("fc,bchw->bfhw", matrix, images), PALETTE[:n].to(images.device) @ matrix.T                # (B, 3, H, W), (n, 3)
     calm = (f[:, 1:].norm(dim=1, keepdim=True) < GROUND_CHROMA).to(f)
     calm = F.adaptive_avg_pool2d(torch.cat([f * calm, calm], 1), 8)                                               # (B, 4, 8, 8)
-    calm = F.avg_pool2d(calm, 3, 1, 1) + 0.05 * calm.mean((2, 3), keepdim=True) + 1e-4         # the ground nearby, and a little of all of it
+    calm = F.avg_pool2d(calm, 3, 1, 1) + 0.05 * calm.mean((2, 3), keepdim=True) + 1e-4  # the ground nearby, and a little of all of it
     ground = F.interpolate(calm[:, :3] / calm[:, 3:], images.shape[2:], mode="bilinear")
     d = f - ground
     dot = torch.einsum("bfhw,nf->bnhw", d, p) - (d * ground).sum(1, keepdim=True)
@@ -533,9 +547,11 @@ def _components(solid: Tensor) -> Tensor:
 
 
 def _regions(ids: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """(image, region number) of all regions of at least so many pixels, (O,) each, in images with one to four of them and hardly any crumbs."""
+    """(image, region number) of all regions of at least so many pixels, (O,) each, in images with one to four of them and hardly any
+    crumbs."""
     cells = ids.shape[1] * ids.shape[2] + 1
-    area = torch.zeros(len(ids), cells, device=ids.device).scatter_add_(1, ids.flatten(1), torch.ones_like(ids, dtype=torch.float32).flatten(1))
+    area = torch.zeros(len(ids), cells, device=ids.device).scatter_add_(1, ids.flatten(1),
+                                                                        torch.ones_like(ids, dtype=torch.float32).flatten(1))
     area[:, 0] = 0
     big = area >= least
     clean = (big.sum(1) <= SLOTS) & ((area * ~big).sum(1) <= least)
@@ -577,8 +593,8 @@ def _match(images: Tensor, difficulty: str) -> list[list[Object | None]]:
 
 @torch.no_grad()
 def read(images: Tensor, difficulty: str = "textured") -> list[Scene | None]:
-    """Images (B, 3, H, H) in [-1, 1] back to scenes; None where an image is no clear scene. `plain` looks only for what the plain world has.
-    ValueError: another shape of tensor, or an unknown difficulty."""
+    """Images (B, 3, H, H) in [-1, 1] back to scenes; None where an image is no clear scene. `plain` looks only for what the plain world
+    has. ValueError: another shape of tensor, or an unknown difficulty."""
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"read: images of shape {tuple(images.shape)}, expected (B, 3, H, H); add the batch dimension or crop to a square")
     if difficulty not in DIFFICULTIES:
@@ -594,8 +610,9 @@ def read(images: Tensor, difficulty: str = "textured") -> list[Scene | None]:
 
 
 def same(a: Scene | None, b: Scene | None, tolerance: float = 0.06) -> bool:
-    """Whether two scenes show the same shapes, colours and sizes, each object within this distance, in image sides. Their order plays no part, and
-    an unreadable scene (None) equals nothing."""
+    """Whether two scenes show the same shapes, colours and sizes, each object within this distance, in image sides. Their order plays no
+    part, and an unreadable scene (None) equals nothing."""
     if a is None or b is None or len(a) != len(b):
         return False
-    return any(all(p[:3] == q[:3] and math.hypot(p.x - q.x, p.y - q.y) <= tolerance for p, q in zip(a, order)) for order in itertools.permutations(b))
+    return any(all(p[:3] == q[:3] and math.hypot(p.x - q.x, p.y - q.y) <= tolerance for p, q in zip(a, order))
+               for order in itertools.permutations(b))
