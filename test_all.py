@@ -1,6 +1,7 @@
-"""The tests, grouped by component: `pytest test_all.py -q`, or one group, `pytest test_all.py -k rvq`. Groups: shapes, reader, images, rvq, tokenizer, losses,
-train, text, mllm, sample, fuzz, project. Seconds each; minutes are marked slow and wait for `-m slow`. Tests against reference numbers and real images find them through the variable NANODUALTOKEN_SHARED and
-skip, with the reason, where it is not set; parity tests skip where transformers is not installed."""
+"""The tests, grouped by component: `pytest test_all.py -q`, or one group, `pytest test_all.py -k rvq`. Groups: shapes, reader, images, rvq,
+tokenizer, losses, train, text, mllm, sample, fuzz, project. Seconds each; minutes are marked slow and wait for `-m slow`. Tests against
+reference numbers and real images find them through the variable NANODUALTOKEN_SHARED and skip, with the reason, where it is not set; parity
+tests skip where transformers is not installed."""
 
 import ast
 import base64
@@ -54,11 +55,14 @@ import train_mllm
 import train_tokenizer
 from data import hub, images, records, shapes
 from data.shapes import World
-from losses import (Discriminator, Moments, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr, sigmoid_contrastive, ssim,
+from losses import (Discriminator, Moments, Weights, adaptive_weight, discriminator_loss, distance, frechet_distance, psnr,
+                    sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
-from mllm import KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
+from mllm import (KNOWN, LLM, LLMS, MARKS, SPECIALS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables,
+                  document, pack, turn)
 from rvq import QUANTIZERS, histogram, usage_and_perplexity
-from tokenizer import (ACTIVATIONS, DESIGNS, DualTokenizer, Projection, SigLIP, TextConfig, TextVocabulary, TokenizerConfig, VisionConfig, VisionTower, layer_similarity,
+from tokenizer import (ACTIVATIONS, DESIGNS, DualTokenizer, Projection, SigLIP, TextConfig, TextVocabulary, TokenizerConfig, VisionConfig,
+                       VisionTower, layer_similarity,
                        load_weights, preset_config, read_towers, split_layers)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -68,7 +72,8 @@ os.environ["NANODUALTOKEN_INDEX"] = ""      # nothing of the tests stays in the 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")         # there is no pytest.ini where the mark could be made known
     is_slow = pytest.mark.slow
-slow = lambda test: is_slow(pytest.mark.skipif("'slow' not in config.option.markexpr", reason="slow: python -m pytest test_all.py -q -m slow")(test))
+slow = lambda test: is_slow(pytest.mark.skipif("'slow' not in config.option.markexpr",
+                                               reason="slow: python -m pytest test_all.py -q -m slow")(test))
 needs_shared = pytest.mark.skipif(not os.path.isdir(EMOJI), reason="no fluent-emoji and photos: set NANODUALTOKEN_SHARED")
 
 
@@ -120,7 +125,8 @@ def test_shapes_held_out_pairs():
         assert not held & seen and len(held | seen) == shapes.KINDS[difficulty] ** 2
         for split in ("train", "val"):
             for single in (0.0, 1.0):
-                drawn = {(o.colour, o.shape) for scene in shapes.World(difficulty, split=split, single=single).scenes(range(2000)) for o in scene}
+                drawn = {(o.colour, o.shape) for scene in shapes.World(difficulty, split=split, single=single).scenes(range(2000))
+                         for o in scene}
                 assert drawn == seen
         alone = list(shapes.World(difficulty, split="held_out").scenes(range(300)))
         assert all(len(scene) == 1 for scene in alone) and {(s[0].colour, s[0].shape) for s in alone} == held
@@ -183,7 +189,8 @@ def test_shapes_claims_by_hand():
     red = shapes.Object("circle", "red", "small", 0.2, 0.5)
     blue = shapes.Object("square", "blue", "large", 0.7, 0.45)
     texts = {claim.text: claim for claim in shapes.claims(shapes.Scene((red, blue), look))}
-    assert {"a red circle left of a blue square", "a blue square right of a red circle", "a blue square larger than a red circle", "two shapes",
+    assert {"a red circle left of a blue square", "a blue square right of a red circle", "a blue square larger than a red circle",
+            "two shapes",
             "one red circle and one blue square", "no crosses"} <= set(texts)
     assert not any("above" in text or "below" in text or text.startswith("all") for text in texts)         # 0.05 apart: not said
     swapped = shapes.Scene((red._replace(x=0.7), blue._replace(x=0.2)), look)
@@ -251,12 +258,14 @@ def test_shapes_edits_are_valid_and_can_be_read():
             assert len(scene) - len(before) == {"add": 1, "remove": -1}.get(kind, 0)
             if kind == "move":
                 (old,), (new,) = set(before) - set(scene), set(scene) - set(before)
-                assert {"left": old.x - new.x, "right": new.x - old.x, "up": old.y - new.y, "down": new.y - old.y}[text.split()[-1]] >= shapes.MARGIN
+                assert {"left": old.x - new.x, "right": new.x - old.x, "up": old.y - new.y,
+                        "down": new.y - old.y}[text.split()[-1]] >= shapes.MARGIN
             assert {(o.colour, o.shape) for o in scene} <= set(shapes.seen_pairs(world.difficulty))
     assert set(done) == set(shapes.EDITS) and min(done.values()) > 20
 
 
-@pytest.mark.parametrize("difficulty, size, least", [("plain", 32, 0.99), ("plain", 64, 0.99), ("textured", 64, 0.98), ("textured", 32, 0.97),
+@pytest.mark.parametrize("difficulty, size, least", [("plain", 32, 0.99), ("plain", 64, 0.99), ("textured", 64, 0.98),
+                                                     ("textured", 32, 0.97),
                                                      ("textured", 100, 0.97)])
 def test_reader_reads_what_is_drawn(difficulty, size, least):
     scenes = shapes.World(difficulty, split="val", single=0.25).scenes(range(200))
@@ -302,7 +311,8 @@ def test_reader_same_ignores_order_but_nothing_else():
     b = shapes.Object("square", "blue", "large", 0.7, 0.7)
     pair = shapes.Scene((a, b))
     assert shapes.same(pair, shapes.Scene((b, a._replace(x=0.32))))
-    for wrong in (shapes.Scene((a,)), shapes.Scene((a, b._replace(colour="red"))), shapes.Scene((a, b._replace(x=0.5))), shapes.Scene((a, a)),
+    for wrong in (shapes.Scene((a,)), shapes.Scene((a, b._replace(colour="red"))), shapes.Scene((a, b._replace(x=0.5))),
+                  shapes.Scene((a, a)),
                   shapes.Scene((a, b._replace(size="small"))), None):
         assert not shapes.same(pair, wrong)
     assert not shapes.same(None, None)
@@ -533,7 +543,8 @@ def test_images_folder_captions(tmp_path):
     flat(1).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9 au lait\n")       # a byte order mark, and Latin-1
     flat(2).save(tmp_path / "sub/B.JPG", "jpeg")
-    (tmp_path / "sub/metadata.jsonl").write_text('{"file_name": "B.JPG", "text": "bee"}\n\n{"file_name": "deep/c.webp", "caption": "sea"}\n')
+    (tmp_path / "sub/metadata.jsonl").write_text('{"file_name": "B.JPG", "text": "bee"}\n\n{"file_name": "deep/c.webp", "caption": '
+                                                 '"sea"}\n')
     flat(3).save(tmp_path / "sub/deep/c.webp", lossless=True)
     flat(4).save(tmp_path / "sub/deep/d.png")
     (tmp_path / "._a.png").write_bytes(b"a Mac's note")
@@ -618,9 +629,11 @@ def test_images_missing_sources_in_words(tmp_path, monkeypatch):
     (tmp_path / "zip.zip").write_bytes(b"PK")
     monkeypatch.setenv("NANODUALTOKEN_INDEX", str(tmp_path / "index"))
     t = str(tmp_path)
-    for source, error, words in [("/gone", FileNotFoundError, "/gone"), ("/{5..9}.tar", FileNotFoundError, r"\{5..9\}.tar"), ("/0.tar," + t + "/1.tar", FileNotFoundError, "/1.tar"),
+    for source, error, words in [("/gone", FileNotFoundError, "/gone"), ("/{5..9}.tar", FileNotFoundError, r"\{5..9\}.tar"),
+                                 ("/0.tar," + t + "/1.tar", FileNotFoundError, "/1.tar"),
                                  ("/{3..1}.tar", ValueError, "empty"),
-                                 ("/*.gz", FileNotFoundError, r"\*.gz"), ("/empty", ValueError, "no images"), ("/none.tar", ValueError, "no images"),
+                                 ("/*.gz", FileNotFoundError, r"\*.gz"), ("/empty", ValueError, "no images"),
+                                 ("/none.tar", ValueError, "no images"),
                                  ("/zip.zip", ValueError, "folders and .tar files")]:
         with pytest.raises(error, match=words):
             images.ImageData(t + source, 8)
@@ -643,14 +656,17 @@ def test_images_holes_in_a_range_are_counted_and_named(tmp_path):
 
 def test_images_odd_shards(tmp_path):
     """Captions far from their images; not a tar at all; a compressed one."""
-    members = [(f"{i}.png", encoded(flat(i))) for i in range(5)] + [(f"{i}.{'json' if i % 2 else 'txt'}", b'{"caption": "c%d"}' % i) for i in reversed(range(5))]
+    members = [(f"{i}.png", encoded(flat(i))) for i in range(5)] + [(f"{i}.{'json' if i % 2 else 'txt'}", b'{"caption": "c%d"}' % i)
+                                                                    for i in reversed(range(5))]
     whole = write_tar(tmp_path / "far.tar", members)
-    assert [images.ImageData(whole, 8, train=False).sample(i)[1] for i in range(5)] == ['{"caption": "c0"}', "c1", '{"caption": "c2"}', "c3", '{"caption": "c4"}']
+    assert [images.ImageData(whole, 8, train=False).sample(i)[1] for i in range(5)] == ['{"caption": "c0"}', "c1", '{"caption": "c2"}',
+                                                                                        "c3", '{"caption": "c4"}']
     (tmp_path / "page.tar").write_text("<html>404</html>" * 100)
     with tarfile.open(tmp_path / "zipped.tar", "w:gz") as tar:
         tar.add(whole, "far.png")
     data = images.ImageData(str(tmp_path), 8, train=False)
-    assert len(data) == 5 and ["page.tar: cut, damaged or not a plain tar" in data.broken[0], "zipped.tar: cut" in data.broken[1]] == [True, True]
+    assert len(data) == 5 and ["page.tar: cut, damaged or not a plain tar" in data.broken[0], "zipped.tar: cut" in data.broken[1]] == [True,
+        True]
     with pytest.raises(ValueError, match="no images in .*page.tar: cut, damaged or not a plain tar"):
         images.ImageData(str(tmp_path / "page.tar"), 8)
 
@@ -661,7 +677,8 @@ def test_images_cut_tars_are_named(tmp_path):
     with tarfile.open(whole) as tar:
         headers = [member.offset for member in tar]
     expected = {"in_data": (data[:headers[7] + 540], 3), "in_header": (data[:headers[6] + 100], 3), "between": (data[:headers[6]], 3),
-                "damaged": (data[:headers[6]] + b"\x07" * 512 + data[headers[6] + 512:], 3), "junk": (b"junk" * 500, 0), "nothing": (b"", 0)}
+                "damaged": (data[:headers[6]] + b"\x07" * 512 + data[headers[6] + 512:], 3), "junk": (b"junk" * 500, 0),
+                "nothing": (b"", 0)}
     for name, (content, count) in expected.items():
         (tmp_path / f"{name}.tar").write_bytes(content)
         both = images.ImageData(f"{tmp_path}/{name}.tar,{whole}", 8, train=False)
@@ -721,9 +738,11 @@ def test_images_index_that_cannot_be_kept_is_said(tmp_path, monkeypatch):
     shard(tmp_path / "0.tar", range(3)), shard(tmp_path / "1.tar", range(3))
     monkeypatch.setenv("NANODUALTOKEN_INDEX", str(tmp_path / "file/index"))
     data = images.ImageData(str(tmp_path), 8, train=False)
-    assert reds(data.load(6)) == [0, 1, 2] * 2 and len(data.broken) == 1 and "cannot be kept in" in data.broken[0] and "file/index" in data.broken[0]
+    assert reds(data.load(6)) == [0, 1,
+        2] * 2 and len(data.broken) == 1 and "cannot be kept in" in data.broken[0] and "file/index" in data.broken[0]
     monkeypatch.setenv("NANODUALTOKEN_INDEX", str(tmp_path / "index"))
-    monkeypatch.setattr(np, "savez_compressed", lambda file, **arrays: (file.write(b"half"), (_ for _ in ()).throw(OSError(28, "No space left on device")))[0])
+    monkeypatch.setattr(np, "savez_compressed",
+                        lambda file, **arrays: (file.write(b"half"), (_ for _ in ()).throw(OSError(28, "No space left on device")))[0])
     assert "No space left" in images.ImageData(str(tmp_path), 8).broken[0] and not glob.glob(str(tmp_path / "index/*.npz"))
     monkeypatch.setenv("NANODUALTOKEN_INDEX", "")
     assert images.ImageData(str(tmp_path), 8).broken == []
@@ -742,7 +761,8 @@ while not (os.path.exists(sys.argv[1] + "/ready0") and os.path.exists(sys.argv[1
 data = images.ImageData(sys.argv[1], 8)
 print(len(scanned), data.broken, images.hashlib.sha256(data.records.tobytes() + data.names).hexdigest())"""
     environment = {**os.environ, "NANODUALTOKEN_INDEX": str(tmp_path / "index"), "LOCAL_WORLD_SIZE": "64"}      # one process each
-    runs = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"{tmp_path}/ready{k}"], cwd=HERE, env=environment, stdout=subprocess.PIPE, text=True) for k in range(2)]
+    runs = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"{tmp_path}/ready{k}"], cwd=HERE, env=environment,
+                             stdout=subprocess.PIPE, text=True) for k in range(2)]
     counts, *rest = zip(*(run.communicate()[0].split() for run in runs))
     data = images.ImageData(str(tmp_path), 8)
     assert sum(map(int, counts)) == 24 and min(map(int, counts)) > 0, counts
@@ -826,7 +846,8 @@ def test_images_shuffle_goes_by_shards_and_windows(many, monkeypatch):
     opened = []
     monkeypatch.setattr(images, "open", lambda path, mode: opened.append(path) or open(path, mode), raising=False)
     monkeypatch.setattr(images, "OPEN_SHARDS", images.SHARDS)
-    assert sorted(numbers([data.sample(p)[0][None], 0, 0] for p in range(960))) == list(range(960)) and len(opened) == len(set(opened)) == 40
+    assert sorted(numbers([data.sample(p)[0][None], 0, 0]
+                          for p in range(960))) == list(range(960)) and len(opened) == len(set(opened)) == 40
 
 
 def test_images_small_or_single_files_are_shuffled_as_a_whole(many):
@@ -843,7 +864,8 @@ def test_images_small_or_single_files_are_shuffled_as_a_whole(many):
     mixed = images.ImageData(many, 2, seed=6, buffer=64)
     order = np.array([mixed.order(p) for p in range(1010)])
     single = np.flatnonzero(order < 50)     # a folder's files come first in the records, and are dealt out over the whole epoch
-    assert sorted(order) == list(range(1010)) and [len(part) for part in np.split(single, np.searchsorted(single, [353, 682]))] == [17, 17, 16]
+    assert sorted(order) == list(range(1010)) and [len(part) for part in np.split(single, np.searchsorted(single, [353, 682]))] == [17, 17,
+        16]
     assert mixed.records["image"][:50].max() == -1 and not (np.diff(order[single]) > 0).all()
 
 
@@ -1138,7 +1160,8 @@ def test_rvq_ranks_draw_what_one_process_draws(design, monkeypatch):
     whole(z)
     expected = whole._candidates()
     for rank, part in enumerate(parts):
-        group = dict(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: rank, all_reduce=lambda x: x)
+        group = dict(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: rank,
+                     all_reduce=lambda x: x)
         monkeypatch.setattr("rvq.dist", SimpleNamespace(**group))
         part(z[4 * rank:][:4])
         found = found + part._candidates()
@@ -1213,8 +1236,10 @@ def test_rvq_ignores_autocast(design):
 def test_rvq_memory_stays_bounded():
     """The paper's size: 32 images of 729 positions, K 16,384, E 32. The distances of one depth alone would be 1.4 GiB."""
     pytest.importorskip("resource", reason="no peak memory on this system")
-    code = ("import resource, torch; from rvq import ResidualVQ; torch.set_num_threads(2); vq = ResidualVQ(32, 16384, 1); z = torch.randn(32, 729, 32);"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20; before = peak(); vq(z); vq.update(); print(peak() - before)")
+    code = ("import resource, torch; from rvq import ResidualVQ; torch.set_num_threads(2); vq = ResidualVQ(32, 16384, 1); z = "
+            "torch.randn(32, 729, 32);"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20; before = peak(); vq(z); vq.update(); print(peak() "
+            "- before)")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1
 
@@ -1239,7 +1264,8 @@ assert torch.equal(vq.encode(z), plain)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 def test_rvq_fused_kernel_finds_the_nearest():
     """In Triton's interpreter, which needs no GPU."""
-    done = subprocess.run([sys.executable, "-c", FUSED], cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", FUSED], cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -1262,7 +1288,8 @@ def test_rvq_usage_and_perplexity():
 @designs
 def test_rvq_errors_are_sentences(design):
     vq = filled(design=design)
-    for wrong in (lambda: vq(torch.randn(1, 4, 9)), lambda: vq.embed(torch.zeros(1, 4, 2).long()), lambda: vq.embed(torch.full((1, 4, vq.depth), 64))):
+    for wrong in (lambda: vq(torch.randn(1, 4, 9)), lambda: vq.embed(torch.zeros(1, 4, 2).long()),
+                  lambda: vq.embed(torch.full((1, 4, vq.depth), 64))):
         with pytest.raises(ValueError, match=f"^{type(vq).__name__}: .*expected"):
             wrong()
     with pytest.raises(RuntimeError, match=f"^{type(vq).__name__}.update: nothing was quantized"):
@@ -1326,7 +1353,8 @@ def test_tokenizer_matches_transformers():
 def test_tokenizer_resizes_positions_as_transformers_does(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
     vision = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16)
-    theirs = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision, text_config=dict(vision, vocab_size=60, max_position_embeddings=12)))
+    theirs = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision,
+                                                                text_config=dict(vision, vocab_size=60, max_position_embeddings=12)))
     randomised(theirs).eval().save_pretrained(tmp_path)
     for side in (96, 40, 64):
         x, ours = torch.rand(2, 3, side, side) * 2 - 1, SigLIP.from_pretrained(tmp_path, side)
@@ -1377,9 +1405,11 @@ def test_tokenizer_matches_the_release():
         edited = model._decode(model.postquant_pix(model.quantizer_pix.embed(io_["code_pix_edited"].flatten(1, 2))))
         text = model.siglip_model.text_model(io_["text_ids"])
     assert torch.equal(out.codes[:, :, 0], io_["code_pix"].flatten(1, 2)) and torch.equal(out.codes[:, :, 1], io_["code_sem"].flatten(1, 2))
-    for ours, theirs, tolerance in ((pixel, "latent_pix", 5e-6), (semantic, "latent_sem", 5e-6), (out.deep, "z_q_sem", 5e-6), (out.pooled, "image_pooled", 5e-6),
+    for ours, theirs, tolerance in ((pixel, "latent_pix", 5e-6), (semantic, "latent_sem", 5e-6), (out.deep, "z_q_sem", 5e-6),
+                                    (out.pooled, "image_pooled", 5e-6),
                                     (text, "text_pooled", 5e-6), (out.images, "recon", 5e-5), (edited, "recon_edited", 5e-5),
-                                    (out.commitment["pixel"], "quant_loss_pix", 5e-6), (out.commitment["semantic"], "quant_loss_sem", 5e-6)):
+                                    (out.commitment["pixel"], "quant_loss_pix", 5e-6),
+                                    (out.commitment["semantic"], "quant_loss_sem", 5e-6)):
         torch.testing.assert_close(ours.reshape(io_[theirs].shape), io_[theirs], atol=tolerance, rtol=0)
 
 
@@ -1454,7 +1484,8 @@ def test_tokenizer_shortcut_layer_changes_the_pixel_latent(pictures):
     torch.testing.assert_close(pixel, plain + 0.6 * x, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name, positions, layers, depth", [("nano", 64, (2, 5, 6), 4), ("nano-64", 64, (2, 5, 6), 4), ("small", 64, (2, 7, 8), 4), ("siglip-l-256", 256, (6, 23, 24), 4),
+@pytest.mark.parametrize("name, positions, layers, depth", [("nano", 64, (2, 5, 6), 4), ("nano-64", 64, (2, 5, 6), 4),
+                                                            ("small", 64, (2, 7, 8), 4), ("siglip-l-256", 256, (6, 23, 24), 4),
                                                             ("so400m-384", 729, (6, 26, 27), 8), ("siglip2-so-256", 256, (6, 26, 27), 8)])
 def test_tokenizer_presets_have_the_papers_sizes(name, positions, layers, depth):
     c = preset_config(name)
@@ -1467,8 +1498,8 @@ def test_tokenizer_presets_have_the_papers_sizes(name, positions, layers, depth)
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_tokenizer_designs_are_what_their_row_says(pictures, tmp_path, design):
-    """Codes of the row's streams; what the losses do not reach is not trained, and everything else is; a file gives the same codes and images; what a design cannot do
-    ends in a sentence."""
+    """Codes of the row's streams; what the losses do not reach is not trained, and everything else is; a file gives the same codes and
+    images; what a design cannot do ends in a sentence."""
     torch.manual_seed(0)
     c, row = preset_config("nano", design=design), DESIGNS[design]
     model = DualTokenizer(c)
@@ -1480,13 +1511,15 @@ def test_tokenizer_designs_are_what_their_row_says(pictures, tmp_path, design):
     weighted(terms, Weights()).backward()
     for name, p in model.named_parameters():
         assert p.requires_grad == (p.grad is not None), name        # DDP would wait for a gradient that never comes
-    trained = {name.split(".encoder.layers.")[-1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad and "vision_model.encoder.layers" in name}
+    trained = {name.split(".encoder.layers.")[-1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad
+               and "vision_model.encoder.layers" in name}
     assert len(trained) == {"dual": 6, "naive": 6, "recon-deep": 5, "recon-shallow": 2, "sde": 5, "sde-image": 5}.get(design, 0)
     model.eval().save_pretrained(tmp_path)
     again, codes = DualTokenizer.from_pretrained(str(tmp_path)), model.encode(pictures)
     assert codes.shape == (len(pictures), 64, len(row.streams), row.sizes.get("depth", 4)) and torch.equal(again.encode(pictures), codes)
     assert again.embed(codes).shape == (len(pictures), 64, 32 * len(row.streams))
-    for function, able, words in ((lambda: again.decode(codes), row.paints, "no decoder"), (lambda: again.pool_codes(codes), row.means, "no semantics")):
+    for function, able, words in ((lambda: again.decode(codes), row.paints, "no decoder"),
+                                  (lambda: again.pool_codes(codes), row.means, "no semantics")):
         if able:
             assert function().isfinite().all()
         else:
@@ -1507,7 +1540,8 @@ def test_tokenizer_designs_take_their_streams_from_the_right_place(pictures):
                     p.add_(torch.randn_like(p))
             moved[design, layer] = [not torch.equal(a, b) for a, b in zip(before, model.latents(pictures))]
             before = model.latents(pictures)
-    two, one = {"dual": ([True, True], [False, True]), "recon-shallow": ([True], [False]), "dual-encoder": ([False, True], [False, True])}, [True]
+    two, one = {"dual": ([True, True], [False, True]), "recon-shallow": ([True], [False]),
+                "dual-encoder": ([False, True], [False, True])}, [True]
     for design in DESIGNS:
         assert (moved[design, 1], moved[design, 4]) == two.get(design, (one, one)), design
     torch.manual_seed(0)
@@ -1519,7 +1553,8 @@ def test_tokenizer_designs_take_their_streams_from_the_right_place(pictures):
 
 @pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
 def test_tokenizer_shares_the_semantic_gradient(pictures, share):
-    """Of the semantic loss, so much enters the shared layers, and all of it the later ones; reconstruction's gradient and the features stay as they are."""
+    """Of the semantic loss, so much enters the shared layers, and all of it the later ones; reconstruction's gradient and the features stay
+    as they are."""
     torch.manual_seed(0)
     model = DualTokenizer(preset_config("nano"))
     whole, layers = model.sources(pictures)["deep"], model.siglip_model.vision_model.encoder.layers
@@ -1535,8 +1570,10 @@ def test_tokenizer_shares_the_semantic_gradient(pictures, share):
 def test_tokenizer_sizes_of_designs():
     c = preset_config("so400m-384", design="sde")
     assert (c.codebook_size, c.code_dim, c.depth) == (32_768, 8, 1) and preset_config("so400m-384", design="sde", depth=2).depth == 2
-    for changes, words in ((dict(design="triple"), "no design 'triple'"), (dict(quantizer="lfq"), "no quantizer 'lfq'"), (dict(quantizer="mcq", depth=5), "multiple of the depth 5"),
-                           (dict(code_dim=7), "not a multiple of the code dimension"), (dict(design="naive", shortcut_layer=1), "shortcut"), (dict(depth=-1), "depth is -1"),
+    for changes, words in ((dict(design="triple"), "no design 'triple'"), (dict(quantizer="lfq"), "no quantizer 'lfq'"),
+                           (dict(quantizer="mcq", depth=5), "multiple of the depth 5"),
+                           (dict(code_dim=7), "not a multiple of the code dimension"), (dict(design="naive", shortcut_layer=1), "shortcut"),
+                           (dict(depth=-1), "depth is -1"),
                            (dict(shallow_layer=7), "no shallow layer 7")):
         with pytest.raises(ValueError, match=words):
             preset_config("nano", **changes)
@@ -1545,11 +1582,14 @@ def test_tokenizer_sizes_of_designs():
 def test_tokenizer_files_round_trip_and_raise(tokenizer, pictures, tmp_path):
     tokenizer.save_pretrained(str(tmp_path / "a"))
     again = DualTokenizer.from_pretrained(str(tmp_path / "a"))
-    assert again.config == tokenizer.config and torch.equal(again.encode(pictures), tokenizer.encode(pictures)) and not list(tmp_path.rglob("*.tmp"))
+    assert again.config == tokenizer.config and torch.equal(again.encode(pictures),
+                                                            tokenizer.encode(pictures)) and not list(tmp_path.rglob("*.tmp"))
     weights = load_file(tmp_path / "a/model.safetensors")
-    save_file({k: v for k, v in weights.items() if k != "decoder.conv_out.bias"} | {"stranger": torch.zeros(2), "decoder.conv_in.bias": torch.zeros(5)},
+    save_file({k: v for k, v in weights.items() if k != "decoder.conv_out.bias"}
+              | {"stranger": torch.zeros(2), "decoder.conv_in.bias": torch.zeros(5)},
               tmp_path / "a/model.safetensors")
-    with pytest.raises(ValueError, match=r"missing decoder.conv_out.bias \(3,\); unexpected stranger \(2,\); decoder.conv_in.bias is \(5,\), expected \(64,\)"):
+    with pytest.raises(ValueError, match=r"missing decoder.conv_out.bias \(3,\); unexpected stranger \(2,\); decoder.conv_in.bias is "
+                                         r"\(5,\), expected \(64,\)"):
         DualTokenizer.from_pretrained(str(tmp_path / "a"))
     (tmp_path / "a/model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(ValueError, match="truncated or damaged"):
@@ -1587,7 +1627,8 @@ def clip(folder, vision={}, text={}, scale=0.2):
     """A small CLIP of transformers with random weights, saved as transformers saves it; token 49 is the end of a text."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
     vision = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8) | vision
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=60, max_position_embeddings=12, eos_token_id=49) | text
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=60, max_position_embeddings=12,
+                eos_token_id=49) | text
     theirs = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=40))
     randomised(theirs, scale=scale).eval().save_pretrained(folder)
     return theirs
@@ -1618,7 +1659,8 @@ def test_tokenizer_clip_matches_transformers(tmp_path, act, end):
     theirs = clip(tmp_path, dict(hidden_act=act), dict(hidden_act=act, eos_token_id=end))
     ours, x = SigLIP.from_pretrained(tmp_path), torch.rand(2, 3, 32, 32) * 2 - 1
     ids = torch.randint(3, 49, (3, 12))
-    ids[0, 3], ids[0, 7:], ids[1, 9], ids[2, 5], ids[2, 8], ids[2, 11] = 2, 49, 49, 49, 55, 2        # an end repeated as padding; a token above the end; a 2
+    # an end repeated as padding; a token above the end; a 2
+    ids[0, 3], ids[0, 7:], ids[1, 9], ids[2, 5], ids[2, 8], ids[2, 11] = 2, 49, 49, 49, 55, 2
     same_towers(ours, theirs, x, seen(x), ids)
     changed = ids.clone()
     changed[1, 10:] = 7         # after the end, which is the largest
@@ -1638,7 +1680,8 @@ def test_tokenizer_clip_defaults_are_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": {}, "text_config": {}}')
     theirs, (vision, text) = transformers.CLIPConfig(), read_towers(str(tmp_path))
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps", "hidden_act")
-    for ours, other, names in ((vision, theirs.vision_config, (*shared, "image_size", "patch_size")), (text, theirs.text_config, (*shared, "vocab_size", "max_position_embeddings", "eos_token_id"))):
+    for ours, other, names in ((vision, theirs.vision_config, (*shared, "image_size", "patch_size")),
+                               (text, theirs.text_config, (*shared, "vocab_size", "max_position_embeddings", "eos_token_id"))):
         assert {name: getattr(ours, name) for name in names} == {name: getattr(other, name) for name in names}
     assert vision.class_token and text.causal and vision.projection_dim == theirs.projection_dim
     assert [torch.tensor(x)[:, None, None].equal(y) for x, y in zip((vision.pixel_mean, vision.pixel_std), CLIP_PIXELS)] == [True, True]
@@ -1661,7 +1704,8 @@ def test_tokenizer_clip_files_are_hugging_faces(tmp_path):
     ours.save_pretrained(str(tmp_path / "ours"))
     assert equal(transformers.CLIPModel.from_pretrained(tmp_path / "ours").state_dict(), theirs.state_dict())
     again = SigLIP.from_pretrained(tmp_path / "ours")
-    assert equal(again.state_dict(), ours.state_dict()) and (again.vision_config, again.text_config) == (ours.vision_config, ours.text_config)
+    assert equal(again.state_dict(), ours.state_dict()) and (again.vision_config, again.text_config) == (ours.vision_config,
+        ours.text_config)
     weights = load_file(tmp_path / "theirs/model.safetensors")
     positions = {f"{tower}_model.embeddings.position_ids": torch.arange(3)[None] for tower in ("vision", "text")}       # of old releases
     save_file(weights | positions, tmp_path / "theirs/model.safetensors")
@@ -1673,7 +1717,8 @@ def test_tokenizer_clip_files_are_hugging_faces(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda c: c.update(model_type="blip"), "has model_type 'blip', expected 'siglip'"), (lambda c: c.update(model_type="siglip2"), "SigLIP2 at fixed resolution"),
+    (lambda c: c.update(model_type="blip"), "has model_type 'blip', expected 'siglip'"),
+    (lambda c: c.update(model_type="siglip2"), "SigLIP2 at fixed resolution"),
     (lambda c: c["vision_config"].update(hidden_act="relu6"), "hidden_act is 'relu6', expected one of gelu_pytorch_tanh, gelu, quick_gelu"),
     (lambda c: c["text_config"].update(num_attention_heads=5), "not a multiple of num_attention_heads 5")])
 def test_tokenizer_clip_bad_configurations_are_sentences(tmp_path, change, words):
@@ -1687,7 +1732,8 @@ def test_tokenizer_clip_bad_configurations_are_sentences(tmp_path, change, words
 
 def clip_tokenizer(vision, scale=0.1):
     """A small DualTokenizer around a small CLIP, or another ViT of this configuration, with random weights and trained codebooks."""
-    more = dict(text=TextConfig(64, 96, 2, 4, vocab_size=60, causal=True, eos_token_id=49), codebook_size=64, depth=2, decoder_channels=16, decoder_multipliers=(1, 1, 2),
+    more = dict(text=TextConfig(64, 96, 2, 4, vocab_size=60, causal=True, eos_token_id=49), codebook_size=64, depth=2, decoder_channels=16,
+                decoder_multipliers=(1, 1, 2),
                 decoder_blocks=0, decoder_groups=8, decoder_in=32, latent_grid=8)
     model = randomised(DualTokenizer(TokenizerConfig(vision=vision, **more)), scale=scale)
     for _ in range(3):
@@ -1698,8 +1744,10 @@ def clip_tokenizer(vision, scale=0.1):
 
 
 def small_clip(**more):
-    return VisionConfig(**dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8, class_token=True, projection_dim=40,
-                               hidden_act="quick_gelu", pixel_mean=CLIP_PIXELS[0].flatten().tolist(), pixel_std=CLIP_PIXELS[1].flatten().tolist()) | more)
+    return VisionConfig(**dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=32,
+                               patch_size=8, class_token=True, projection_dim=40,
+                               hidden_act="quick_gelu", pixel_mean=CLIP_PIXELS[0].flatten().tolist(),
+                               pixel_std=CLIP_PIXELS[1].flatten().tolist()) | more)
 
 
 def test_tokenizer_clip_class_token_becomes_the_mean_of_quantized_patches(pictures):
@@ -1729,7 +1777,8 @@ def test_tokenizer_clip_round_trips_and_old_configurations_load(tokenizer, pictu
     model = clip_tokenizer(small_clip())
     model.save_pretrained(str(tmp_path / "clip"))
     again = DualTokenizer.from_pretrained(str(tmp_path / "clip"))
-    assert again.config == model.config and equal(again.state_dict(), model.state_dict()) and torch.equal(again.pool(pictures), model.pool(pictures))
+    assert again.config == model.config and equal(again.state_dict(), model.state_dict()) and torch.equal(again.pool(pictures),
+        model.pool(pictures))
     tokenizer.save_pretrained(str(tmp_path / "old"))
     config = json.load(open(tmp_path / "old/config.json"))
     for name in ("hidden_act", "causal", "class_token", "projection_dim", "pixel_mean", "pixel_std", "timm", "eos_token_id"):
@@ -1750,14 +1799,19 @@ def test_tokenizer_clip_gradient_reaches_all_of_it(pictures):
 
 @pytest.mark.parametrize("name", ["siglip-l-256", "so400m-384", "siglip2-so-256"])
 def test_tokenizer_paper_backbones_match_transformers(tmp_path, name):
-    """A layer of full size, then all positions at a sixteenth of the width. SigLIP2's files at fixed resolution say siglip too, and transformers reads them so."""
+    """A layer of full size, then all positions at a sixteenth of the width. SigLIP2's files at fixed resolution say siglip too, and
+    transformers reads them so."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
     c = preset_config(name)
     for full in (True, False):
-        scaled = lambda t: dict(num_hidden_layers=1, **{key: getattr(t, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")}) if full else \
-            dict(num_hidden_layers=3, hidden_size=t.hidden_size // 16, intermediate_size=t.intermediate_size // 16, num_attention_heads=4)
-        vision = scaled(c.vision) | dict(patch_size=c.vision.patch_size, image_size=2 * c.vision.patch_size if full else c.vision.image_size, model_type="siglip_vision_model")
-        text = scaled(c.text) | dict(vocab_size=60, max_position_embeddings=8, projection_size=vision["hidden_size"], model_type="siglip_text_model")
+        def scaled(t):
+            if full:
+                return dict(num_hidden_layers=1, **{key: getattr(t, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")})
+            return dict(num_hidden_layers=3, hidden_size=t.hidden_size // 16, intermediate_size=t.intermediate_size // 16, num_attention_heads=4)
+        vision = scaled(c.vision) | dict(patch_size=c.vision.patch_size, image_size=2 * c.vision.patch_size
+                                         if full else c.vision.image_size, model_type="siglip_vision_model")
+        text = scaled(c.text) | dict(vocab_size=60, max_position_embeddings=8, projection_size=vision["hidden_size"],
+                                     model_type="siglip_text_model")
         theirs = transformers.AutoModel.from_config(transformers.AutoConfig.for_model("siglip", vision_config=vision, text_config=text))
         assert type(theirs).__name__ == "SiglipModel"
         randomised(theirs, scale=0.02 if full else 0.1).eval().save_pretrained(tmp_path / str(full))
@@ -1767,22 +1821,27 @@ def test_tokenizer_paper_backbones_match_transformers(tmp_path, name):
 
 
 def test_tokenizer_clip_large_layer_matches_transformers(tmp_path):
-    theirs = clip(tmp_path, dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=16, image_size=28, patch_size=14),
+    theirs = clip(tmp_path, dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=16, image_size=28,
+                                 patch_size=14),
                   dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=1, num_attention_heads=12), scale=0.02)
     x, ids = torch.rand(1, 3, 28, 28) * 2 - 1, torch.randint(49, (2, 12))
     ids[:, 6] = 49
     same_towers(SigLIP.from_pretrained(tmp_path), theirs, x, seen(x), ids)
 
 
-@pytest.mark.parametrize("vision, grids", [(dict(patch_size=14, image_size=224), (16, 14)), (dict(patch_size=16, image_size=224), (14, 14)), (dict(patch_size=14, image_size=336), (24, 21)),
+@pytest.mark.parametrize("vision, grids", [(dict(patch_size=14, image_size=224), (16, 14)), (dict(patch_size=16, image_size=224), (14, 14)),
+                                           (dict(patch_size=14, image_size=336), (24, 21)),
                                            (dict(patch_size=14, image_size=384), (27, 24))])
 def test_tokenizer_presets_take_patches_of_any_size(vision, grids):
-    c = preset_config("siglip-l-256", vision=vars(small_clip(**vision, num_hidden_layers=9)), text=dict(num_hidden_layers=1, vocab_size=9), codebook_size=64, decoder_channels=8, decoder_groups=8, decoder_in=8)
+    c = preset_config("siglip-l-256", vision=vars(small_clip(**vision, num_hidden_layers=9)), text=dict(num_hidden_layers=1, vocab_size=9),
+                      codebook_size=64, decoder_channels=8, decoder_groups=8, decoder_in=8)
     assert (c.vision.grid, c.latent_grid, c.shallow_layer) == (*grids, 2)
     with torch.no_grad():
-        assert DualTokenizer(c)._decode(torch.zeros(1, c.positions, c.vision.hidden_size)).shape == (1, 3, c.vision.image_size, c.vision.image_size)
+        assert DualTokenizer(c)._decode(torch.zeros(1, c.positions, c.vision.hidden_size)).shape == (1, 3, c.vision.image_size,
+            c.vision.image_size)
     for width in (768, 1024, 1152, 1280):       # CLIP-B, -L, SigLIP So400m, CLIP-H
-        assert preset_config("siglip-l-256", vision=vars(small_clip(**vision, hidden_size=width, num_attention_heads=8))).vision.hidden_size == width
+        assert preset_config("siglip-l-256",
+                             vision=vars(small_clip(**vision, hidden_size=width, num_attention_heads=8))).vision.hidden_size == width
     with pytest.raises(ValueError, match="378 is not a multiple of 16 pixels"):
         preset_config("siglip-l-256", 378, vision=vision)
 
@@ -1793,13 +1852,15 @@ class StandIn(torch.nn.Module):
     def __init__(self, img_size=64, patch=8, width=64, num_classes=7, **known):
         super().__init__()
         self.patch_embed = torch.nn.Module()
-        self.patch_embed.proj, self.patch_embed.img_size, self.patch_embed.grid_size = torch.nn.Conv2d(3, width, patch, patch), (img_size,) * 2, (img_size // patch,) * 2
+        self.patch_embed.proj, self.patch_embed.img_size, self.patch_embed.grid_size = torch.nn.Conv2d(3, width, patch,
+            patch), (img_size,) * 2, (img_size // patch,) * 2
         self.patch_embed.forward = lambda x: self.patch_embed.proj(x).flatten(2).mT
         self.before, self.num_prefix_tokens, self.embed_dim = torch.nn.Parameter(torch.randn(1, 2, width)), 2, width
         self.rope = SimpleNamespace(get_embed=lambda: 0.5)
         self.blocks = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(4))
         for block in self.blocks:       # each place sees the mean of all
-            block.forward = lambda x, rope, block=block: x + rope * torch.tanh(F.linear(x + x.mean(1, keepdim=True), block.weight, block.bias))
+            block.forward = lambda x, rope, block=block: x + rope * torch.tanh(F.linear(x + x.mean(1, keepdim=True), block.weight,
+                                                                                        block.bias))
         self.norm_pre, self.norm = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
         self.head = torch.nn.Linear(width, num_classes) if num_classes else torch.nn.Identity()
         self.pretrained_cfg = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
@@ -1840,9 +1901,11 @@ def test_tokenizer_timm_adapter_gives_states_and_pooled(timm_stand_in):
         for n in range(1, 5):
             torch.testing.assert_close(vit.run(vit.embeddings(x), 1, n), states[n - 1], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(vit(x), (states[2][:, 2:], pooled), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(layer_similarity(vit, x)[0, 3], F.cosine_similarity(*(states[n][:, 2:].mean(1) for n in (0, 3))).mean(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer_similarity(vit, x)[0, 3], F.cosine_similarity(*(states[n][:, 2:].mean(1) for n in (0, 3))).mean(),
+                                   atol=1e-4, rtol=1e-4)
         patches = torch.randn(2, 16, 64)
-        assert torch.equal(vit.reset(patches)[:, 2:], patches) and torch.allclose(vit.reset(patches)[:, :2], patches.mean(1, keepdim=True).expand(-1, 2, -1))
+        assert torch.equal(vit.reset(patches)[:, 2:], patches) and torch.allclose(vit.reset(patches)[:, :2],
+                                                                                  patches.mean(1, keepdim=True).expand(-1, 2, -1))
     assert (vit.config.grid, vit.config.num_hidden_layers, vit.config.hidden_size) == (4, 4, 64)
     assert timm_stand_in == [("tiny", True, {"img_size": 32, "num_classes": 0})]
     again = SigLIP.from_timm("local-dir:there", pretrained=False).vision_config
@@ -1855,7 +1918,8 @@ def test_tokenizer_timm_round_trips(timm_stand_in, pictures, tmp_path):
     del timm_stand_in[:]
     again, codes = DualTokenizer.from_pretrained(str(tmp_path / "tokenizer")), model.encode(pictures)
     assert timm_stand_in == [("tiny", False, {"img_size": 32, "num_classes": 0})]
-    assert again.config == model.config and equal(again.state_dict(), model.state_dict()) and torch.equal(again.pool(pictures), model.pool_codes(codes))
+    assert again.config == model.config and equal(again.state_dict(), model.state_dict()) and torch.equal(again.pool(pictures),
+        model.pool_codes(codes))
     assert model.decode(codes).shape == pictures.shape
     model.siglip_model.save_pretrained(str(tmp_path / "siglip"))
     assert equal(SigLIP.from_pretrained(str(tmp_path / "siglip")).state_dict(), model.siglip_model.state_dict())
@@ -1866,7 +1930,8 @@ def test_tokenizer_timm_round_trips(timm_stand_in, pictures, tmp_path):
 @pytest.mark.parametrize("design", DESIGNS)
 def test_tokenizer_designs_train_what_gets_a_gradient_in_timms_vits_too(timm_stand_in, design):
     siglip = randomised(SigLIP.from_timm("tiny", 32))
-    config = TokenizerConfig(vision=siglip.vision_config, text=TextConfig(64, 96, 2, 4), design=design, codebook_size=16, depth=2, code_dim=32, decoder_channels=16, decoder_multipliers=(1, 1, 2),
+    config = TokenizerConfig(vision=siglip.vision_config, text=TextConfig(64, 96, 2, 4), design=design, codebook_size=16, depth=2,
+                             code_dim=32, decoder_channels=16, decoder_multipliers=(1, 1, 2),
                              decoder_blocks=0, decoder_groups=8, decoder_in=32, latent_grid=8)
     model, images = DualTokenizer(config, siglip), torch.rand(2, 3, 32, 32) * 2 - 1
     model.set_trainable()
@@ -1882,12 +1947,15 @@ def test_tokenizer_timm_backbones_are_timms(tmp_path, name, more):
     vit, x = randomised(siglip, scale=0.05).eval().vision_model, torch.rand(2, 3, more["img_size"], more["img_size"]) * 2 - 1
     theirs = timm.create_model(name, num_classes=0, **more).eval()
     theirs.load_state_dict(vit.model.state_dict())
-    layers, pixels = vit.config.num_hidden_layers, seen(x, *(torch.tensor(theirs.pretrained_cfg[key])[:, None, None] for key in ("mean", "std")))
+    layers, pixels = vit.config.num_hidden_layers, seen(x, *(torch.tensor(theirs.pretrained_cfg[key])[:, None, None]
+                                                             for key in ("mean", "std")))
     with torch.no_grad():
-        shallow, deep = theirs.forward_intermediates(pixels, indices=[layers // 4 - 1, layers - 2], output_fmt="NLC", intermediates_only=True)
+        shallow, deep = theirs.forward_intermediates(pixels, indices=[layers // 4 - 1, layers - 2], output_fmt="NLC",
+                                                     intermediates_only=True)
         torch.testing.assert_close(vit.run(vit.embeddings(x), 1, layers // 4)[:, vit.prefix:], shallow, atol=1e-4, rtol=0)
         torch.testing.assert_close(vit(x), (deep, theirs(pixels)), atol=1e-4, rtol=0)
-        c = TokenizerConfig(vision=vit.config, codebook_size=64, depth=2, decoder_channels=8, decoder_groups=8, decoder_in=16, latent_grid=more["img_size"] // 16)
+        c = TokenizerConfig(vision=vit.config, codebook_size=64, depth=2, decoder_channels=8, decoder_groups=8, decoder_in=16,
+                            latent_grid=more["img_size"] // 16)
         model = DualTokenizer(c, siglip).eval()
         model.save_pretrained(str(tmp_path))
         again, codes = DualTokenizer.from_pretrained(str(tmp_path)), model.encode(x)
@@ -1895,10 +1963,14 @@ def test_tokenizer_timm_backbones_are_timms(tmp_path, name, more):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: preset_config("tiny"), "no preset 'tiny'; expected one of nano"), (lambda: preset_config("nano", 38), "38 is not a multiple of 4"),
-    (lambda: preset_config("so400m-384", 380), "380 is not a multiple of 16"), (lambda: preset_config("nano", shallow_layer=6), "1 <= shallow <= deep"),
-    (lambda: preset_config("nano", shallow_layer=9), "there is no shallow layer 9: the ViT has layers 1 to 6"), (lambda: preset_config("nano", shallow_layer=-1), "shallow_layer is -1, expected a whole number from 0"),
-    (lambda: preset_config("nano", deep_layer=7), "no deep layer 7"), (lambda: preset_config("nano", code_dim=40), "96 is not a multiple of the code dimension 40")])
+    (lambda: preset_config("tiny"), "no preset 'tiny'; expected one of nano"),
+    (lambda: preset_config("nano", 38), "38 is not a multiple of 4"),
+    (lambda: preset_config("so400m-384", 380), "380 is not a multiple of 16"),
+    (lambda: preset_config("nano", shallow_layer=6), "1 <= shallow <= deep"),
+    (lambda: preset_config("nano", shallow_layer=9), "there is no shallow layer 9: the ViT has layers 1 to 6"),
+    (lambda: preset_config("nano", shallow_layer=-1), "shallow_layer is -1, expected a whole number from 0"),
+    (lambda: preset_config("nano", deep_layer=7), "no deep layer 7"),
+    (lambda: preset_config("nano", code_dim=40), "96 is not a multiple of the code dimension 40")])
 def test_tokenizer_configuration_errors_are_sentences(call, words):
     with pytest.raises(ValueError, match=words):
         call()
@@ -1913,7 +1985,8 @@ def test_tokenizer_shape_errors_are_sentences(tokenizer):
 
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_tokenizer_layer_similarity_is_equation_8(prefix):
-    vit = randomised(VisionTower(VisionConfig(32, 48, 4, 2, image_size=32, patch_size=8, class_token=bool(prefix), projection_dim=16))).eval()
+    vit = randomised(VisionTower(VisionConfig(32, 48, 4, 2, image_size=32, patch_size=8, class_token=bool(prefix),
+                                              projection_dim=16))).eval()
     images, rows = World("plain", 32).batch(range(18))[0], []
     with torch.no_grad():
         for image in images:
@@ -1939,7 +2012,8 @@ def test_tokenizer_layer_split_finds_the_blocks():
 
 # --- text
 
-MIXED_TEXTS = ["A photo of a RED circle, left of a blue square!", "It's the dog's 2nd-best frisbee; nobody (really) threw it.", "Größe ÄÖÜ: naïve café, \u6771\u4eac 123",
+MIXED_TEXTS = ["A photo of a RED circle, left of a blue square!", "It's the dog's 2nd-best frisbee; nobody (really) threw it.",
+               "Größe ÄÖÜ: naïve café, \u6771\u4eac 123",
          "two small   children\tplaying\nin THE snow", "", "  ", "dog " * 90, "unknown \U0001f436 \u03a9", "a.b,c <tag> {x}_y"]
 
 
@@ -1948,23 +2022,27 @@ def text_vocabulary(kind, folder, normaliser=True):
     tk = pytest.importorskip("tokenizers", reason="tokenizers is not installed: no vocabularies")
     n, p, train = tk.normalizers, tk.pre_tokenizers, tk.trainers
     if kind == "SigLIP":
-        t, cleaned = tk.Tokenizer(tk.models.Unigram()), [n.Lowercase(), n.Replace(tk.Regex("[" + "".join("\\" + c for c in string.punctuation) + "]"), "")]
+        t, cleaned = tk.Tokenizer(tk.models.Unigram()), [n.Lowercase(),
+                                                         n.Replace(tk.Regex("[" + "".join("\\" + c for c in string.punctuation) + "]"), "")]
         t.normalizer = n.Sequence(cleaned * normaliser + [n.Replace(tk.Regex(r"\s+"), " "), n.Strip()])
         t.pre_tokenizer = p.Metaspace()
-        t.train_from_iterator(MIXED_TEXTS[:4] * 50, train.UnigramTrainer(vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+        t.train_from_iterator(MIXED_TEXTS[:4] * 50, train.UnigramTrainer(vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"],
+                                                                         unk_token="<unk>", show_progress=False))
         t.post_processor = tk.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     elif kind == "SigLIP2":
         t = tk.Tokenizer(tk.models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
         t.normalizer, t.pre_tokenizer = n.Replace(" ", "\u2581"), p.Split(" ", "merged_with_previous")
         specials = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-        t.train_from_iterator([text.lower() for text in MIXED_TEXTS[:2]] + ["A B R", "</s>"], train.BpeTrainer(vocab_size=380, special_tokens=specials, show_progress=False))
+        t.train_from_iterator([text.lower() for text in MIXED_TEXTS[:2]] + ["A B R", "</s>"],
+                              train.BpeTrainer(vocab_size=380, special_tokens=specials, show_progress=False))
         t.post_processor = tk.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
     else:
         t = tk.Tokenizer(tk.models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
         t.normalizer = n.Sequence([n.NFC(), n.Replace(tk.Regex(r"\s+"), " "), n.Lowercase()])
         words = tk.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
         t.pre_tokenizer = p.Sequence([p.Split(words, "removed", invert=True), p.ByteLevel(add_prefix_space=False)])
-        t.train_from_iterator(MIXED_TEXTS[:4], train.BpeTrainer(vocab_size=600, special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=p.ByteLevel.alphabet(),
+        t.train_from_iterator(MIXED_TEXTS[:4], train.BpeTrainer(vocab_size=600, special_tokens=["<|startoftext|>", "<|endoftext|>"],
+                                                                initial_alphabet=p.ByteLevel.alphabet(),
                                                           end_of_word_suffix="</w>", show_progress=False))
         t.post_processor = tk.processors.RobertaProcessing(("<|endoftext|>", 1), ("<|startoftext|>", 0), add_prefix_space=False)
     t.enable_padding(length=5)          # some published files ask for such things
@@ -1979,22 +2057,27 @@ def text_reader(kind, folder, length=64, **more):
     return TextVocabulary(TextConfig(vocab_size=size, max_position_embeddings=length), folder)
 
 
-@pytest.mark.parametrize("kind, cls, length", [("SigLIP", "PreTrainedTokenizerFast", 64), ("SigLIP", "PreTrainedTokenizerFast", 16), ("SigLIP2", "Siglip2Tokenizer", 64),
+@pytest.mark.parametrize("kind, cls, length", [("SigLIP", "PreTrainedTokenizerFast", 64), ("SigLIP", "PreTrainedTokenizerFast", 16),
+                                               ("SigLIP2", "Siglip2Tokenizer", 64),
                                                ("CLIP", "CLIPTokenizer", 77)])
 def test_tokenizer_text_ids_are_transformers(kind, cls, length, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
-    marks = {"SigLIP": dict(eos_token="</s>", pad_token="</s>", unk_token="<unk>"), "CLIP": dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
+    marks = {"SigLIP": dict(eos_token="</s>", pad_token="</s>", unk_token="<unk>"),
+             "CLIP": dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
              "SigLIP2": dict(eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", add_bos_token=False, add_eos_token=True)}[kind]
     ours = text_reader(kind, str(tmp_path), length)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**marks, "tokenizer_class": cls, "padding_side": "right", "model_max_length": length}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**marks, "tokenizer_class": cls, "padding_side": "right",
+                                                                "model_max_length": length}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert type(theirs).__name__ in (cls, "TokenizersBackend")
     expected = theirs(MIXED_TEXTS, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-    assert expected.shape == (len(MIXED_TEXTS), length) and torch.equal(ours.ids(MIXED_TEXTS), expected) and ours.ids([]).shape == (0, length)
+    assert expected.shape == (len(MIXED_TEXTS), length) and torch.equal(ours.ids(MIXED_TEXTS), expected) and ours.ids([]).shape == (0,
+        length)
 
 
 def test_tokenizer_text_is_prepared_as_in_training(tmp_path):
-    """SigLIP reads neither capitals nor punctuation, also where its tokenizer.json leaves that to the processor; SigLIP2 reads punctuation; every text ends in its mark."""
+    """SigLIP reads neither capitals nor punctuation, also where its tokenizer.json leaves that to the processor; SigLIP2 reads punctuation;
+    every text ends in its mark."""
     loud, quiet = "  It's THE\tdog's; (really)!", "its the dogs really"
     for kind, alike in (("SigLIP", True), ("SigLIP2", False), ("CLIP", False)):
         reader = text_reader(kind, str(tmp_path / kind), **({"normaliser": False} if kind == "SigLIP" else {}))
@@ -2016,8 +2099,9 @@ def test_tokenizer_vocabulary_goes_with_the_weights(tmp_path):
     siglip.save_pretrained(str(tmp_path / "b"))
     DualTokenizer(c, SigLIP.from_pretrained(str(tmp_path / "b"))).save_pretrained(str(tmp_path / "c"))
     again = DualTokenizer.from_pretrained(str(tmp_path / "c")).siglip_model
-    assert torch.equal(again.text_ids(MIXED_TEXTS), siglip.text_ids(MIXED_TEXTS)) and (siglip.text_ids(MIXED_TEXTS)[:4, 3] > 2).all() and not list(tmp_path.rglob("*.tmp"))
-    DualTokenizer(preset_config("nano")).save_pretrained(str(tmp_path / "c"))        # a vocabulary that was left behind is not that of bytes
+    assert torch.equal(again.text_ids(MIXED_TEXTS), siglip.text_ids(MIXED_TEXTS)) and (siglip.text_ids(MIXED_TEXTS)[:4,
+        3] > 2).all() and not list(tmp_path.rglob("*.tmp"))
+    DualTokenizer(preset_config("nano")).save_pretrained(str(tmp_path / "c"))  # a vocabulary that was left behind is not that of bytes
     again = DualTokenizer.from_pretrained(str(tmp_path / "c")).siglip_model
     assert again.text_ids(["a"])[0, :2].tolist() == [97, 256] and not again.vocabulary.files
 
@@ -2035,14 +2119,16 @@ def test_tokenizer_vocabulary_errors_are_sentences(tmp_path, monkeypatch):
 
     whole = (tmp_path / "tokenizer.json").read_bytes()
     assert f"has {size} ids up to {size - 1}, and the text tower a table of 32,000" in words(size=32000)
-    assert "is damaged, or no vocabulary" in words(whole[:500]) and "is damaged, or no vocabulary" in words(b"{}") and "is damaged, or no vocabulary" in words(pickle.dumps(print))
+    assert "is damaged, or no vocabulary" in words(whole[:500]) and "is damaged, or no vocabulary" in words(b"{}")
+    assert "is damaged, or no vocabulary" in words(pickle.dumps(print))
     assert "has the marks of none of CLIP, SigLIP2, SigLIP" in words(whole.replace(b"</s>", b"[SEP]"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install tokenizers" in words(whole)
     os.remove(tmp_path / "tokenizer.json")
     assert f"the text tower has {size} ids, and no {tmp_path}/tokenizer.json says which they are" in words()
     with pytest.raises(ValueError, match="put the checkpoint's tokenizer.json there"):
-        SigLIP(VisionConfig(**preset_config("nano").vision.__dict__), TextConfig(**{**preset_config("nano").text.__dict__, "vocab_size": 300})).text_ids(["a"])
+        SigLIP(VisionConfig(**preset_config("nano").vision.__dict__),
+               TextConfig(**{**preset_config("nano").text.__dict__, "vocab_size": 300})).text_ids(["a"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2067,7 +2153,8 @@ def lpips_files(tmp_path):
     torch.manual_seed(0)
     vgg, width, places = {"classifier.0.weight": torch.randn(3, 3)}, 3, (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     for place, w in zip(places, (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)):
-        vgg |= {f"features.{place}.weight": torch.randn(w, width, 3, 3) * (2 / 9 / width) ** 0.5, f"features.{place}.bias": torch.randn(w) * 0.1}
+        vgg |= {f"features.{place}.weight": torch.randn(w, width, 3, 3) * (2 / 9 / width) ** 0.5,
+                f"features.{place}.bias": torch.randn(w) * 0.1}
         width = w
     torch.save(vgg, tmp_path / "vgg16.pth")
     torch.save({f"lin{n}.model.1.weight": torch.rand(1, w, 1, 1) for n, w in enumerate((64, 128, 256, 512, 512))}, tmp_path / "lpips.pth")
@@ -2080,7 +2167,8 @@ def test_losses_lpips_is_what_its_paper_says(lpips_files):
     x, y = torch.rand(2, 2, 3, 40, 32) * 2 - 1
     expected, states = torch.zeros(2, dtype=torch.float64), []
     for image in (x, y):
-        z, seen = ((image / 2 + 0.5).double() - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None], []
+        z, seen = ((image / 2 + 0.5).double() - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:,
+            None, None], []
         for place in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
             z = F.max_pool2d(z, 2) if place in (5, 10, 17, 24) else z
             z = F.conv2d(z, vgg[f"features.{place}.weight"].double(), vgg[f"features.{place}.bias"].double(), padding=1).relu()
@@ -2090,17 +2178,20 @@ def test_losses_lpips_is_what_its_paper_says(lpips_files):
         expected += ((a - b) ** 2 * heads[f"lin{n}.model.1.weight"]).sum(1).mean((1, 2))
     lpips = train_tokenizer.load_lpips(*map(str, lpips_files))
     assert expected.min() > 0.1
-    torch.testing.assert_close(lpips(x, y), expected.mean().float(), atol=2e-3 * expected.mean().item(), rtol=0)      # the constants have three digits
+    # the constants have three digits
+    torch.testing.assert_close(lpips(x, y), expected.mean().float(), atol=2e-3 * expected.mean().item(), rtol=0)
     x.requires_grad_(True)
     lpips(x, x.detach()).backward()
     assert x.grad.isfinite().all() and not any(p.requires_grad for p in lpips.parameters())
 
 
 def test_losses_lpips_matches_its_package(lpips_files):
-    theirs = pytest.importorskip("lpips", reason="lpips is not installed: no parity with it").LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
+    theirs = pytest.importorskip("lpips", reason="lpips is not installed: no parity with it").LPIPS(net="vgg", pretrained=False,
+        pnet_rand=True, verbose=False).eval()
     vgg, heads = (torch.load(file, weights_only=True) for file in lpips_files)
     names = {int(name.split(".")[1]): name.rsplit(".", 1)[0] for name in theirs.net.state_dict()}
-    theirs.net.load_state_dict({f"{names[int(key.split('.')[1])]}.{key.split('.')[2]}": value for key, value in vgg.items() if key.startswith("features.")})
+    theirs.net.load_state_dict({f"{names[int(key.split('.')[1])]}.{key.split('.')[2]}": value for key, value in vgg.items()
+                                if key.startswith("features.")})
     theirs.load_state_dict(heads, strict=False)
     x, y = torch.rand(2, 2, 3, 40, 32) * 2 - 1
     with torch.no_grad():
@@ -2109,7 +2200,8 @@ def test_losses_lpips_matches_its_package(lpips_files):
 
 def test_losses_lpips_bad_files_end_in_a_sentence(lpips_files, tmp_path):
     vgg, heads = map(str, lpips_files)
-    for files, words in (((heads, heads), "missing"), ((vgg, vgg), "missing"), ((vgg, str(tmp_path / "none.pth")), "cannot be read"), ((str(tmp_path / "none.safetensors"), heads), "no weights at")):
+    for files, words in (((heads, heads), "missing"), ((vgg, vgg), "missing"), ((vgg, str(tmp_path / "none.pth")), "cannot be read"),
+                         ((str(tmp_path / "none.safetensors"), heads), "no weights at")):
         with pytest.raises(ValueError, match=words):
             train_tokenizer.load_lpips(*files)
 
@@ -2125,7 +2217,8 @@ def test_losses_perceptual_slot_is_used(tokenizer, pictures):
 def test_losses_sigmoid_contrastive_is_every_pair():
     image, text = F.normalize(torch.randn(5, 8), dim=-1), F.normalize(torch.randn(5, 8), dim=-1)
     scale, bias = torch.tensor([2.0]), torch.tensor([-3.0])
-    naive = sum(math.log1p(math.exp(-(1 if i == j else -1) * (math.e ** 2 * (image[i] @ text[j]).item() - 3))) for i in range(5) for j in range(5)) / 5
+    naive = sum(math.log1p(math.exp(-(1 if i == j else -1) * (math.e ** 2 * (image[i] @ text[j]).item() - 3))) for i in range(5)
+                for j in range(5)) / 5
     assert abs(sigmoid_contrastive(image, text, scale, bias).item() - naive) < 1e-4
 
 
@@ -2140,7 +2233,8 @@ def test_losses_discriminator_treats_images_apart_and_hinges():
 def test_losses_adaptive_weight_is_the_ratio_of_gradients():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     assert abs(adaptive_weight((6 * w).sum(), (2 * w).sum(), w).item() - 3) < 1e-3
-    assert adaptive_weight((100 * w).sum(), w.sum(), w).item() == 10 and abs(adaptive_weight(w.sum(), (100 * w).sum(), w).item() - 0.3) < 1e-6
+    assert adaptive_weight((100 * w).sum(), w.sum(), w).item() == 10 and abs(adaptive_weight(w.sum(), (100 * w).sum(), w).item()
+                                                                             - 0.3) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7])
@@ -2214,7 +2308,8 @@ def test_losses_moments_come_batch_by_batch():
 # ---------------------------------------------------------------------------------------------------------------------
 # train_tokenizer
 
-TINY = ["--siglip-steps", "6", "--steps", "8", "--batch-size", "16", "--log-every", "1", "--save-every", "4", "--eval-images", "24", "--device", "cpu", "--precision", "fp32"]
+TINY = ["--siglip-steps", "6", "--steps", "8", "--batch-size", "16", "--log-every", "1", "--save-every", "4", "--eval-images", "24",
+        "--device", "cpu", "--precision", "fp32"]
 
 
 def train(out, *more, script=train_tokenizer):
@@ -2240,11 +2335,13 @@ def run_folder(tmp_path_factory):
 
 
 def test_train_leaves_all_that_was_promised(run_folder):
-    for path in ("model.safetensors", "config.json", "state.pt", "log.jsonl", "metrics.json", "curves.png", "samples/reconstructions.png", "siglip/model.safetensors",
+    for path in ("model.safetensors", "config.json", "state.pt", "log.jsonl", "metrics.json", "curves.png", "samples/reconstructions.png",
+                 "siglip/model.safetensors",
                  "siglip/metrics.json"):
         assert os.path.getsize(run_folder / path) > 0
     metrics = json.load(open(run_folder / "metrics.json"))
-    expected = {"zero_shot", "teacher_zero_shot", "zero_shot_held_out", "retrieval", "psnr", "ssim", "fd", "usage", "perplexity", "reader_accuracy", "preset", "design",
+    expected = {"zero_shot", "teacher_zero_shot", "zero_shot_held_out", "retrieval", "psnr", "ssim", "fd", "usage", "perplexity",
+                "reader_accuracy", "preset", "design",
                 "streams", "steps", "seed", "device", "seconds", "peak_memory_gib", "images_per_second", "torch", "commit"}
     assert expected <= metrics.keys() and set(metrics["usage"]) == {"pixel", "semantic"} and set(metrics["retrieval"]) == {"i2t", "t2i"}
     steps = [line["step"] for line in log(run_folder) if "loss" in line]
@@ -2264,7 +2361,8 @@ def test_train_takes_a_siglip_folder(run_folder, tmp_path):
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "2")
     assert not os.path.exists(tmp_path / "siglip")
     text = "siglip_model.text_model.head.weight"        # frozen
-    assert torch.equal(load_file(tmp_path / "model.safetensors")[text], load_file(run_folder / "siglip/model.safetensors")[text.split(".", 1)[1]])
+    assert torch.equal(load_file(tmp_path / "model.safetensors")[text],
+                       load_file(run_folder / "siglip/model.safetensors")[text.split(".", 1)[1]])
 
 
 @contextlib.contextmanager
@@ -2293,37 +2391,45 @@ def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, mo
         assert equal(load_file(run_folder / path), load_file(tmp_path / path))
     ours, theirs = (torch.load(folder / "state.pt", weights_only=True) for folder in (run_folder, tmp_path))
     assert equal(ours["discriminator"], theirs["discriminator"])
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(*(s["optimizer"]["state"].values() for s in (ours, theirs))) for k in ("exp_avg", "exp_avg_sq", "step"))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(*(s["optimizer"]["state"].values() for s in (ours, theirs)))
+               for k in ("exp_avg", "exp_avg_sq", "step"))
     assert timeless(run_folder) == timeless(tmp_path)
 
 
-@pytest.mark.parametrize("design, quantizer", [("naive", "mcq"), ("recon-shallow", "rvq"), ("quantised", "rvq"), ("dual-encoder", "mcq"), ("sde", "rvq"), ("recon-deep", "mcq"), ("sde-image", "rvq"), ("sde-semantic", "rvq")])
+@pytest.mark.parametrize("design, quantizer", [("naive", "mcq"), ("recon-shallow", "rvq"), ("quantised", "rvq"), ("dual-encoder", "mcq"),
+                                               ("sde", "rvq"), ("recon-deep", "mcq"), ("sde-image", "rvq"), ("sde-semantic", "rvq")])
 def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_folder, tmp_path, monkeypatch, design, quantizer):
-    more = "--design", design, "--quantizer", quantizer, "--siglip", str(run_folder / "siglip"), "--eval-images", "4", *(["--gan", "--gan-start", "0.25"] if DESIGNS[design].paints else [])
+    more = "--design", design, "--quantizer", quantizer, "--siglip", str(run_folder / "siglip"), "--eval-images", "4", *(["--gan",
+        "--gan-start", "0.25"] if DESIGNS[design].paints else [])
     train(tmp_path / "whole", *more)
     with dying(monkeypatch, "tokenizer", 6):
         train(tmp_path / "parts", *more)
     train(tmp_path / "parts", *more, "--resume")
-    whole, parts, siglip = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", tmp_path / "parts", run_folder / "siglip"))
+    whole, parts, siglip = (load_file(folder / "model.safetensors")
+                            for folder in (tmp_path / "whole", tmp_path / "parts", run_folder / "siglip"))
     assert equal(whole, parts)
     changed = {name for name, value in siglip.items() if not torch.equal(value, whole[f"siglip_model.{name}"])}
     layers = {int(name.split(".")[3]) + 1 for name in changed if name.startswith("vision_model.encoder.")}
-    assert layers == {*range(1, 1 + {"naive": 6, "recon-shallow": 2, "recon-deep": 5, "sde": 5, "sde-image": 5}.get(design, 0))} and not any(name.startswith("text_model.") for name in changed)
+    assert layers == {*range(1, 1 + {"naive": 6, "recon-shallow": 2, "recon-deep": 5, "sde": 5, "sde-image": 5}.get(design,
+        0))} and not any(name.startswith("text_model.") for name in changed)
     assert any(name.startswith("vision_model.head.") for name in changed) == (design == "naive")
     if design == "sde":
-        assert all(torch.equal(value, siglip[f"vision_model.{name.removeprefix('teacher.')}"]) for name, value in whole.items() if name.startswith("teacher."))
+        assert all(torch.equal(value, siglip[f"vision_model.{name.removeprefix('teacher.')}"]) for name, value in whole.items()
+                   if name.startswith("teacher."))
     before = log(tmp_path / "whole")
     train(tmp_path / "whole", *more, "--resume")        # finished: nothing happens
     assert log(tmp_path / "whole") == before
 
 
 def test_train_two_ranks_are_one_process(tmp_path):
-    """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch; also where two ranks begin and one process goes on."""
+    """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch; also where two ranks begin and one
+    process goes on."""
     code = ("import os, sys, torch, train_tokenizer as t\n"
             "fit = t.fit\n"
             "def kept(stage, *a):\n"
             "    fit(stage, *a)\n"
-            "    if stage.name == 'tokenizer': torch.save(stage.model.state_dict(), sys.argv[1] + '/rank' + os.environ.get('RANK', '0') + '.pt')\n"
+            "    if stage.name == 'tokenizer': torch.save(stage.model.state_dict(), sys.argv[1] + '/rank' + os.environ.get('RANK', '0') + "
+            "'.pt')\n"
             "t.fit, write = kept, t.write_log\n"
             "def stops(stage, line, broken):\n"
             "    write(stage, line, broken)\n"
@@ -2336,9 +2442,11 @@ def test_train_two_ranks_are_one_process(tmp_path):
     environment = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
     flags = [*TINY, "--steps", "20", "--gan", "--gan-start", "0.8"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launch, stops, more in (("one", [], "", []), ("two", torchrun, "", []), ("both", torchrun, "14", []), ("both", [], "", ["--resume"])):
+    for name, launch, stops, more in (("one", [], "", []), ("two", torchrun, "", []), ("both", torchrun, "14", []),
+                                      ("both", [], "", ["--resume"])):
         os.makedirs(tmp_path / name, exist_ok=True)
-        done = subprocess.run([sys.executable, *launch, *argv, str(tmp_path / name), *flags, *more, "--out", str(tmp_path / name / "run")], cwd=HERE,
+        done = subprocess.run([sys.executable, *launch, *argv, str(tmp_path / name), *flags, *more, "--out", str(tmp_path / name / "run")],
+                              cwd=HERE,
                               env={**environment, "STOPS": stops}, capture_output=True, text=True)
         assert (done.returncode == 0) != bool(stops), done.stderr
     assert "tokenizer: resumed at step 12 of 20" in done.stdout
@@ -2388,16 +2496,19 @@ def test_train_goes_on_from_another_tokenizer(run_folder, tmp_path, capsys):
     state = lambda folder: {name: value for name, value in load_file(folder / "model.safetensors").items() if "quantizer" not in name}
     train(tmp_path / "on", "--init", str(run_folder), "--lr", "1e-12")
     near = lambda a, b: all((a[name] - b[name]).abs().max() < 1e-6 for name in a)
-    assert near(state(run_folder), state(tmp_path / "on")) and not near(state(run_folder), state(train(tmp_path / "other", "--siglip", str(run_folder / "siglip"), "--lr", "1e-12")))
+    assert near(state(run_folder), state(tmp_path / "on")) and not near(state(run_folder),
+        state(train(tmp_path / "other", "--siglip", str(run_folder / "siglip"), "--lr", "1e-12")))
     assert "leave these flags out" in stopped(*TINY, "--init", str(run_folder), "--shallow-layer", "1", "--out", str(tmp_path / "x"))
-    assert "the released layout" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path / "x"))
+    assert "the released layout" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--siglip", str(run_folder / "siglip"), "--out",
+                                            str(tmp_path / "x"))
     assert "give it with --siglip" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--out", str(tmp_path / "x"))
 
 
 def test_train_with_lpips(run_folder, lpips_files, tmp_path, capsys):
     files = ["--vgg", str(lpips_files[0]), "--lpips", str(lpips_files[1])]
     train(tmp_path / "run", "--siglip", str(run_folder / "siglip"), *files)
-    assert all(line["perceptual"] > 0 for line in log(tmp_path / "run") if "loss" in line) and "perceptual term is off" not in capsys.readouterr().out
+    assert all(line["perceptual"] > 0 for line in log(tmp_path / "run")
+               if "loss" in line) and "perceptual term is off" not in capsys.readouterr().out
     train(tmp_path / "without", "--siglip", str(run_folder / "siglip"))
     assert capsys.readouterr().out.count("perceptual term is off") == 1
     assert "needs both files" in stopped(*TINY, *files[:2], "--out", str(tmp_path / "x"))
@@ -2412,9 +2523,11 @@ def test_train_on_larger_images_than_the_siglip_saw(run_folder, tmp_path, capsys
 def test_train_takes_a_quarter_of_the_layers(run_folder, tmp_path):
     train(tmp_path / "run", "--siglip", str(run_folder / "siglip"), "--steps", "1", "--shallow-layer", "quarter")
     assert [DualTokenizer.from_pretrained(folder).config.shallow_layer for folder in (tmp_path / "run", run_folder)] == [1, 2]
-    for flag, words in (("--shallow-layer", "no shallow layer 9"), ("--deep-layer", "no deep layer 9"), ("--shortcut-layer", "no shortcut layer 9")):
+    for flag, words in (("--shallow-layer", "no shallow layer 9"), ("--deep-layer", "no deep layer 9"),
+                        ("--shortcut-layer", "no shortcut layer 9")):
         assert words in stopped("--device", "cpu", "--out", str(tmp_path / "x"), flag, "9")
-    assert [preset_config(name, shallow_layer=0).shallow_layer for name in ("nano", "small", "siglip-l-256", "so400m-384", "siglip2-so-256")] == [1, 2, 6, 6, 6]
+    assert [preset_config(name, shallow_layer=0).shallow_layer for name in ("nano", "small", "siglip-l-256", "so400m-384",
+                                                                            "siglip2-so-256")] == [1, 2, 6, 6, 6]
 
 
 def test_train_takes_a_clip_folder(tmp_path):
@@ -2435,7 +2548,8 @@ def test_train_takes_a_backbone_of_timm(timm_stand_in, tmp_path, capsys):
     train(tmp_path / "run", *flags_, "--steps", "2", "--checkpointing")
     assert capsys.readouterr().out.count("no text tower") == 1 and timm_stand_in[0][1]
     metrics = json.load(open(tmp_path / "run/metrics.json"))
-    assert {"psnr", "fd", "reader_accuracy"} <= metrics.keys() and not [name for name in metrics if "zero_shot" in name or "retrieval" in name]
+    assert {"psnr", "fd", "reader_accuracy"} <= metrics.keys() and not [name for name in metrics if "zero_shot" in name
+                                                                        or "retrieval" in name]
     train(tmp_path / "on", "--init", str(tmp_path / "run"), *flags_[:2], "--steps", "1")
     del timm_stand_in[:]
     train_tokenizer.main([*TINY, *flags_, "--bench", "--out", str(tmp_path / "bench")])
@@ -2444,7 +2558,8 @@ def test_train_takes_a_backbone_of_timm(timm_stand_in, tmp_path, capsys):
 
 def test_train_bad_backbones_end_in_a_sentence(timm_stand_in, run_folder, tmp_path, monkeypatch):
     words = lambda *argv: stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
-    assert "timm cannot make 'nothing' (RuntimeError: Unknown model (nothing)); expected a name that timm.list_models() gives" in words("--backbone", "timm:nothing")
+    assert ("timm cannot make 'nothing' (RuntimeError: Unknown model (nothing)); expected a name that timm.list_models() gives"
+            in words("--backbone", "timm:nothing"))
     assert "plain of timm has no patch_embed; expected a plain ViT" in words("--backbone", "timm:plain")
     assert "expected one of them" in words("--backbone", "timm:tiny", "--siglip", str(run_folder / "siglip"))
     assert "--backbone as timm:NAME" in words("--backbone", "tiny")
@@ -2462,7 +2577,8 @@ def matrices():
 def test_muon_takes_the_steps_of_torchs():
     """torch's own goes matrix by matrix, and computes in bf16."""
     ours, theirs = matrices()[:3], matrices()[:3]
-    optimizers = (train_tokenizer.Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    optimizers = (train_tokenizer.Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95,
+                                                                          adjust_lr_fn="match_rms_adamw"))
     start = [p.detach().clone() for p in ours]
     for step in range(4):
         for parameters, optimizer in zip((ours, theirs), optimizers):
@@ -2488,7 +2604,8 @@ def test_muon_skipped_step_changes_nothing():
         before.append([t.detach().clone() for p in parameters for t in (p, optimizer.state[p]["momentum"])])
         train_tokenizer.step_or_skip(optimizer, 0.02, torch.tensor(bad))
     after = [t for p in parameters for t in (p, optimizer.state[p]["momentum"])]
-    assert all(map(torch.equal, before[1], before[2])) and not any(map(torch.equal, before[0], before[1])) and not any(map(torch.equal, before[2], after))
+    assert all(map(torch.equal, before[1], before[2])) and not any(map(torch.equal, before[0], before[1])) and not any(map(torch.equal,
+        before[2], after))
 
 
 @contextlib.contextmanager
@@ -2521,7 +2638,8 @@ def test_train_full_disk_keeps_the_old_checkpoint(run_folder, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("name, words", [("config.json", "state.pt cannot be written at step 4"), ("metrics.json", "make room or name another --out, then --resume goes on")])
+@pytest.mark.parametrize("name, words", [("config.json", "state.pt cannot be written at step 4"),
+                                         ("metrics.json", "make room or name another --out, then --resume goes on")])
 def test_train_device_without_space_is_a_sentence(run_folder, tmp_path, name, words):
     begun = ["--siglip", str(run_folder / "siglip"), "--out", str(tmp_path)]
     (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
@@ -2553,7 +2671,8 @@ def test_train_folder_that_cannot_be_is_a_sentence(run_folder, folder):
 
 def test_train_one_run_a_folder(run_folder, tmp_path, monkeypatch):
     """A second one is refused while the first lives, on that folder alone."""
-    code = f"import train_tokenizer as t, time; t.lock({str(tmp_path / 'one')!r}, t.Ranks('cpu')); print('held', flush=True); time.sleep(600)"
+    code = (f"import train_tokenizer as t, time; t.lock({str(tmp_path / 'one')!r}, t.Ranks('cpu')); print('held', flush=True); "
+            "time.sleep(600)")
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     flags_ = [*TINY, "--siglip", str(run_folder / "siglip"), "--steps", "1", "--out"]
@@ -2568,13 +2687,16 @@ def test_train_one_run_a_folder(run_folder, tmp_path, monkeypatch):
 def test_train_keeps_checkpoints_and_takes_the_newest_that_can_be_read(run_folder, tmp_path, capsys):
     more = ["--siglip", str(run_folder / "siglip"), "--save-every", "2", "--keep-checkpoints", "3"]
     train(tmp_path, *more)
-    steps = lambda: {name: torch.load(tmp_path / name, weights_only=True)["step"] for name in os.listdir(tmp_path) if re.fullmatch(r"state.*\.pt", name)}
+    steps = lambda: {name: torch.load(tmp_path / name, weights_only=True)["step"] for name in os.listdir(tmp_path)
+                     if re.fullmatch(r"state.*\.pt", name)}
     assert steps() == {"state.pt": 8, "state-1.pt": 6, "state-2.pt": 4}
     whole, lines = load_file(tmp_path / "model.safetensors"), timeless(tmp_path)
-    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:5000]), (tmp_path / "metrics.json").unlink(), (tmp_path / "state-1.pt").unlink()
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:5000]), (tmp_path / "metrics.json").unlink(), (tmp_path
+        / "state-1.pt").unlink()
     train(tmp_path, *more, "--resume")
     said = capsys.readouterr().out
-    assert "state.pt cannot be resumed from" in said and "an older one is taken" in said and "resumed at step 4 of 8" in said and (tmp_path / "state.pt.damaged").stat().st_size == 5000
+    assert "state.pt cannot be resumed from" in said and "an older one is taken" in said and "resumed at step 4 of 8" in said and (tmp_path
+        / "state.pt.damaged").stat().st_size == 5000
     assert equal(load_file(tmp_path / "model.safetensors"), whole) and timeless(tmp_path) == lines
     for name in steps():
         (tmp_path / name).write_bytes(b"no checkpoint")
@@ -2615,18 +2737,21 @@ def test_train_workers_that_die_are_started_again(tmp_path, monkeypatch):
 
 # A run that is asked to stop, and goes on
 
-STOPS = [*TINY, "--steps", "12", "--log-every", "5", "--save-every", "50", "--eval-every", "4", "--eval-images", "8", "--gan", "--gan-start", "0.25"]
+STOPS = [*TINY, "--steps", "12", "--log-every", "5", "--save-every", "50", "--eval-every", "4", "--eval-images", "8", "--gan",
+         "--gan-start", "0.25"]
 
 
 def timeless(folder):
     """The log without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "sequences_per_second", "waiting")} for line in log(folder)]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "sequences_per_second", "waiting")}
+            for line in log(folder)]
 
 
 def same_run(one, other):
     """Bit for bit: weights, codebooks, discriminator, optimisers, log and pictures."""
     assert equal(load_file(one / "model.safetensors"), load_file(other / "model.safetensors")) and timeless(one) == timeless(other)
-    states = [{k: v for k, v in torch.load(folder / "state.pt", weights_only=True).items() if k not in ("seconds", "settings")} for folder in (one, other)]
+    states = [{k: v for k, v in torch.load(folder / "state.pt", weights_only=True).items() if k not in ("seconds", "settings")}
+              for folder in (one, other)]
     flat = [torch.utils._pytree.tree_flatten_with_path(state)[0] for state in states]
     assert [path for path, _ in flat[0]] == [path for path, _ in flat[1]]
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for (_, a), (_, b) in zip(*flat))
@@ -2659,7 +2784,8 @@ def whole_run(run_folder, tmp_path_factory):
 def test_train_signals_finish_the_step_and_save(run_folder, whole_run, tmp_path, number):
     """Wherever it is, and the folder may move before it goes on: the run is the same to the bit, its log too."""
     flags_ = [*STOPS, "--siglip", str(run_folder / "siglip"), "--out"]
-    process = subprocess.Popen([sys.executable, "train_tokenizer.py", *flags_, str(tmp_path / "run")], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "train_tokenizer.py", *flags_, str(tmp_path / "run")], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     until(lambda: logged(tmp_path / "run"))
     process.send_signal(number)
     printed, errors = process.communicate(timeout=120)
@@ -2674,8 +2800,10 @@ def test_train_signals_finish_the_step_and_save(run_folder, whole_run, tmp_path,
 @pytest.mark.parametrize("at", [3, 8, 12])
 def test_train_stopped_at_any_step_is_the_same_run(run_folder, whole_run, tmp_path, monkeypatch, at):
     """Between log lines (every 5 steps) and checkpoints, before an evaluation (every 4), and at the end."""
-    argv, step, count = [*STOPS, "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path / "run")], train_tokenizer.take_step, iter(range(1, 99))
-    monkeypatch.setattr(train_tokenizer, "take_step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM) if next(count) == at else None, step(*a))[1])
+    argv, step, count = [*STOPS, "--siglip", str(run_folder / "siglip"), "--out",
+                         str(tmp_path / "run")], train_tokenizer.take_step, iter(range(1, 99))
+    monkeypatch.setattr(train_tokenizer, "take_step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM) if next(count) == at else None,
+                                                                  step(*a))[1])
     with pytest.raises(train_tokenizer.Stopped):
         train_tokenizer.main(argv)
     monkeypatch.undo()
@@ -2690,7 +2818,8 @@ def test_train_second_signal_stops_at_once(run_folder, tmp_path, number):
             "step = t.take_step\n"
             "t.take_step = lambda *a: (print('stepping', flush=True), time.sleep(100), step(*a))[2]\n"
             "t.run(lambda: t.main(sys.argv[1:]))")
-    process = subprocess.Popen([sys.executable, "-c", code, *TINY, "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code, *TINY, "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path)],
+                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "stepping" not in process.stdout.readline():
         pass
     process.send_signal(number)
@@ -2700,16 +2829,21 @@ def test_train_second_signal_stops_at_once(run_folder, tmp_path, number):
     assert process.poll() is None
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM) and "Traceback" not in errors and not os.path.exists(tmp_path / "state.pt")
+    assert process.returncode == (130 if number == signal.SIGINT
+                                  else -signal.SIGTERM) and "Traceback" not in errors and not os.path.exists(tmp_path / "state.pt")
 
 
 def test_train_a_signal_to_one_rank_stops_all_and_they_go_on(run_folder, tmp_path):
     """Both save the same step; torchrun starts them again, and they end as if nothing had been."""
-    (tmp_path / "script.py").write_text("import os, train_tokenizer as t\nopen(f\"{os.path.dirname(__file__)}/{os.environ['TORCHELASTIC_RESTART_COUNT']}-{os.environ['RANK']}\", 'w').write(str(os.getpid()))\nt.run(t.main)\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", str(tmp_path / "script.py"), *STOPS, "--siglip", str(run_folder / "siglip"), "--resume", "--out"]
+    (tmp_path / "script.py").write_text("import os, train_tokenizer as "
+                                        "t\nopen(f\"{os.path.dirname(__file__)}/{os.environ['TORCHELASTIC_RESTART_COUNT']}-"
+                                        "{os.environ['RANK']}\", 'w').write(str(os.getpid()))\nt.run(t.main)\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+                str(tmp_path / "script.py"), *STOPS, "--siglip", str(run_folder / "siglip"), "--resume", "--out"]
     env = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     assert subprocess.run([*torchrun, str(tmp_path / "whole")], cwd=HERE, env=env, capture_output=True).returncode == 0
-    process = subprocess.Popen([*torchrun, str(tmp_path / "run")], cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*torchrun, str(tmp_path / "run")], cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     until(lambda: logged(tmp_path / "run"))
     os.kill(int((tmp_path / "0-1").read_text()), signal.SIGTERM)
     printed, errors = process.communicate(timeout=240)
@@ -2719,8 +2853,9 @@ def test_train_a_signal_to_one_rank_stops_all_and_they_go_on(run_folder, tmp_pat
 
 
 def killed_and_resumed(start, folder: Path, states: str, kills: int, rng: random.Random, longest: float) -> Counter:
-    """Kills a run by SIGKILL so many times, half of them while it writes a checkpoint, starting it again each time, and lets it end. start() -> a process that resumes; states: a pattern of
-    its checkpoints. Nothing that was saved may be lost. -> how often it was killed where."""
+    """Kills a run by SIGKILL so many times, half of them while it writes a checkpoint, starting it again each time, and lets it end.
+    start() -> a process that resumes; states: a pattern of its checkpoints. Nothing that was saved may be lost. -> how often it was killed
+    where."""
     found, last = Counter(), {}
     while found.total() < kills:
         process, at, saving = start(), time.time() + rng.uniform(0.2, longest), found.total() % 2
@@ -2751,7 +2886,8 @@ class Run(subprocess.Popen):
     def __init__(self, argv, ranks=1, **env):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         self.ranks = ranks
-        super().__init__([sys.executable, *torchrun, *map(str, argv)], cwd=HERE, env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        super().__init__([sys.executable, *torchrun, *map(str, argv)], cwd=HERE,
+            env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          text=True, start_new_session=True)
 
     def destroy(self, rng):
@@ -2769,29 +2905,37 @@ class Run(subprocess.Popen):
 @pytest.mark.parametrize("ranks, kills", [(1, 30), (2, 8)])
 def test_train_killed_anywhere_loses_nothing(run_folder, tmp_path, ranks, kills):
     """At random moments and in the middle of saving; of two ranks, one: bit for bit the run that was never killed."""
-    argv = ["train_tokenizer.py", *STOPS, "--siglip-steps", "120", "--steps", "240", "--save-every", "3", "--resume", "--keep-checkpoints", "2"]
+    argv = ["train_tokenizer.py", *STOPS, "--siglip-steps", "120", "--steps", "240", "--save-every", "3", "--resume", "--keep-checkpoints",
+            "2"]
     assert Run([*argv, "--out", tmp_path / "whole"], ranks).wait() == 0
-    found = killed_and_resumed(lambda: Run([*argv, "--out", tmp_path / "run"], ranks), tmp_path / "run", "**/state.pt", kills, random.Random(0), 12 * ranks)
+    found = killed_and_resumed(lambda: Run([*argv, "--out", tmp_path / "run"], ranks), tmp_path / "run", "**/state.pt", kills,
+                               random.Random(0), 12 * ranks)
     print(f"\n{ranks} ranks, killed {dict(found)}")
-    assert same_run(tmp_path / "whole", tmp_path / "run") and same_run(tmp_path / "whole/siglip", tmp_path / "run/siglip") and found["while saving"] > kills // 4
+    assert same_run(tmp_path / "whole", tmp_path / "run") and same_run(tmp_path / "whole/siglip",
+                                                                       tmp_path / "run/siglip") and found["while saving"] > kills // 4
 
 
 @slow
 def test_train_mllm_killed_anywhere_loses_nothing(tokenizer_folder, tmp_path):
     """In every stage, and while it extracts codes."""
-    (tmp_path / "script.py").write_text("import train_mllm as t\nRow, t.SCENES['nano'] = t.Row, 300\nt.STAGES['nano'] = %r\nt.run(t.main)\n" % (tuple(replace(row, steps=25, batch=8) for row in train_mllm.NANO),))
-    argv = [tmp_path / "script.py", *TINY_MLLM, "--save-every", "3", "--log-every", "5", "--eval-images", "8", "--tokenizer", tokenizer_folder, "--resume"]
+    (tmp_path / "script.py").write_text("import train_mllm as t\nRow, t.SCENES['nano'] = t.Row, 300\nt.STAGES['nano'] = "
+                                        "%r\nt.run(t.main)\n" % (tuple(replace(row, steps=25, batch=8) for row in train_mllm.NANO),))
+    argv = [tmp_path / "script.py", *TINY_MLLM, "--save-every", "3", "--log-every", "5", "--eval-images", "8", "--tokenizer",
+            tokenizer_folder, "--resume"]
     assert Run([*argv, "--out", tmp_path / "whole"]).wait() == 0
     found = killed_and_resumed(lambda: Run([*argv, "--out", tmp_path / "run"]), tmp_path / "run", "**/state.pt", 14, random.Random(1), 10)
     print(f"\nkilled {dict(found)}")
-    assert all(same_run(tmp_path / "whole" / name, tmp_path / "run" / name) for name in (*(f"stage-{row.name}" for row in train_mllm.NANO[:-1]), "."))
+    assert all(same_run(tmp_path / "whole" / name, tmp_path / "run" / name)
+               for name in (*(f"stage-{row.name}" for row in train_mllm.NANO[:-1]), "."))
 
 
 @slow
 def test_train_goes_on_for_long(tmp_path):
-    """The nano preset for 20,000 steps, or the minutes in NANODUALTOKEN_SOAK: memory flat within 1 %, codes in use, no slower at the end than at the beginning."""
+    """The nano preset for 20,000 steps, or the minutes in NANODUALTOKEN_SOAK: memory flat within 1 %, codes in use, no slower at the end
+    than at the beginning."""
     minutes = float(os.environ.get("NANODUALTOKEN_SOAK", 60))
-    process = subprocess.Popen([sys.executable, "train_tokenizer.py", "--siglip-steps", "20", "--steps", "20000", "--out", str(tmp_path), "--device", "cpu"], cwd=HERE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "train_tokenizer.py", "--siglip-steps", "20", "--steps", "20000", "--out", str(tmp_path),
+                                "--device", "cpu"], cwd=HERE, stdout=subprocess.DEVNULL)
     until(lambda: logged(tmp_path) >= 10, 600)      # first allocations and the first checkpoint are over
     memory, end = [], time.time() + 60 * minutes
     while process.poll() is None and time.time() < end:
@@ -2804,7 +2948,8 @@ def test_train_goes_on_for_long(tmp_path):
     first, last = (np.median([line["images_per_second"] for line in part]) for part in (lines[:n], lines[-n:]))
     grown = np.median(memory[-len(memory) // 4:]) / np.median(memory[:len(memory) // 4]) - 1
     usage = {stream: np.mean([line[f"usage_{stream}"] for line in lines[-n:]]) for stream in ("pixel", "semantic")}
-    print(f"\n{lines[-1]['step']} steps in {minutes:g} minutes: memory {grown:+.2%}, {first:.0f} images/s at first, {last:.0f} at last, usage {usage}")
+    print(f"\n{lines[-1]['step']} steps in {minutes:g} minutes: memory {grown:+.2%}, {first:.0f} images/s at first, {last:.0f} at last, "
+          f"usage {usage}")
     assert abs(grown) < 0.01 and min(usage.values()) >= 0.9 and last > 0.9 * first
 
 
@@ -2855,7 +3000,8 @@ def test_train_num_samples(run_folder, tmp_path, capsys):
     go = [*TINY, "--out", str(tmp_path / "run"), "--siglip", str(run_folder / "siglip"), "--resume"]
     assert "(10 an epoch)" in stopped(*go, *data)      # other images would follow
     assert "--num-samples is 39, expected at most the 38 images" in stopped(*go, *data, "--num-samples", "39")
-    assert "--num-samples goes with images" in stopped(*go, "--num-samples", "3") and "--num-samples is -1" in stopped(*go, "--num-samples", "-1")
+    assert "--num-samples goes with images" in stopped(*go, "--num-samples", "3") and "--num-samples is -1" in stopped(*go, "--num-samples",
+        "-1")
 
 
 def dry_rows(capsys, script, *argv):
@@ -2871,11 +3017,13 @@ def dry_rows(capsys, script, *argv):
 
 def test_train_evaluates_alone_on_the_held_out_images_of_the_run(run_folder, captioned, tmp_path):
     """Not on a share of those that it was trained on."""
-    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "2", "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), "--workers", "0")
+    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "2", "--data", str(captioned / "train"), "--val-data",
+          str(captioned / "val"), "--workers", "0")
     before = json.load(open(tmp_path / "metrics.json"))
     train_tokenizer.main(["--eval", "--out", str(tmp_path), "--device", "cpu", "--workers", "0"])
     after = json.load(open(tmp_path / "metrics.json"))
-    assert after["evaluated"]["val_data"] == str(captioned / "val") and after["images"] == before["images"] == 6 and after["psnr"] == before["psnr"]
+    assert after["evaluated"]["val_data"] == str(captioned
+                                                 / "val") and after["images"] == before["images"] == 6 and after["psnr"] == before["psnr"]
 
 
 def test_train_bench_writes_nothing(tmp_path, capsys):
@@ -2883,18 +3031,23 @@ def test_train_bench_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("waiting for data") == 2 and not os.path.exists(tmp_path / "run")
     benched = [float(flops) for flops in re.findall(r"([\d.]+) GFLOP a step", out)]
-    a, b = (rows := dry_rows(capsys, train_tokenizer, "--batch-size", "64", "--ranks", "4", "--siglip", "nowhere", "--utilisation", "0.2")).values()
-    assert list(rows) == ["tokenizer, 16", "tokenizer, 16, checkpointing"] and 16 * a["step"] == pytest.approx(benched[1], abs=0.9) and benched[1] > 10
+    a, b = (rows := dry_rows(capsys, train_tokenizer, "--batch-size", "64", "--ranks", "4", "--siglip", "nowhere", "--utilisation",
+                             "0.2")).values()
+    assert list(rows) == ["tokenizer, 16", "tokenizer, 16, checkpointing"] and 16 * a["step"] == pytest.approx(benched[1],
+        abs=0.9) and benched[1] > 10
     assert b["activations"] <= a["activations"] and b["step"] > a["step"] and a["fits"] == "fits" and not os.path.exists(tmp_path / "run")
-    assert a["s/step"] == pytest.approx(16e9 * a["step"] / (0.2 * 989e12), rel=0.1) and a["hours"] == pytest.approx(a["s/step"] * 560 / 3600, rel=0.02)
+    assert a["s/step"] == pytest.approx(16e9 * a["step"] / (0.2 * 989e12),
+                                        rel=0.1) and a["hours"] == pytest.approx(a["s/step"] * 560 / 3600, rel=0.02)
 
 
 def dry_stage(*argv, batch=4):
     """The tokenizer stage of a small nano preset with everything on, and a step's micro-batches, real or, inside `fake`, not."""
     args = train_tokenizer.flags(["--device", "cpu", "--precision", "fp32", *argv])
     vision = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=4)
-    settings, config = replace(train_tokenizer.SETTINGS["nano"], batch=batch, gan=True), preset_config("nano", vision=vision, shallow_layer=1)
-    stage = train_tokenizer.TokenizerStage(args, train_tokenizer.Ranks("cpu"), settings, config, SimpleNamespace(source="plain", drawn="plain"), SigLIP(config.vision, config.text))
+    settings, config = replace(train_tokenizer.SETTINGS["nano"], batch=batch, gan=True), preset_config("nano", vision=vision,
+        shallow_layer=1)
+    stage = train_tokenizer.TokenizerStage(args, train_tokenizer.Ranks("cpu"), settings, config,
+                                           SimpleNamespace(source="plain", drawn="plain"), SigLIP(config.vision, config.text))
     size = batch // args.accumulate
     return stage, [(torch.rand(size, 3, 32, 32) * 2 - 1, [""] * size) for _ in range(args.accumulate)]
 
@@ -2913,7 +3066,8 @@ def test_train_dry_run_is_the_real_step(more):
     with train_tokenizer.fake():
         dry = train_tokenizer.measure(*dry_stage(*more))
     real = train_tokenizer.measure(*dry_stage(*more))
-    assert dry.step == pytest.approx(real.step, rel=0.002) and dry.forward == real.forward and dry.step > 3 * dry.forward > 0      # some torch counts one product less
+    # some torch counts one product less
+    assert dry.step == pytest.approx(real.step, rel=0.002) and dry.forward == real.forward and dry.step > 3 * dry.forward > 0
     assert dry.memory == pytest.approx(real.memory, rel=0.03) and dry.activations == pytest.approx(real.activations, rel=0.03)
     stage, parts = dry_stage(*more)
     stage.wrapped = stage.model
@@ -2921,15 +3075,18 @@ def test_train_dry_run_is_the_real_step(more):
     assert dry.gradients + dry.activations == pytest.approx(peak, rel=0.15)
     train_tokenizer.take_step(stage, 1e-3)
     own = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
-    state = sum(x.nbytes for optimizer in (stage.optimizer, stage.gan_optimizer) for values in optimizer.state.values() for x in values.values() if x.dim())
-    held = {x.untyped_storage().data_ptr(): x.nbytes for m in (stage.model, stage.teacher, stage.discriminator) for x in (*m.parameters(), *m.buffers())}
+    state = sum(x.nbytes for optimizer in (stage.optimizer, stage.gan_optimizer) for values in optimizer.state.values()
+                for x in values.values() if x.dim())
+    held = {x.untyped_storage().data_ptr(): x.nbytes for m in (stage.model, stage.teacher, stage.discriminator)
+            for x in (*m.parameters(), *m.buffers())}
     assert dry.trained == own and dry.optimiser == state and dry.weights == sum(held.values())
 
 
 def test_train_dry_run_shards_what_fsdp_shards():
     with train_tokenizer.fake():
         ddp, fsdp = (train_tokenizer.measure(*dry_stage(), ranks=4, fsdp=fsdp) for fsdp in (False, True))
-    assert ddp.reduced == 4 * ddp.trained and fsdp.gradients == ddp.gradients / 4 and fsdp.optimiser == ddp.optimiser / 4 and fsdp.activations == ddp.activations
+    assert ddp.reduced == 4 * ddp.trained and fsdp.gradients == ddp.gradients / 4
+    assert fsdp.optimiser == ddp.optimiser / 4 and fsdp.activations == ddp.activations
     assert ddp.weights / 4 < fsdp.weights < ddp.weights and 0 < fsdp.reduced < ddp.weights
 
 
@@ -2952,12 +3109,14 @@ def test_train_dry_run_keeps_norms_in_fp32_as_cuda_does():
             train_tokenizer.as_on_cuda(stage)
             with stage.autocast():
                 assert stage.model.siglip_model.vision_model.post_layernorm(torch.rand(1, 64, 96).half()).dtype == dtype
-                assert stage.model.decoder.conv_in(torch.rand(1, 64, 8, 8)).dtype == (torch.float16 if precision == "bf16" else torch.float32)
+                assert stage.model.decoder.conv_in(torch.rand(1, 64, 8, 8)).dtype == (torch.float16
+                                                                                      if precision == "bf16" else torch.float32)
 
 
 @pytest.mark.parametrize("more", [(), ("--design", "naive"), ("--precision", "bf16", "--quantizer", "mcq")])
 def test_train_steps_never_wait_for_the_device(more):
-    """Nothing in a step, optimisers, discriminator and codebooks included, is looked at by the host: it runs on tensors that have no values."""
+    """Nothing in a step, optimisers, discriminator and codebooks included, is looked at by the host: it runs on tensors that have no
+    values."""
     with train_tokenizer.fake():
         stage, parts = dry_stage(*more)
         stage.wrapped = stage.model
@@ -2972,10 +3131,12 @@ def test_train_benches_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
     train_tokenizer.main(["--bench", "quantizer", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "4096 vectors" in out and float(re.search(r"([\d.]+)% of the codes are the nearest", out)[1]) > 99.9 and abs(float(re.search(r"leave is (\S+) more", out)[1])) < 1e-6
+    assert "4096 vectors" in out and float(re.search(r"([\d.]+)% of the codes are the nearest",
+                                                     out)[1]) > 99.9 and abs(float(re.search(r"leave is (\S+) more", out)[1])) < 1e-6
     assert out.count("exponent 0.00") == 3 and out.count("500.00 ms") >= 2
     train_tokenizer.main(["--bench", "growth", "--device", "cpu", "--batch-size", "2"])
-    rows = re.findall(r"tokenizer, (.*?) (\d+), (\d+), (\d+): .*; ([\d.]+), ([\d.]+), ([\d.]+) GiB, exponent ([\d.]+)", capsys.readouterr().out)
+    rows = re.findall(r"tokenizer, (.*?) (\d+), (\d+), (\d+): .*; ([\d.]+), ([\d.]+), ([\d.]+) GiB, exponent ([\d.]+)",
+                      capsys.readouterr().out)
     assert [row[0] for row in rows] == ["image size", "codebook size", "depth"] and not os.listdir(tmp_path)
     assert all(float(row[4]) <= float(row[6]) for row in rows) and float(rows[0][4]) < float(rows[0][6])
     for argv, words in ((["--bench", "speed"], "invalid choice"), (["--bench", "paint"], "invalid choice")):
@@ -2985,12 +3146,15 @@ def test_train_benches_write_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_train_exponents_are_those_of_power_laws():
-    assert train_tokenizer.exponent((1, 2, 4), (3, 12, 48)) == pytest.approx(2) and train_tokenizer.exponent((10, 20, 40), (7, 7, 7)) == pytest.approx(0)
+    assert train_tokenizer.exponent((1, 2, 4), (3, 12, 48)) == pytest.approx(2) and train_tokenizer.exponent((10, 20, 40),
+        (7, 7, 7)) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("script, argv, status, words", [
-    ("train_tokenizer.py", ["--presett", "nano"], 2, "did you mean --preset?"), ("train_tokenizer.py", ["--preset", "nanno"], 1, "did you mean nano?"),
-    ("train_mllm.py", ["--streams-inn", "pixel"], 2, "did you mean --streams-in?"), ("train_mllm.py", ["--preset", "smal"], 1, "did you mean small?"), ("sample.py", ["--paintt", "x"], 2, "did you mean --paint?")])
+    ("train_tokenizer.py", ["--presett", "nano"], 2, "did you mean --preset?"),
+    ("train_tokenizer.py", ["--preset", "nanno"], 1, "did you mean nano?"),
+    ("train_mllm.py", ["--streams-inn", "pixel"], 2, "did you mean --streams-in?"),
+    ("train_mllm.py", ["--preset", "smal"], 1, "did you mean small?"), ("sample.py", ["--paintt", "x"], 2, "did you mean --paint?")])
 def test_train_flags_that_are_not_there_are_guessed(script, argv, status, words):
     done = subprocess.run([sys.executable, script, *argv], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == status and words in done.stderr and "Traceback" not in done.stderr
@@ -2998,7 +3162,8 @@ def test_train_flags_that_are_not_there_are_guessed(script, argv, status, words)
 
 def test_train_importing_takes_no_more_than_it_must():
     """What would make every start, and every error in a flag, seconds slower is imported where it is used."""
-    heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.fsdp", "torchvision", "transformers", "timm", "matplotlib", "scipy", "vector_quantize_pytorch")
+    heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.fsdp", "torchvision", "transformers", "timm", "matplotlib", "scipy",
+             "vector_quantize_pytorch")
     code = f"import sys, sample, train_tokenizer, train_mllm; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.strip() == "[]"
 
@@ -3011,13 +3176,19 @@ def test_train_parameters_by_part_add_up(tokenizer):
 
 def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    for argv, words in ((["--preset", "huge"], "--preset is 'huge', expected one of nano"), (["--data", str(tmp_path / "nothing")], "no such image data"),
+    for argv, words in ((["--preset", "huge"], "--preset is 'huge', expected one of nano"),
+                        (["--data", str(tmp_path / "nothing")], "no such image data"),
                         (["--data", str(tmp_path / "empty")], "no images in"), (["--image-size", "30"], "30 is not a multiple of 4"),
-                        (["--batch-size", "10", "--accumulate", "4"], "10 is not a multiple of 1 ranks x 4"), (["--device", "warp"], "--device warp cannot be used"),
-                        (["--steps", "-3"], "--steps is -3"), (["--val-data", "x"], "goes with images"), (["--siglip", str(tmp_path / "no")], "no model in"),
-                        (["--siglip", str(run_folder)], "is no SigLIP configuration"), (["--dry-run", "--preset", "huge"], "--preset is 'huge', expected one of nano"),
-                        (["--dry-run", "--utilisation", "1.5"], "--utilisation is 1.5"), (["--dry-run", "--utilisation", "0"], "--utilisation is 0"),
-                        (["--ranks", "8"], "go with --dry-run"), (["--dry-run", "--ranks", "-1"], "--ranks is -1"), (["--dry-run", "--ranks", "7"], "not a multiple of 7 ranks"),
+                        (["--batch-size", "10", "--accumulate", "4"], "10 is not a multiple of 1 ranks x 4"),
+                        (["--device", "warp"], "--device warp cannot be used"),
+                        (["--steps", "-3"], "--steps is -3"), (["--val-data", "x"], "goes with images"),
+                        (["--siglip", str(tmp_path / "no")], "no model in"),
+                        (["--siglip", str(run_folder)], "is no SigLIP configuration"),
+                        (["--dry-run", "--preset", "huge"], "--preset is 'huge', expected one of nano"),
+                        (["--dry-run", "--utilisation", "1.5"], "--utilisation is 1.5"),
+                        (["--dry-run", "--utilisation", "0"], "--utilisation is 0"),
+                        (["--ranks", "8"], "go with --dry-run"), (["--dry-run", "--ranks", "-1"], "--ranks is -1"),
+                        (["--dry-run", "--ranks", "7"], "not a multiple of 7 ranks"),
                         (["--dry-run", "--init", str(run_folder)], "leave them out")):
         assert words in stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
     (tmp_path / "silent").mkdir()
@@ -3025,7 +3196,8 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
     flat(1).save(tmp_path / "few/1.png"), flat(2).save(tmp_path / "few/2.png")
     for n in range(40):
         flat(n).save(tmp_path / f"silent/{n}.png")
-    assert "1 images to evaluate on, expected at least 2" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "few"))
+    assert "1 images to evaluate on, expected at least 2" in stopped("--device", "cpu", "--out", str(tmp_path / "run"), "--data",
+                                                                     str(tmp_path / "few"))
     (tmp_path / "broken").mkdir()
     for n in range(60):
         (tmp_path / f"broken/{n}.png").write_bytes(b"no picture")
@@ -3055,7 +3227,8 @@ def test_train_never_unpickles_code(run_folder, tmp_path):
 
 def test_train_cosine_schedule():
     values = [train_tokenizer.cosine(s, 100, 10) for s in range(100)]
-    assert values[0] == 0.1 and values[9] == 1.0 and values[10] == 1.0 and values[99] < 1e-3 and all(a >= b for a, b in zip(values[10:], values[11:]))
+    assert values[0] == 0.1 and values[9] == 1.0 and values[10] == 1.0 and values[99] < 1e-3 and all(a >= b for a,
+        b in zip(values[10:], values[11:]))
 
 
 def test_train_retrieval_counts_words_not_rows():
@@ -3085,7 +3258,8 @@ class Together:
     """Ranks as threads: what `gather_rows` exchanges, all of them see."""
 
     def __init__(self, rank, count, barrier=None, shared=None):
-        self.rank, self.count, self.first, self.device, self.barrier, self.shared, self.said = rank, count, rank == 0, torch.device("cpu"), barrier, shared, []
+        self.rank, self.count, self.first, self.device, self.barrier, self.shared, self.said = (rank, count, rank == 0, torch.device("cpu"),
+            barrier, shared, [])
 
     def say(self, *words):
         self.said += words if self.first else ()
@@ -3095,15 +3269,19 @@ class Together:
         self.barrier.wait()
         parts = [self.shared[r] for r in range(self.count)]
         self.barrier.wait()
-        return {name: torch.cat([p[name] for p in parts]) if isinstance(value, torch.Tensor) else sum((p[name] for p in parts), []) for name, value in rows.items()}
+        return {name: torch.cat([p[name] for p in parts]) if isinstance(value, torch.Tensor) else sum((p[name] for p in parts), [])
+                for name, value in rows.items()}
 
 
 def measured(files, count=1):
-    """`evaluate_files` by models that see a picture's grey level and read its number in words; the teacher takes 40 for 79. -> metrics of all ranks, what was said."""
+    """`evaluate_files` by models that see a picture's grey level and read its number in words; the teacher takes 40 for 79. -> metrics of
+    all ranks, what was said."""
     spot = lambda levels: F.normalize(torch.exp(-(torch.arange(256) - levels[:, None]) ** 2 / 800), dim=-1)
     level = lambda images: ((images.mean((1, 2, 3)) + 1) * 127.5).round()
-    siglip = SimpleNamespace(text_ids=lambda texts: torch.tensor([[int(re.search(r"\d+", text)[0])] for text in texts]), encode_text=lambda ids: spot(ids[:, 0]))
-    model = SimpleNamespace(training=False, eval=lambda: None, train=lambda on: None, siglip_model=siglip, pool=lambda images: 3 * spot(level(images)))
+    siglip = SimpleNamespace(text_ids=lambda texts: torch.tensor([[int(re.search(r"\d+", text)[0])] for text in texts]),
+                             encode_text=lambda ids: spot(ids[:, 0]))
+    model = SimpleNamespace(training=False, eval=lambda: None, train=lambda on: None, siglip_model=siglip,
+                            pool=lambda images: 3 * spot(level(images)))
     teacher = lambda images: (None, spot(torch.where(level(images) == 40, 79, level(images))))
     barrier, shared, found = threading.Barrier(count), {}, {}
 
@@ -3136,8 +3314,10 @@ def test_train_zero_shot_on_files_is_what_was_made(class_folders, tmp_path, coun
     assert classes[2] == [["a photo of a 120."], ["a photo of a 80."], ["a photo of a 40."]]
     found = measured((classes, ()), count)
     for metrics, _ in found.values():
-        assert metrics == {"zero_shot": 9 / 11, "teacher_zero_shot": 7 / 11, "zero_shot_images": 11, "zero_shot_classes": 3, "zero_shot_broken": 1}
-    assert "9.jpg: cannot be read as an image" in " ".join(found[0][1]) and train_tokenizer.read_classes(class_folders, "", "")[2][1] == ["a photo of a b80."]
+        assert metrics == {"zero_shot": 9 / 11, "teacher_zero_shot": 7 / 11, "zero_shot_images": 11, "zero_shot_classes": 3,
+                           "zero_shot_broken": 1}
+    assert "9.jpg: cannot be read as an image" in " ".join(found[0][1]) and train_tokenizer.read_classes(class_folders, "",
+        "")[2][1] == ["a photo of a b80."]
 
 
 def test_train_templates_are_averaged_as_the_formula_says(tmp_path):
@@ -3146,7 +3326,8 @@ def test_train_templates_are_averaged_as_the_formula_says(tmp_path):
     siglip = SimpleNamespace(text_ids=lambda texts: torch.tensor([[int(text)] for text in texts]), encode_text=lambda ids: table[ids[:, 0]])
     prompts = [[str(3 * n + t) for t in range(3)] for n in range(100)]
     found = train_tokenizer.text_vectors(siglip, prompts, Together(0, 1, threading.Barrier(1), {}), "")
-    torch.testing.assert_close(found, F.normalize(torch.stack([table[3 * n] + table[3 * n + 1] + table[3 * n + 2] for n in range(100)]), dim=-1))
+    torch.testing.assert_close(found, F.normalize(torch.stack([table[3 * n] + table[3 * n + 1] + table[3 * n + 2] for n in range(100)]),
+                                                  dim=-1))
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -3156,7 +3337,8 @@ def test_train_retrieval_on_files_is_what_was_made(tmp_path, count, form):
     for value in (40, 80, 120, 160):
         Image.new("RGB", (20, 20), (value,) * 3).save(tmp_path / f"Images/{value}.png")
     (tmp_path / "Images/7.png").write_bytes(b"broken")
-    pairs = [("40.png", "grey, 40"), ("40.png", 'the "darkest" 41'), ("80.png", "about 80"), ("gone.png", "is 33"), ("120.png", "84 in words"), ("120.png", "120"), ("160.png", "44"),
+    pairs = [("40.png", "grey, 40"), ("40.png", 'the "darkest" 41'), ("80.png", "about 80"), ("gone.png", "is 33"),
+             ("120.png", "84 in words"), ("120.png", "120"), ("160.png", "44"),
              ("7.png", "7")]
     if form == "csv":
         text = "image,caption\n" + "".join(f'{name},"{words.replace(chr(34), chr(34) * 2)}"\r\n' for name, words in pairs)
@@ -3187,12 +3369,18 @@ def test_train_bad_evaluation_files_end_in_a_sentence(class_folders, tmp_path):
         return str(tmp_path / "file")
 
     classes = ["--zero-shot-data", class_folders]
-    assert "has 3 folders, and" in words(*classes, "--class-names", written("a\nb\n")) and "names 2 classes" in words(*classes, "--class-names", written("a\nb\n"))
-    assert "'a photo' has no {}" in words(*classes, "--templates", written("{}\na photo")) and "is empty" in words(*classes, "--templates", written("\n"))
-    assert "expected a text file in UTF-8" in words(*classes, "--class-names", written(b"\xff\xfe\0")) and "is no folder" in words("--zero-shot-data", written("x"))
-    assert "go with --zero-shot-data" in words("--templates", written("{}")) and "--retrieval-images with" in words("--retrieval-images", str(tmp_path))
-    for text, expected in (("picture,caption\na,b", "another first line"), ("image,caption\na.png\n", "line 2: got ['a.png']"), ("image,caption\na.png,x\nb.png,y,z\n", "line 3"),
-                           ('image,caption\na.png,"never closed', "cannot be read"), ("a.png#0\tx\nb.png x\n", "line 2"), ("a.png\tx\n", "line 1"), (b"image,caption\na,\xff", "cannot be read"),
+    assert "has 3 folders, and" in words(*classes, "--class-names", written("a\nb\n")) and "names 2 classes" in words(*classes,
+        "--class-names", written("a\nb\n"))
+    assert "'a photo' has no {}" in words(*classes, "--templates", written("{}\na photo")) and "is empty" in words(*classes, "--templates",
+        written("\n"))
+    assert "expected a text file in UTF-8" in words(*classes, "--class-names",
+                                                    written(b"\xff\xfe\0")) and "is no folder" in words("--zero-shot-data", written("x"))
+    assert "go with --zero-shot-data" in words("--templates", written("{}")) and "--retrieval-images with" in words("--retrieval-images",
+        str(tmp_path))
+    for text, expected in (("picture,caption\na,b", "another first line"), ("image,caption\na.png\n", "line 2: got ['a.png']"),
+                           ("image,caption\na.png,x\nb.png,y,z\n", "line 3"),
+                           ('image,caption\na.png,"never closed', "cannot be read"), ("a.png#0\tx\nb.png x\n", "line 2"),
+                           ("a.png\tx\n", "line 1"), (b"image,caption\na,\xff", "cannot be read"),
                            ("image,caption\na.png,x\n", "of the 1 images"), ("", "another first line")):
         assert expected in words("--retrieval-data", written(text)), text
     os.mkdir(os.path.join(class_folders, "d"))
@@ -3204,30 +3392,37 @@ def test_train_evaluates_alone_and_keeps_what_was_said_of_training(run_folder, c
     shutil.copytree(run_folder, tmp_path / "run")
     before = json.load(open(run_folder / "metrics.json"))
     (tmp_path / "run/metrics.json").write_text(json.dumps({**before, "psnr": -1.0, "of_an_older_evaluation": 3}))
-    evaluate = lambda *more: train_tokenizer.main(["--eval", "--out", str(tmp_path / "run"), "--device", "cpu", "--eval-images", "24", *more])
+    evaluate = lambda *more: train_tokenizer.main(["--eval", "--out", str(tmp_path / "run"), "--device", "cpu", "--eval-images", "24",
+                                                   *more])
     evaluate()
     after = json.load(open(tmp_path / "run/metrics.json"))
     evaluated = after.pop("evaluated")
     assert after == before and evaluated["data"] == "plain" and evaluated["seconds"] > 0
-    assert equal(load_file(tmp_path / "run/model.safetensors"), load_file(run_folder / "model.safetensors")) and len(log(tmp_path / "run")) == len(log(run_folder))
+    assert equal(load_file(tmp_path / "run/model.safetensors"),
+                 load_file(run_folder / "model.safetensors")) and len(log(tmp_path / "run")) == len(log(run_folder))
     (tmp_path / "captions").write_text("image,caption\nc40/0.png,40\na120/1.png,120\n")
     more = ["--zero-shot-data", class_folders, "--retrieval-data", str(tmp_path / "captions"), "--retrieval-images", class_folders]
     evaluate("--data", "textured", *more)
     other = json.load(open(tmp_path / "run/metrics.json"))
-    assert other["data"] == "plain" and other["evaluated"]["data"] == "textured" and other["psnr"] != before["psnr"] and other["zero_shot_images"] == 11
+    assert other["data"] == "plain" and other["evaluated"]["data"] == "textured"
+    assert other["psnr"] != before["psnr"] and other["zero_shot_images"] == 11
     train(tmp_path / "trained", "--siglip", str(run_folder / "siglip"), "--steps", "2", *more)      # the same files at the end of training
     trained = json.load(open(tmp_path / "trained/metrics.json"))
-    train_tokenizer.main(["--eval", "--init", str(tmp_path / "trained"), "--siglip", str(run_folder / "siglip"), "--out", str(tmp_path / "there"), "--device", "cpu", "--eval-images", "24", *more])
+    train_tokenizer.main(["--eval", "--init", str(tmp_path / "trained"), "--siglip", str(run_folder / "siglip"), "--out",
+                          str(tmp_path / "there"), "--device", "cpu", "--eval-images", "24", *more])
     there = json.load(open(tmp_path / "there/metrics.json"))
-    assert there["evaluated"]["tokenizer"] == str(tmp_path / "trained") and there["preset"] == "nano" and "steps" not in there and trained["retrieval_images"] == 2
+    assert there["evaluated"]["tokenizer"] == str(tmp_path
+        / "trained") and there["preset"] == "nano" and "steps" not in there and trained["retrieval_images"] == 2
     assert all(there[name] == trained[name] for name in trained if name not in train_tokenizer.FACTS)
     assert {name for name in trained if name in train_tokenizer.FACTS} == set(train_tokenizer.FACTS)
     assert "9.jpg" in capsys.readouterr().out
-    train_tokenizer.main(["--eval", "--out", str(tmp_path / "trained"), "--device", "cpu", "--eval-images", "24"])       # its teacher is remembered
+    # its teacher is remembered
+    train_tokenizer.main(["--eval", "--out", str(tmp_path / "trained"), "--device", "cpu", "--eval-images", "24"])
     assert json.load(open(tmp_path / "trained/metrics.json"))["psnr"] == trained["psnr"]
     config = json.load(open(tmp_path / "trained/config.json"))
     (tmp_path / "trained/config.json").write_text(json.dumps({**config, "teacher": ""}))
-    assert "--steps would do nothing" in stopped("--eval", "--steps", "3") and "without the SigLIP" in stopped("--eval", "--out", str(tmp_path / "trained"))
+    assert "--steps would do nothing" in stopped("--eval", "--steps", "3") and "without the SigLIP" in stopped("--eval", "--out",
+        str(tmp_path / "trained"))
     assert "holds another tokenizer" in stopped("--eval", "--init", str(run_folder), "--out", str(tmp_path / "trained"))
     (tmp_path / "run/metrics.json").write_text("[1")
     assert "cannot be kept" in stopped("--eval", "--out", str(tmp_path / "run"), "--device", "cpu")
@@ -3238,12 +3433,15 @@ def test_train_evaluates_the_released_layout(tmp_path, monkeypatch):
     if not os.path.isdir(folder):
         pytest.skip("no released-layout fixture: set NANODUALTOKEN_SHARED")
     decode = DualTokenizer.decode
-    monkeypatch.setattr(DualTokenizer, "decode", lambda self, codes: F.interpolate(decode(self, codes), size=56))     # the fixture's decoder paints 48 pixels of 56
+    # the fixture's decoder paints 48 pixels of 56
+    monkeypatch.setattr(DualTokenizer, "decode", lambda self, codes: F.interpolate(decode(self, codes), size=56))
     DualTokenizer.from_released(folder).siglip_model.save_pretrained(str(tmp_path / "siglip"))
-    argv = ["--eval", "--init", folder, "--siglip", str(tmp_path / "siglip"), "--out", str(tmp_path / "out"), "--device", "cpu", "--eval-images", "4"]
+    argv = ["--eval", "--init", folder, "--siglip", str(tmp_path / "siglip"), "--out", str(tmp_path / "out"), "--device", "cpu",
+            "--eval-images", "4"]
     train_tokenizer.main(argv)
     metrics = json.load(open(tmp_path / "out/metrics.json"))
-    assert metrics["preset"] == "released" and metrics["images"] == 4 and "zero_shot" not in metrics and sorted(os.listdir(tmp_path / "out")) == ["metrics.json"]
+    assert metrics["preset"] == "released" and metrics["images"] == 4 and "zero_shot" not in metrics and sorted(os.listdir(tmp_path
+        / "out")) == ["metrics.json"]
 
 
 def test_train_reads_a_pretrained_vocabulary(class_folders, tmp_path, capsys):
@@ -3254,13 +3452,16 @@ def test_train_reads_a_pretrained_vocabulary(class_folders, tmp_path, capsys):
     shutil.copytree(tmp_path / "siglip", tmp_path / "silent")
     os.remove(tmp_path / "silent/tokenizer.json")
     train(tmp_path / "a", "--siglip", str(tmp_path / "siglip"), "--steps", "2")
-    assert "not measured" not in capsys.readouterr().out and (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "siglip/tokenizer.json").read_bytes()
+    assert "not measured" not in capsys.readouterr().out and (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path
+        / "siglip/tokenizer.json").read_bytes()
     train(tmp_path / "b", "--siglip", str(tmp_path / "silent"), "--steps", "2")
     assert capsys.readouterr().out.count("zero-shot and retrieval are not measured: the text tower has") == 1
     a, b = (json.load(open(tmp_path / name / "metrics.json")) for name in "ab")
-    assert set(a) - set(b) == {"zero_shot", "teacher_zero_shot", "zero_shot_held_out", "teacher_zero_shot_held_out", "retrieval", "teacher_retrieval"} and a["psnr"] == b["psnr"]
+    assert set(a) - set(b) == {"zero_shot", "teacher_zero_shot", "zero_shot_held_out", "teacher_zero_shot_held_out", "retrieval",
+                               "teacher_retrieval"} and a["psnr"] == b["psnr"]
     for argv in (["--siglip", str(tmp_path / "silent")], ["--eval", "--init", str(tmp_path / "b"), "--siglip", str(tmp_path / "siglip")]):
-        assert "tokenizer.json says which they are" in stopped("--device", "cpu", "--zero-shot-data", class_folders, "--out", str(tmp_path / "c"), *argv)
+        assert "tokenizer.json says which they are" in stopped("--device", "cpu", "--zero-shot-data", class_folders, "--out",
+                                                               str(tmp_path / "c"), *argv)
     (tmp_path / "siglip/tokenizer.json").write_text("{")
     assert "is damaged, or no vocabulary" in stopped(*TINY, "--siglip", str(tmp_path / "siglip"), "--out", str(tmp_path / "c"))
     assert not os.path.exists(tmp_path / "c")
@@ -3268,22 +3469,26 @@ def test_train_reads_a_pretrained_vocabulary(class_folders, tmp_path, capsys):
 
 def test_train_own_siglips_read_bytes(tmp_path, monkeypatch):
     """Also where the preset's pretrained one does not."""
-    monkeypatch.setitem(train_tokenizer.PRESETS, "nano", {**train_tokenizer.PRESETS["nano"], "text": {**train_tokenizer.PRESETS["nano"]["text"], "vocab_size": 32000}})
+    monkeypatch.setitem(train_tokenizer.PRESETS, "nano",
+                        {**train_tokenizer.PRESETS["nano"], "text": {**train_tokenizer.PRESETS["nano"]["text"], "vocab_size": 32000}})
     train(tmp_path, "--siglip-steps", "2", "--steps", "2")
     assert len(load_file(tmp_path / "siglip/model.safetensors")["text_model.embeddings.token_embedding.weight"]) == 257
 
 
 def few_steps(patch):
     """Runs of two steps."""
-    patch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], siglip_steps=2, siglip_batch=8, steps=2, batch=8))
+    patch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], siglip_steps=2, siglip_batch=8, steps=2,
+                                                            batch=8))
 
 
 @pytest.mark.parametrize("name, seeds", [("3", 2), ("7", 1), ("9", 1), ("10", 1), ("trade", 1)])
 def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name, seeds):
-    """Rows of one seed share a SigLIP for each number of layers; finished rows are found again, by other tables too; mean and spread are those of the runs."""
+    """Rows of one seed share a SigLIP for each number of layers; finished rows are found again, by other tables too; mean and spread are
+    those of the runs."""
     few_steps(monkeypatch)
     begun, train = [], train_tokenizer.train
-    monkeypatch.setattr(train_tokenizer, "train", lambda stage, batches: (begun.append(os.path.relpath(stage.folder, tmp_path)), train(stage, batches)))
+    monkeypatch.setattr(train_tokenizer, "train", lambda stage, batches: (begun.append(os.path.relpath(stage.folder, tmp_path)),
+                                                                          train(stage, batches)))
     argv = ["--table", name, "--seeds", str(seeds), "--out", str(tmp_path), *TINY[-6:]]
     train_tokenizer.main(argv)
     table, made = train_tokenizer.tables("nano")[name], json.loads((tmp_path / f"table-{name}.json").read_text())
@@ -3294,13 +3499,17 @@ def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypat
         for seed in range(seeds):
             config = json.loads((tmp_path / f"seed-{seed}" / system.name / "config.json").read_text())
             wanted = {key: value for key, value in system.changes.items() if value and key in config}
-            assert {key: config[key] for key in wanted} == wanted and config["vision"]["num_hidden_layers"] == (system.changes.get("layers") or 6)
+            assert {key: config[key] for key in wanted} == wanted and config["vision"]["num_hidden_layers"] == (system.changes.get("layers")
+                or 6)
         for column, cell in row["ours"].items():
-            values = [json.loads((tmp_path / f"seed-{seed}" / system.name / "metrics.json").read_text())[system.rename.get(column, column)] for seed in range(seeds)]
-            assert cell["values"] == values and cell["mean"] == pytest.approx(sum(values) / seeds) and cell["spread"] == pytest.approx(max(values) - min(values))
+            values = [json.loads((tmp_path / f"seed-{seed}" / system.name / "metrics.json").read_text())[system.rename.get(column, column)]
+                      for seed in range(seeds)]
+            assert cell["values"] == values and cell["mean"] == pytest.approx(sum(values)
+                / seeds) and cell["spread"] == pytest.approx(max(values) - min(values))
         assert row["paper"].items() <= system.paper.items()
     if name == "3":
-        assert [{*row["ours"]} for row in made["rows"]] == [{"zero_shot"}] * 2 + [{"zero_shot", "fd", "psnr", "ssim"}] + [{"fd", "psnr", "ssim"}] * 2 + [{"zero_shot", "fd", "psnr", "ssim"}]
+        assert [{*row["ours"]} for row in made["rows"]] == [{"zero_shot"}] * 2 + [{"zero_shot", "fd", "psnr", "ssim"}] + [{"fd", "psnr",
+            "ssim"}] * 2 + [{"zero_shot", "fd", "psnr", "ssim"}]
     assert (tmp_path / f"table-{name}.md").read_text() in capsys.readouterr().out and Image.open(tmp_path / f"table-{name}.png").width > 400
     count = len(begun)
     train_tokenizer.main(argv)
@@ -3310,11 +3519,15 @@ def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypat
 
 def test_train_tables_compare_what_the_paper_does():
     tables = train_tokenizer.tables("nano")
-    assert [system.changes["design"] for system in tables["3"].systems] == ["quantised", "quantised", "naive", "recon-deep", "recon-shallow", "dual"]
+    assert [system.changes["design"] for system in tables["3"].systems] == ["quantised", "quantised", "naive", "recon-deep",
+                                                                            "recon-shallow", "dual"]
     layers = {name: [(system.changes["layers"] or 6, system.changes["shallow_layer"]) for system in tables[name].systems] for name in "79"}
-    assert layers == {"7": [(6, 2), (6, 3), (6, 5), (12, 3), (12, 6), (12, 9)], "9": [(6, n) for n in (1, 2, 3, 4)] + [(12, n) for n in (1, 2, 3, 4, 5)]}
-    assert [(system.changes["design"], system.changes["quantizer"]) for system in tables["10"].systems] == [("naive", "mcq"), ("dual", ""), ("dual", "mcq")]
-    assert [(*system.changes.values(),) for system in tables["trade"].systems[1:]] == [("dual", *row) for row in ((1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0))]
+    assert layers == {"7": [(6, 2), (6, 3), (6, 5), (12, 3), (12, 6), (12, 9)], "9": [(6, n) for n in (1, 2, 3, 4)]
+                      + [(12, n) for n in (1, 2, 3, 4, 5)]}
+    assert [(system.changes["design"], system.changes["quantizer"]) for system in tables["10"].systems] == [("naive", "mcq"), ("dual", ""),
+        ("dual", "mcq")]
+    assert [(*system.changes.values(),) for system in tables["trade"].systems[1:]] == [("dual", *row)
+        for row in ((1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0))]
 
 
 def test_train_tables_of_bits_that_are_equal():
@@ -3328,14 +3541,22 @@ def test_train_tables_bad_input_ends_in_a_sentence(tmp_path, monkeypatch):
     train_tokenizer.main(["--design", "quantised", "--out", str(tmp_path / "seed-0/quantised"), *TINY[-6:]])
     shutil.copytree(tmp_path / "seed-0/quantised/siglip", tmp_path / "seed-0/siglip")
     there = ["--out", str(tmp_path)]
-    for argv, words in ((["--table", "3", "--preset", "nano-64"], "other settings (preset nano -> nano-64; data plain -> textured"), (["--table", "4"], "--table is '4', expected one of 3, 7, 9, 10, trade"),
-                        (["--table", "3", "--design", "naive"], "have --design of their own"), (["--table", "3", "--dry-run"], "without --bench"), (["--seeds", "2"], "--seeds goes with"),
-                        (["--table", "3", "--depth", "5", "--quantizer", "mcq"], "--quantizer of their own"), (["--table", "10", "--depth", "5"], "multiple of the depth 5"),
-                        (["--design", "triple"], "no design 'triple'; expected one of dual"), (["--design", "quantised", "--init", str(tmp_path / "seed-0/quantised")], "leave these flags out"),
-                        (["--layers", "4", "--siglip", str(tmp_path / "seed-0/siglip")], "--layers 4"), (["--shallow-layer", "9"], "no shallow layer 9"),
-                        (["--design", "recon-deep", "--zero-shot-data", str(tmp_path)], "--zero-shot-data could change"), (["--design", "naive", "--shallow-layer", "1"], "--shallow-layer could change"),
-                        (["--design", "naive", "--shared-gradient", "0"], "--shared-gradient could change"), (["--design", "quantised", "--gan"], "--gan could change"),
-                        (["--design", "recon-deep", "--semantic-weight", "0"], "--semantic-weight could change"), (["--table", "trade", "--semantic-weight", "2"], "--semantic-weight of their own"),
+    for argv, words in ((["--table", "3", "--preset", "nano-64"], "other settings (preset nano -> nano-64; data plain -> textured"),
+                        (["--table", "4"], "--table is '4', expected one of 3, 7, 9, 10, trade"),
+                        (["--table", "3", "--design", "naive"], "have --design of their own"),
+                        (["--table", "3", "--dry-run"], "without --bench"), (["--seeds", "2"], "--seeds goes with"),
+                        (["--table", "3", "--depth", "5", "--quantizer", "mcq"], "--quantizer of their own"),
+                        (["--table", "10", "--depth", "5"], "multiple of the depth 5"),
+                        (["--design", "triple"], "no design 'triple'; expected one of dual"),
+                        (["--design", "quantised", "--init", str(tmp_path / "seed-0/quantised")], "leave these flags out"),
+                        (["--layers", "4", "--siglip", str(tmp_path / "seed-0/siglip")], "--layers 4"),
+                        (["--shallow-layer", "9"], "no shallow layer 9"),
+                        (["--design", "recon-deep", "--zero-shot-data", str(tmp_path)], "--zero-shot-data could change"),
+                        (["--design", "naive", "--shallow-layer", "1"], "--shallow-layer could change"),
+                        (["--design", "naive", "--shared-gradient", "0"], "--shared-gradient could change"),
+                        (["--design", "quantised", "--gan"], "--gan could change"),
+                        (["--design", "recon-deep", "--semantic-weight", "0"], "--semantic-weight could change"),
+                        (["--table", "trade", "--semantic-weight", "2"], "--semantic-weight of their own"),
                         (["--table", "7", "--backbone", "timm:x"], "--siglip in place of --backbone")):
         assert words in stopped("--device", "cpu", *there, *argv), argv
 
@@ -3376,7 +3597,8 @@ def test_sample_bad_input_ends_in_a_sentence(run_folder, tmp_path):
 @pytest.fixture
 def drawn(run_folder, tmp_path, monkeypatch, capsys):
     words, text = [], sample.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(sample.ImageDraw.ImageDraw, "text", lambda self, xy, string, *a, **k: (words.append(string), text(self, xy, string, *a, **k)))
+    monkeypatch.setattr(sample.ImageDraw.ImageDraw, "text",
+                        lambda self, xy, string, *a, **k: (words.append(string), text(self, xy, string, *a, **k)))
 
     def draw(name, *more, folder=run_folder):
         words.clear()
@@ -3392,7 +3614,8 @@ def test_sample_figure_layers_shows_the_teacher(run_folder, tokenizer, tmp_path,
     similarity = layer_similarity(SigLIP.from_pretrained(run_folder / "siglip").vision_model, drawn.world.batch(range(20))[0])
     (a, b), name = split_layers(similarity), str(run_folder / "siglip")
     assert [w for w in words if re.fullmatch(r"\d\.\d\d", w)][6:] == [f"{x:.2f}" for x in similarity.flatten().tolist()]
-    assert {f"shallow\n1 to {a}", f"middle\n{a + 1} to {b}", f"deep\n{b + 1} to 6"} <= set(words) and "ViT: " + name in words[-1].replace("\n", " ")
+    assert {f"shallow\n1 to {a}", f"middle\n{a + 1} to {b}",
+            f"deep\n{b + 1} to 6"} <= set(words) and "ViT: " + name in words[-1].replace("\n", " ")
     for teacher, more, shown in ((name, [], name), ("gone", [], "as the tokenizer trained it"), ("gone", ["--siglip", name], name)):
         tokenizer.save_pretrained(tmp_path / "alone", teacher=teacher)
         assert shown in drawn("layers", "--n", "2", *more, folder=tmp_path / "alone")[-1].replace("\n", " ")
@@ -3400,13 +3623,16 @@ def test_sample_figure_layers_shows_the_teacher(run_folder, tokenizer, tmp_path,
 
 def test_sample_figure_clusters_are_blobs_and_say_what_they_follow(drawn, monkeypatch):
     truth, rng = torch.arange(4).repeat_interleave(torch.tensor([30, 20, 9, 1])), torch.Generator().manual_seed(0)
-    x, order = 10 * torch.tensor([[0.0, 0], [1, 0], [0, 1], [2, 2]])[truth] + torch.randn(60, 2, generator=rng).double(), torch.randperm(60, generator=rng)
+    x, order = 10 * torch.tensor([[0.0, 0], [1, 0], [0, 1], [2, 2]])[truth] + torch.randn(60, 2, generator=rng).double(), torch.randperm(60,
+        generator=rng)
     cluster, distance = sample.kmeans(x[order], 4)
     assert torch.equal(cluster, truth[order])       # the largest comes first
     assert torch.allclose(distance, (x - torch.stack([x[truth == k].mean(0) for k in range(4)])[truth]).norm(dim=1)[order], atol=1e-4)
     scenes = World("plain", 32, train_tokenizer.VALIDATION_SEED, "val", single=1.0).scenes(range(64))
-    monkeypatch.setattr(sample, "features_of", lambda tokenizer, images: {"shallow": torch.eye(4)[scenes.colour[:, 0]], "deep": torch.eye(8)[scenes.look[:, 1]]})
-    (colour, _, shape, *_), (*rest, ground, chance) = ([int(x) for x in re.findall(r"(\d+)%", w)] for w in drawn("clusters", "--n", "64") if "chance" in w)
+    monkeypatch.setattr(sample, "features_of", lambda tokenizer, images: {"shallow": torch.eye(4)[scenes.colour[:, 0]],
+                                                                          "deep": torch.eye(8)[scenes.look[:, 1]]})
+    (colour, _, shape, *_), (*rest, ground, chance) = ([int(x) for x in re.findall(r"(\d+)%", w)] for w in drawn("clusters", "--n", "64")
+                                                       if "chance" in w)
     assert colour == ground == 100 > max(shape, chance, *rest)
 
 
@@ -3416,7 +3642,8 @@ def test_sample_figure_features_of_any_width_say_how_far_apart(run_folder, drawn
     monkeypatch.setattr(sample, "features_of", lambda tokenizer, images: next(sets))
     words = drawn("features", "--n", "40", "--other", str(run_folder))
     near, far = (float(re.search(r"means: ([\d.]+) spreads", w)[1]) for w in words if "spreads" in w)
-    assert near < 0.5 and abs(far - 100 / (x - x.mean(0)).norm(dim=1).mean()) < 0.01 and sum("first component, 100%" in w for w in words) == 1
+    assert near < 0.5 and abs(far - 100 / (x - x.mean(0)).norm(dim=1).mean()) < 0.01 and sum("first component, 100%" in w
+        for w in words) == 1
     assert words.count("encoder") == words.count("teacher") == 2 and Image.open(tmp_path / "figure-features.png").width > 800
 
 
@@ -3443,14 +3670,17 @@ def test_sample_figure_depth_ends_at_the_reconstruction(run_folder, drawn):
     with torch.no_grad():
         codes = model.encode(images)
         steps, first = [model.decode(codes, d) for d in range(1, 5)], model.quantizer_pix.codebook[0][codes[:, :, 0, 0]]
-        assert torch.allclose(steps[0], model._decode(model.postquant_pix(first)).clamp(-1, 1), atol=1e-5) and torch.allclose(steps[3], model.decode(codes), atol=1e-5)
-    assert all((a - b).abs().max() > 1e-3 for a, b in zip(steps, steps[1:])) and f"4 codes\n{psnr(steps[3], images).mean().item():.2f} dB" in drawn("depth", "--n", "20")
+        assert torch.allclose(steps[0], model._decode(model.postquant_pix(first)).clamp(-1, 1), atol=1e-5) and torch.allclose(steps[3],
+            model.decode(codes), atol=1e-5)
+    assert all((a - b).abs().max() > 1e-3 for a,
+               b in zip(steps, steps[1:])) and f"4 codes\n{psnr(steps[3], images).mean().item():.2f} dB" in drawn("depth", "--n", "20")
 
 
 def test_sample_figure_features_of_two_designs(run_folder, design_folders, drawn):
     """Beside dual's two layers, the encoder of its own that feeds a dual encoder's pixel stream."""
     words = " ".join(drawn("features", "--n", "20", "--other", str(design_folders["dual-encoder"])))
-    assert all(name in words for name in ("shallow layer 2", "deep layer 5", "encoder", str(design_folders["dual-encoder"]))) and words.count("spreads") == 2
+    assert all(name in words for name in ("shallow layer 2", "deep layer 5", "encoder",
+                                          str(design_folders["dual-encoder"]))) and words.count("spreads") == 2
 
 
 def test_sample_figure_of_a_folder(tmp_path, drawn):
@@ -3464,11 +3694,15 @@ def test_sample_figure_of_a_folder(tmp_path, drawn):
 def test_sample_figure_bad_input_ends_in_a_sentence(run_folder, tmp_path, capsys):
     (tmp_path / "none").mkdir(), flat(40, 20).save(tmp_path / "one.png")
     here, there = f"--images {tmp_path}", ["--tokenizer", str(run_folder), "--out", str(tmp_path / "out")]
-    for argv, words in (("clusters " + here, "needs 8 pictures, got 1"), (f"depth {here} --n 3", "needs 3 pictures, got 1"), ("codes --n 1", "needs 2 pictures, got 1"),
-                        (f"layers {here}/none", "no images in"), ("layers --siglip none", "no model in"), ("features --other none", "no model in")):
+    for argv, words in (("clusters " + here, "needs 8 pictures, got 1"), (f"depth {here} --n 3", "needs 3 pictures, got 1"),
+                        ("codes --n 1", "needs 2 pictures, got 1"),
+                        (f"layers {here}/none", "no images in"), ("layers --siglip none", "no model in"),
+                        ("features --other none", "no model in")):
         assert words in sample_words("--figure", *argv.split(), *there), argv
-    for argv, words in (("--figure cats", "invalid choice"), ("--reconstruct --images x", "--images goes with --figure"), ("--fd x y --siglip x", "--siglip goes"),
-                        ("--figure depth --siglip x", "--siglip goes with --figure layers"), ("--figure layers --other x", "--other goes with --figure features")):
+    for argv, words in (("--figure cats", "invalid choice"), ("--reconstruct --images x", "--images goes with --figure"),
+                        ("--fd x y --siglip x", "--siglip goes"),
+                        ("--figure depth --siglip x", "--siglip goes with --figure layers"),
+                        ("--figure layers --other x", "--other goes with --figure features")):
         capsys.readouterr()
         assert sample_words(*argv.split(), *there) == "2" and words in capsys.readouterr().err.splitlines()[-1], argv
     assert not os.path.exists(tmp_path / "out")
@@ -3678,10 +3912,12 @@ def smollm(tmp_path_factory):
     """A small vocabulary made as SmolLM2's was -> its folder, tokenizers' own, and the entry that `KNOWN` would have."""
     tokenizers = pytest.importorskip("tokenizers", reason="parity needs tokenizers")
     folder, made = tmp_path_factory.mktemp("smollm"), tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(False)])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True),
+                                                             tokenizers.pre_tokenizers.ByteLevel(False)])
     made.decoder = tokenizers.decoders.ByteLevel()
     corpus = [re.sub("[\x00-\x08\x0e-\x1f\x7f]", "", sample) for sample in SAMPLES] * 3 + ["a--b ---- c !! 1  2   33    x.\n\n\n" * 3]
-    made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=mllm.SMOLLM_SPECIALS, show_progress=False))
+    made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=mllm.SMOLLM_SPECIALS,
+                                                                    show_progress=False))
     made.save(str(folder / "tokenizer.json"))
     single = sum(len(token) == 1 for token in made.get_vocab())
     return folder, made, {made.get_vocab_size() - 17: (mllm.SMOLLM_SPLIT, False, mllm.SMOLLM_SPECIALS, 17, single)}
@@ -3697,7 +3933,8 @@ def test_text_smollm_equals_the_reference(smollm, tmp_path, monkeypatch):
     assert [*text.marks.values()] == [*range(other.get_vocab_size(), text.size)] and len(text.marks) == 4
     rng = random.Random(3)
     samples = SAMPLES + ["1 2  3\n4 \t5x  y", "-\x01-", "a\x01b", "\x01", "!\x02\x01!!  \x03\n\x04", "\U000F1234-\U000F1234", "'\x05s 9's"]
-    samples += [random_text(rng, rng.randint(1, 200)) for _ in range(150)] + ["".join(rng.choices("ab 1\n\t-!'s\x01\x02é", k=30)) for _ in range(150)]
+    samples += [random_text(rng, rng.randint(1, 200)) for _ in range(150)] + ["".join(rng.choices("ab 1\n\t-!'s\x01\x02é", k=30))
+                                                                              for _ in range(150)]
     wrong = [sample for sample in samples if text.encode(sample) != other.encode(sample, add_special_tokens=False).ids]
     assert not wrong, f"{len(wrong)} of {len(samples)} differ, such as {wrong[0]!r}"
     kept = [sample for sample in SAMPLES if not set(sample.encode()) & set(text.lacking)]
@@ -3716,7 +3953,8 @@ def test_text_smollm_answers_nothing_but_text(smollm, monkeypatch):
     text = TextTokenizer.from_folder(folder)
     assert spelled(turn(text, ["hi"]), text) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     torch.manual_seed(0)
-    model = DualMLLM(MLLMConfig(llm=small_llm(vocab_size=text.size, max_position_embeddings=200), positions=4, depth=3, codebook_size=11, code_dim=5, head_width=8, head_heads=2, head_mlp=8), text)
+    model = DualMLLM(MLLMConfig(llm=small_llm(vocab_size=text.size, max_position_embeddings=200), positions=4, depth=3, codebook_size=11,
+                                code_dim=5, head_width=8, head_heads=2, head_mlp=8), text)
     seen = []
     monkeypatch.setattr(text, "decode", lambda ids: seen.extend(ids) or "")
     model.answer(None, ["what?"] * 40, longest=40, temperature=3.0)
@@ -3904,7 +4142,8 @@ def their_llm(c, seed=0):
     return randomised(getattr(transformers, name + "ForCausalLM")(config), seed).eval()
 
 
-@pytest.mark.parametrize("tied, groups, theta, eps, bias", [(True, 2, 1e6, 1e-6, True), (False, 4, 1e4, 1e-5, True), (False, 1, 30.0, 0.3, True),
+@pytest.mark.parametrize("tied, groups, theta, eps, bias", [(True, 2, 1e6, 1e-6, True), (False, 4, 1e4, 1e-5, True),
+                                                            (False, 1, 30.0, 0.3, True),
                                                             (True, 2, 1e5, 1e-5, False), (False, 4, 1e4, 1e-6, False)])
 def test_mllm_llm_matches_transformers(tied, groups, theta, eps, bias, tmp_path):
     c = small_llm(tie_word_embeddings=tied, num_key_value_heads=groups, rope_theta=theta, rms_norm_eps=eps, attention_bias=bias)
@@ -3919,17 +4158,20 @@ def test_mllm_llm_matches_transformers(tied, groups, theta, eps, bias, tmp_path)
 
 
 def test_mllm_llm_loads_the_layouts_of_hugging_face(tmp_path):
-    """Shards with an index, bf16, a tied checkpoint that holds its table twice, and config.json as Qwen2.5's were published, defaults left out."""
+    """Shards with an index, bf16, a tied checkpoint that holds its table twice, and config.json as Qwen2.5's were published, defaults left
+    out."""
     theirs, ids = their_llm(small_llm(rms_norm_eps=1e-6)), torch.randint(264, (1, 9))
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="15KB")
     assert len(glob.glob(str(tmp_path / "shards/*.safetensors"))) > 2
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     rounded = {name: value.float() for name, value in theirs.state_dict().items() if name != "lm_head.weight"}
     shutil.copytree(tmp_path / "bf16", tmp_path / "twice")
-    save_file({name: value.bfloat16() for name, value in rounded.items()} | {"lm_head.weight": rounded["model.embed_tokens.weight"].bfloat16()},
+    save_file({name: value.bfloat16() for name, value in rounded.items()}
+              | {"lm_head.weight": rounded["model.embed_tokens.weight"].bfloat16()},
               tmp_path / "twice/model.safetensors", metadata={"format": "pt"})
     published = {k: v for k, v in vars(small_llm()).items() if k != "rms_norm_eps"}
-    (tmp_path / "twice/config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "bfloat16", "use_sliding_window": False, "sliding_window": 99, **published}))
+    (tmp_path / "twice/config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "bfloat16", "use_sliding_window": False,
+                                                            "sliding_window": 99, **published}))
     for name in ("bf16", "twice"):
         ours = LLM.from_pretrained(tmp_path / name)
         assert ours.config == small_llm(rms_norm_eps=1e-6) and equal(ours.state_dict(), rounded)
@@ -3968,16 +4210,20 @@ def test_mllm_llm_bad_files_end_in_a_sentence(tmp_path):
     assert "truncated or damaged" in words(lambda folder: (folder / "part-0.safetensors").write_bytes(b"x"))
     less = words(lambda folder: save_file({name: weights[name] for name in names[2::2]}, folder / "part-0.safetensors"))
     assert f"missing {names[0]}" in less and names[2] not in less
-    assert "unexpected model.rotary (3,)" in words(lambda folder: save_file({**{n: weights[n] for n in names[::2]}, "model.rotary": torch.ones(3)}, folder / "part-0.safetensors"))
-    assert "model.norm.weight is (5,), expected (32,)" in words(lambda folder: save_file({**weights, "model.norm.weight": torch.ones(5)}, folder / "model.safetensors"))
+    assert "unexpected model.rotary (3,)" in words(lambda folder: save_file({**{n: weights[n] for n in names[::2]},
+                                                                             "model.rotary": torch.ones(3)}, folder / "part-0.safetensors"))
+    assert "model.norm.weight is (5,), expected (32,)" in words(lambda folder: save_file({**weights, "model.norm.weight": torch.ones(5)},
+                                                                                         folder / "model.safetensors"))
     assert "no index of shards" in words(lambda folder: (folder / index).write_text('{"weights": 3}'))
     assert "../part-0" in words(lambda folder: (folder / index).write_text('{"weight_map": {"a": "../part-0.safetensors"}}'))
     assert "config.json cannot be read" in words(lambda folder: os.remove(folder / "config.json"))
     assert "model_type 'mistral'" in configured(model_type="mistral") and "hidden_act 'gelu'" in configured(hidden_act="gelu")
-    assert "attention_bias True, expected False" in configured(model_type="llama") and "attention_bias False, expected True" in configured(attention_bias=False)
+    assert "attention_bias True, expected False" in configured(model_type="llama")
+    assert "attention_bias False, expected True" in configured(attention_bias=False)
     assert "mlp_bias True" in configured(mlp_bias=True) and "head_dim 16" in configured(head_dim=16)
     assert "use_sliding_window True" in configured(use_sliding_window=True)
-    for rope in ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, {"rope_scaling": {"rope_type": "yarn"}}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}):
+    for rope in ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, {"rope_scaling": {"rope_type": "yarn"}},
+                 {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}):
         assert "rope_type 'yarn'" in configured(**rope)
     assert "5 heads" in configured(num_attention_heads=5)
 
@@ -3985,12 +4231,14 @@ def test_mllm_llm_bad_files_end_in_a_sentence(tmp_path):
 def test_mllm_llm_reads_llamas_defaults(tmp_path):
     """What config.json leaves out, or says is null, is what transformers takes it for."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: no parity with it")
-    for written in ({}, {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": None, "head_dim": 64, "rope_theta": 1e5, "pretraining_tp": 1, "rope_scaling": None}):
+    for written in ({}, {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": None, "head_dim": 64, "rope_theta": 1e5,
+                         "pretraining_tp": 1, "rope_scaling": None}):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **written}))
         config, read = transformers.LlamaConfig(**written), []
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no weights"):
             patch.setattr(mllm, "LLMConfig", lambda **sizes: read.append(LLMConfig(**sizes)) or read[-1])
-            patch.setattr(mllm, "make_config", lambda kind, values, folder: kind(**{k: v for k, v in values.items() if k in vars(LLMConfig())}))
+            patch.setattr(mllm, "make_config",
+                          lambda kind, values, folder: kind(**{k: v for k, v in values.items() if k in vars(LLMConfig())}))
             LLM.from_pretrained(tmp_path)
         theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
         assert vars(read[0]) == {name: theta if name == "rope_theta" else getattr(config, name) for name in vars(read[0])}
@@ -4015,7 +4263,8 @@ def test_mllm_cache_decodes_what_transformers_generates():
 
 @torch.no_grad()
 def test_mllm_padding_and_cache_change_nothing():
-    """Padding of random vectors on either side, in one pass or in chunks through a cache, and going on after it: what each sequence gives alone."""
+    """Padding of random vectors on either side, in one pass or in chunks through a cache, and going on after it: what each sequence gives
+    alone."""
     c, lengths = small_llm(), (4, 11, 7)
     llm = randomised(LLM(c))
     rows, more = [torch.randn(n, 32) for n in lengths], torch.randn(3, 2, 32)
@@ -4059,7 +4308,8 @@ def test_mllm_checkpointing_changes_nothing():
     assert equal(*grads) and len(grads[0]) > 30
 
 
-@pytest.mark.parametrize("name, count", [("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-3b", 3_085_938_688), ("qwen2.5-7b", 7_615_616_512)])
+@pytest.mark.parametrize("name, count", [("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-3b", 3_085_938_688),
+                                         ("qwen2.5-7b", 7_615_616_512)])
 def test_mllm_published_shapes_have_the_published_counts(name, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in LLM(LLMConfig(**LLMS[name])).parameters()) == count
@@ -4105,7 +4355,8 @@ def test_mllm_sequences_are_laid_out_as_the_docstring_says():
             (turn(BYTES, ["red"], [Picture(b, True)]), say("red", False) + line + painted + [(256, False)]),
             (turn(BYTES, [Picture(a), "more", Picture(b)], ["so", Picture(b, True), "it is"]),
              read + say("more", False) + read + line + say("so", True) + painted + say("it is", True) + [stop]),
-            (document(BYTES, ["one", Picture(a), "two", Picture(b, True)]), [(256, False)] + say("one", True) + read + say("two", True) + painted + [stop])):
+            (document(BYTES, ["one", Picture(a), "two", Picture(b, True)]), [(256, False)] + say("one", True) + read + say("two", True)
+             + painted + [stop])):
         assert laid_out(segments, BYTES) == expected
 
 
@@ -4114,21 +4365,25 @@ def test_mllm_pack_puts_losses_on_the_reply_alone(left):
     """A place's state predicts what follows: every target stands one place on, is the reply's or its end, and is never a picture's."""
     pictures = random_codes(5, 4, 2, 3)
     rows = [turn(BYTES, [Picture(pictures[0]), "what?"], ["red"]), turn(BYTES, ["a circle"], [Picture(pictures[1], True)]),
-            document(BYTES, ["one", Picture(pictures[2]), "two", Picture(pictures[3], True, False), Picture(pictures[4], True), "three"]), [Words(list(b"hello"), True)]]
+            document(BYTES, ["one", Picture(pictures[2]), "two", Picture(pictures[3], True, False), Picture(pictures[4], True), "three"]),
+            [Words(list(b"hello"), True)]]
     batch = pack(rows, BYTES, 4, left=left)
     T, plain = batch.ids.shape[1], [laid_out(row, BYTES) for row in rows]
     starts = [T - len(row) if left else 0 for row in plain]
     assert T == max(map(len, plain))
     assert batch.mask.tolist() == [[start <= t < start + len(row) for t in range(T)] for start, row in zip(starts, plain)]
-    wanted = [(b * T + start + p - 1, id) for b, (start, row) in enumerate(zip(starts, plain)) for p, (id, loss) in enumerate(row) if loss and p]
+    wanted = [(b * T + start + p - 1, id) for b, (start, row) in enumerate(zip(starts, plain)) for p, (id, loss) in enumerate(row) if loss
+              and p]
     assert list(zip(batch.text_from.tolist(), batch.text_target.tolist())) == wanted
     said = [bytes(id for place, id in wanted if place // T == b and id < 256) for b in range(4)]
     assert said == [b"red", b"", b"onetwothree", b"ello"]       # nothing stands before the h
     grid = batch.ids.flatten()
     assert torch.equal(grid[batch.text_from + 1], batch.text_target)
-    assert torch.equal(batch.pictures, pictures) and batch.painted.tolist() == [False, True, False, True, True] and batch.learned.tolist() == [1, 4]
+    assert torch.equal(batch.pictures, pictures) and batch.painted.tolist() == [False, True, False, True,
+                                                                                True] and batch.learned.tolist() == [1, 4]
     for place, painted in zip(batch.at.tolist(), batch.painted.tolist()):
-        assert grid[place - 1] == (GEN_START if painted else START) and grid[place + 4] == (GEN_END if painted else END) and not grid[place:place + 4].any()
+        assert grid[place - 1] == (GEN_START if painted else START) and grid[place + 4] == (GEN_END
+            if painted else END) and not grid[place:place + 4].any()
         assert not set(range(place, place + 5)) & set((batch.text_from + 1).tolist())
     assert [place // T for place in batch.at.tolist()] == [0, 1, 2, 2, 2]
     for b, (start, row) in enumerate(zip(starts, plain)):
@@ -4152,9 +4407,11 @@ def test_mllm_chat_vocabularies_get_qwens_form():
     vocabulary, a = os.path.join(SHARED, "data/vocab/qwen"), random_codes(3, 2, 3)
     for text in (CHAT, *([TextTokenizer.from_folder(vocabulary)] if os.path.isdir(vocabulary) else [])):
         asked, painted = turn(text, [Picture(a), "what?"], ["red"]), turn(text, ["red"], [Picture(a, True)])
-        assert spelled(asked, text) == "<|im_start|>user\n<image_start>###<image_end>what?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+        assert spelled(asked,
+                       text) == "<|im_start|>user\n<image_start>###<image_end>what?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
         assert spelled(asked, text, losses=True) == "red<|im_end|>" and spelled(painted, text, losses=True) == ""
-        assert spelled(painted, text) == "<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n<image_gen_start>###<image_gen_end><|im_end|>\n"
+        assert spelled(painted,
+                       text) == "<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n<image_gen_start>###<image_gen_end><|im_end|>\n"
         assert spelled(turn(text, ["hi"]), text) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
         assert spelled(document(text, ["one"]), text) == "<|endoftext|>one<|endoftext|>"
 
@@ -4167,14 +4424,16 @@ BOTH = ("pixel", "semantic")
 
 def small_mllm(text=BYTES, llm=None, **more):
     """N 4, D 3, K 11, E 6; everything random, also the tables."""
-    sizes = dict(positions=4, depth=3, codebook_size=11, code_dim=6, feature_width=10, head_width=16, head_layers=2, head_heads=2, head_mlp=24)
+    sizes = dict(positions=4, depth=3, codebook_size=11, code_dim=6, feature_width=10, head_width=16, head_layers=2, head_heads=2,
+                 head_mlp=24)
     model = randomised(DualMLLM(MLLMConfig(llm=small_llm(**llm or {}), **{**sizes, **more}), text))
     model.tables.normal_()
     return model.eval()
 
 
 def slow_head(head, state, codes, tables, eps=1e-6):
-    """Logits of one stream at one position, depth by depth from scratch (Eq. 5): state (C,), codes (D,), a table (K, E) for each depth -> D x (K,)."""
+    """Logits of one stream at one position, depth by depth from scratch (Eq. 5): state (C,), codes (D,), a table (K, E) for each depth -> D
+    x (K,)."""
     norm, width, logits = lambda x, weight: x / (x.square().mean() + eps).sqrt() * weight, len(head.norm.weight) // head.layers[0].heads, []
     for d in range(len(codes)):
         x = [head.projector(state)] + [head.code_in(sum(tables[j][codes[j]] for j in range(i))) for i in range(1, d + 1)]
@@ -4208,8 +4467,8 @@ def slow_embedding(model, s, codes):
 
 
 def slow_losses(model, rows, deep=None):
-    """Eq. 6-7 by loops over sequences, positions, streams and depths: sums of cross entropies by name. deep: the painted positions, counted over all rows,
-    whose later depths are learned too; None: all."""
+    """Eq. 6-7 by loops over sequences, positions, streams and depths: sums of cross entropies by name. deep: the painted positions, counted
+    over all rows, whose later depths are learned too; None: all."""
     c, total, count = model.config, {"text": torch.zeros(())}, 0
     total |= {f"{stream}_{d + 1}": torch.zeros(()) for stream in c.streams_out for d in range(c.depth)}
     for row in rows:
@@ -4243,8 +4502,10 @@ def mixed_rows(text=BYTES):
             document(text, ["one", p[0], "two", paint[4]._replace(loss=False), "three", paint[5]]), document(text, ["words alone"])]
 
 
-@pytest.mark.parametrize("more", [dict(), dict(head_shared=True, tables=3, streams_out=("pixel",)), dict(tables=3, streams_in=("semantic",), llm=dict(tie_word_embeddings=False)),
-                                  dict(streams_in=("pixel",), streams_out=("pixel",)), dict(head_shared=True, streams_out=("semantic",), tables=3)])
+@pytest.mark.parametrize("more", [dict(), dict(head_shared=True, tables=3, streams_out=("pixel",)),
+                                  dict(tables=3, streams_in=("semantic",), llm=dict(tie_word_embeddings=False)),
+                                  dict(streams_in=("pixel",), streams_out=("pixel",)),
+                                  dict(head_shared=True, streams_out=("semantic",), tables=3)])
 def test_mllm_loss_is_the_slow_one(more):
     model, rows = small_mllm(**more), mixed_rows()
     with torch.no_grad():
@@ -4271,7 +4532,8 @@ def test_mllm_later_depths_can_be_learned_at_a_share_of_positions():
         torch.testing.assert_close(losses[name], expected[name], atol=1e-3, rtol=1e-5)
     drawn = [pack(rows, BYTES, 4, later=0.5, rngs=draws(seed)).all_depths for seed in range(200)]
     assert (torch.bincount(torch.cat(drawn), minlength=12) / 200 - 0.5).abs().max() < 0.15
-    alone = [n + 4 * picture for picture, b in enumerate((1, 2, 3)) for n in pack([rows[b]], BYTES, 4, later=0.5, rngs=[draws(0)[b]]).all_depths.tolist()]
+    alone = [n + 4 * picture for picture, b in enumerate((1, 2, 3))
+             for n in pack([rows[b]], BYTES, 4, later=0.5, rngs=[draws(0)[b]]).all_depths.tolist()]
     assert alone == batch.all_depths.tolist()         # so that micro-batches and ranks change nothing
 
 
@@ -4287,7 +4549,8 @@ def test_mllm_loss_of_continuous_features_is_the_slow_one():
 def test_mllm_loss_of_nothing_is_zero_with_gradients_for_all():
     """A batch of text, or of pictures without text: zero, not NaN, and every parameter takes part, as DDP wants."""
     model = small_mllm(llm=dict(tie_word_embeddings=False))
-    for row, empty in ((document(BYTES, ["words"]), {f"{s}_{d}" for s in BOTH for d in (1, 2, 3)}), (turn(BYTES, ["red"], [Picture(random_codes(4, 2, 3), True)]), {"text"})):
+    for row, empty in ((document(BYTES, ["words"]), {f"{s}_{d}" for s in BOTH for d in (1, 2, 3)}),
+                       (turn(BYTES, ["red"], [Picture(random_codes(4, 2, 3), True)]), {"text"})):
         model.zero_grad()
         losses = model(pack([row], BYTES, 4))
         sum(losses.values()).backward()
@@ -4327,7 +4590,8 @@ def test_mllm_pictures_are_causal_over_positions():
 def forced(model, prompts, codes, given=None):
     """Teacher forcing over whole sequences, without a cache: prompts and codes (B, N, S, D) -> logits (N, painted streams, D, B, K)."""
     c = model.config
-    rows = [turn(model.text, [*([] if given is None else [Picture(given[b])]), prompt], [Picture(codes[b], True)]) for b, prompt in enumerate(prompts)]
+    rows = [turn(model.text, [*([] if given is None else [Picture(given[b])]), prompt], [Picture(codes[b], True)]) for b,
+            prompt in enumerate(prompts)]
     batch = pack(rows, model.text, c.positions)
     places = batch.at[batch.painted][:, None] + torch.arange(c.positions) - 1                                # (B, N)
     h, logits = model.llm.hidden(model.embed(batch)).flatten(0, 1)[places.flatten()], []
@@ -4348,7 +4612,8 @@ def heard(monkeypatch):
 @pytest.mark.parametrize("edit", [False, True])
 @pytest.mark.parametrize("more", [dict(), dict(head_shared=True, tables=3, streams_out=("pixel",))])
 def test_mllm_painting_equals_teacher_forcing(monkeypatch, guidance, edit, more):
-    """Logits that painting met, with its cache and prompts of unequal lengths, are those of the painted codes read back; guidance is u + s (c - u)."""
+    """Logits that painting met, with its cache and prompts of unequal lengths, are those of the painted codes read back; guidance is u + s
+    (c - u)."""
     model, prompts, seen = small_mllm(**more), ["red", "a blue square", ""], heard(monkeypatch)
     given = random_codes(3, 4, 2, 3, seed=5) if edit else None
     codes = model.paint(prompts, given, guidance=guidance)
@@ -4405,7 +4670,8 @@ def test_mllm_vectors_are_the_tables_rows():
     codes = random_codes(5, 4, 3)
     for tables in (1, 3):
         model = small_mllm(tables=tables)
-        expected = torch.stack([torch.stack([model.tables[1][d if tables > 1 else 0][codes[i, j, d]] for d in range(3)]) for i in range(5) for j in range(4)])
+        expected = torch.stack([torch.stack([model.tables[1][d if tables > 1 else 0][codes[i, j, d]] for d in range(3)]) for i in range(5)
+                                for j in range(4)])
         assert torch.equal(model.vectors(codes, 1).flatten(0, 1), expected)
 
 
@@ -4425,7 +4691,8 @@ def test_mllm_temperature_zero_is_the_likeliest(monkeypatch):
     codes = model.paint(["red", "blue"], temperature=0, seeds=[1, 2])
     assert torch.equal(torch.stack(seen).argmax(-1), codes.permute(1, 2, 3, 0).reshape(-1, 2))
     assert torch.equal(codes, model.paint(["red", "blue"], temperature=0, seeds=[3, 4]))
-    assert torch.equal(codes, model.paint(["red", "blue"], top_k=1, seeds=[3, 4])) and torch.equal(codes, model.paint(["red", "blue"], top_p=1e-6, seeds=[3, 4]))
+    assert torch.equal(codes, model.paint(["red", "blue"], top_k=1, seeds=[3, 4])) and torch.equal(codes,
+        model.paint(["red", "blue"], top_p=1e-6, seeds=[3, 4]))
 
 
 def test_mllm_choose_samples_what_it_should():
@@ -4449,12 +4716,14 @@ def test_mllm_choose_samples_what_it_should():
                 assert set(chosen.tolist()) <= set(kept) and (counts - expected).abs().max() <= 1.5 / n, (temperature, top_k, top_p)
     torch.manual_seed(0)
     rows = torch.randn(300, 9) * 3
-    assert torch.equal(mllm.choose(rows, torch.rand(300), temperature=0), rows.argmax(1)) and torch.equal(mllm.choose(rows, torch.zeros(300)), rows.argmax(1))
+    assert torch.equal(mllm.choose(rows, torch.rand(300), temperature=0),
+                       rows.argmax(1)) and torch.equal(mllm.choose(rows, torch.zeros(300)), rows.argmax(1))
     last = mllm.choose(rows, torch.full((300,), 1 - 2.0 ** -24), top_p=0.7)       # the largest noise never falls off the end
     likelier = torch.stack([row.softmax(0)[row > row[i]].sum() for row, i in zip(rows, last)])
     assert (likelier < 0.7 + 1e-6).all()
     each = torch.rand(300)
-    assert torch.equal(mllm.choose(rows, each, top_p=0.9), torch.cat([mllm.choose(rows[i:i + 1], each[i:i + 1], top_p=0.9) for i in range(300)]))
+    assert torch.equal(mllm.choose(rows, each, top_p=0.9),
+                       torch.cat([mllm.choose(rows[i:i + 1], each[i:i + 1], top_p=0.9) for i in range(300)]))
 
 
 @torch.no_grad()
@@ -4476,7 +4745,8 @@ def test_mllm_answers_are_what_the_sequence_says():
 
 
 def test_mllm_answers_are_text_that_ends(monkeypatch):
-    """Marks, special tokens and rows beyond the vocabulary are never written, whatever the logits; the end mark ends an answer; `longest` bounds it."""
+    """Marks, special tokens and rows beyond the vocabulary are never written, whatever the logits; the end mark ends an answer; `longest`
+    bounds it."""
     for text in (BYTES, CHAT):
         model, stop = small_mllm(text, llm=dict(vocab_size=290)), text.end if text.turn_end is None else text.turn_end
         scripts = [[104, 105, stop, 104], [stop], [104, text.marks["<image_end>"], 289, 105, 105]]
@@ -4509,7 +4779,8 @@ def test_mllm_unpainted_streams_are_read_as_zeros():
 
 
 def test_mllm_streams_must_fit():
-    for more in (dict(streams_in=("pixel",), streams_out=("semantic",)), dict(streams_in=()), dict(streams_in=("depth",)), dict(streams_out=("depth",))):
+    for more in (dict(streams_in=("pixel",), streams_out=("semantic",)), dict(streams_in=()), dict(streams_in=("depth",)),
+                 dict(streams_out=("depth",))):
         with pytest.raises(ValueError, match="streams"):
             MLLMConfig(**more)
     with pytest.raises(ValueError, match="paints nothing"):
@@ -4553,7 +4824,8 @@ def test_mllm_files_round_trip_and_raise(tmp_path):
     save_file({name: value for name, value in weights.items() if name != "marks"}, tmp_path / "a/model.safetensors")
     with pytest.raises(ValueError, match=r"missing marks \(4, 32\)"):
         DualMLLM.from_pretrained(tmp_path / "a")
-    for change, words in (({"model_type": "qwen2"}, "expected 'dualmllm'"), ({"llm": 3}, "no sizes for a LLMConfig"), ({"streams_in": ["depth"]}, "streams")):
+    for change, words in (({"model_type": "qwen2"}, "expected 'dualmllm'"), ({"llm": 3}, "no sizes for a LLMConfig"),
+                          ({"streams_in": ["depth"]}, "streams")):
         config = json.load(open(tmp_path / "a/config.json")) | change
         os.makedirs(tmp_path / "b", exist_ok=True)
         (tmp_path / "b/config.json").write_text(json.dumps(config))
@@ -4575,7 +4847,8 @@ def test_mllm_code_tables_tell_tokenizers_apart(tokenizer):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A hub on this machine -> its files {path: bytes}, to fill, and what was asked of it; b"cut" stands for a connection that breaks off."""
+    """A hub on this machine -> its files {path: bytes}, to fill, and what was asked of it; b"cut" stands for a connection that breaks
+    off."""
     files, asked = {}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -4627,13 +4900,15 @@ def test_hub_fetches_shards_and_vocabulary(served, tmp_path):
     names = list(llm.state_dict())
     for n in range(2):
         save_file({name: llm.state_dict()[name] for name in names[n::2]}, folder / f"model-{n}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: f"model-{i % 2}.safetensors" for i,
+                                                                                    name in enumerate(names)}}))
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **vars(llm.config)}))
     (folder / "vocab.json").write_text("{}")
     serve(files, "owner/llm", folder)
     found = hub.folder("owner/llm")
     assert equal(LLM.from_pretrained(found).state_dict(), llm.state_dict()) and Path(found, "vocab.json").read_text() == "{}"
-    files["/owner/other/resolve/main/config.json"], files["/owner/other/resolve/main/model.safetensors.index.json"] = b"{}", b'{"weight_map": {"a": "../../x.safetensors"}}'
+    files["/owner/other/resolve/main/config.json"] = b"{}"
+    files["/owner/other/resolve/main/model.safetensors.index.json"] = b'{"weight_map": {"a": "../../x.safetensors"}}'
     with pytest.raises(ValueError, match="is no index of safetensors files"):
         hub.folder("owner/other")
 
@@ -4679,7 +4954,8 @@ def test_hub_prefers_a_folder_and_hugging_faces_cache(served, tmp_path, monkeypa
             hub.folder("owner/model")
         (model / "snapshots/abc" / file).write_text("{}")
     before = list(asked)
-    assert hub.folder("owner/model") == str(model / "snapshots/abc") and hub.folder("some-model") == "some-model" and hub.folder("/a/b") == "/a/b"
+    assert hub.folder("owner/model") == str(model
+                                            / "snapshots/abc") and hub.folder("some-model") == "some-model" and hub.folder("/a/b") == "/a/b"
     os.makedirs("owner/model")
     assert hub.folder("owner/model") == "owner/model" and asked == before
 
@@ -4688,7 +4964,8 @@ def test_hub_names_are_taken_by_the_scripts(served, run_folder, tmp_path):
     files, _ = served
     serve(files, "owner/siglip", run_folder / "siglip")
     train(tmp_path / "run", "--siglip", "owner/siglip")
-    assert "broke off" in (files.update({"/owner/cut/resolve/main/config.json": b"cut"}) or stopped(*TINY, "--siglip", "owner/cut", "--out", str(tmp_path / "x")))
+    assert "broke off" in (files.update({"/owner/cut/resolve/main/config.json": b"cut"})
+                           or stopped(*TINY, "--siglip", "owner/cut", "--out", str(tmp_path / "x")))
     assert "has no config.json" in mllm_words("--llm", "owner/none", "--tokenizer", str(run_folder), "--out", str(tmp_path / "y"))
 
 
@@ -4745,10 +5022,12 @@ def mllm_stages(tokenizer_folder, tmp_path_factory):
         copies = lambda: {name: value.clone() for name, value in stage.model.state_dict().items()}
         with torch.no_grad():
             at_first = stage.model(parts[0])
-        seen.append(dict(row=stage.row, stage=stage, kinds=stage.data.kinds_of(0), before=copies(), grads=set(), parts=parts, at_first=at_first))
+        seen.append(dict(row=stage.row, stage=stage, kinds=stage.data.kinds_of(0), before=copies(), grads=set(), parts=parts,
+                         at_first=at_first))
         train(stage, batches)
         names = {id(p): name for name, p in stage.model.named_parameters()}
-        seen[-1] |= dict(after=copies(), states={names[id(p)] for optimizer in (stage.optimizer, stage.muon) for p in optimizer.state}, left=[n for n, p in stage.model.named_parameters() if p.grad is not None])
+        seen[-1] |= dict(after=copies(), states={names[id(p)] for optimizer in (stage.optimizer, stage.muon) for p in optimizer.state},
+                         left=[n for n, p in stage.model.named_parameters() if p.grad is not None])
 
     def step(stage, lr):
         seen[-1]["grads"] |= {name for name, p in stage.model.named_parameters() if p.grad is not None}
@@ -4776,10 +5055,12 @@ def test_mllm_attention_in_bf16_is_that_in_fp32(kind):
 def test_train_mllm_trains_matrices_by_muon_and_the_rest_by_adamw(mllm_stages):
     stage = mllm_stages[1][-1]["stage"]
     names = {id(p): name for name, p in stage.model.named_parameters()}
-    muon, adamw = ({names[id(p)] for group in optimizer.param_groups for p in group["params"]} for optimizer in (stage.muon, stage.optimizer))
+    muon, adamw = ({names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+                   for optimizer in (stage.muon, stage.optimizer))
     assert not muon & adamw and muon | adamw == {*names.values()}
     assert {"llm.model.layers.0.mlp.up_proj.weight", "projector.0.weight", "heads.pixel.layers.0.gate_up"} <= muon
-    assert {"llm.model.embed_tokens.weight", "llm.model.norm.weight", "marks", "heads.pixel.classifiers", "heads.pixel.projector.0.bias"} <= adamw
+    assert {"llm.model.embed_tokens.weight", "llm.model.norm.weight", "marks", "heads.pixel.classifiers",
+            "heads.pixel.projector.0.bias"} <= adamw
 
 
 def test_train_mllm_stages_change_their_parts_alone(mllm_stages):
@@ -4798,15 +5079,18 @@ def test_train_mllm_stages_change_their_parts_alone(mllm_stages):
 def test_train_mllm_leaves_all_that_was_promised(mllm_stages, tokenizer_folder):
     out, seen = mllm_stages
     folders = [out / f"stage-{record['row'].name}" for record in seen[:-1]] + [out]
-    assert sorted(os.listdir(out / "stage-4-1")) == ["config.json", "curves.png", "log.jsonl", "metrics.json", "model.safetensors", "state.pt"]
+    assert sorted(os.listdir(out / "stage-4-1")) == ["config.json", "curves.png", "log.jsonl", "metrics.json", "model.safetensors",
+                                                     "state.pt"]
     for folder, record in zip(folders, seen):
         for name in ("config.json", "curves.png", "log.jsonl", "metrics.json", "model.safetensors", "state.pt"):
             assert os.path.getsize(folder / name) > 0
         model = DualMLLM.from_pretrained(folder)
-        assert equal(model.state_dict(), record["after"]) and model.config.tables_sha256 == code_tables(DualTokenizer.from_pretrained(tokenizer_folder))[1]
+        assert equal(model.state_dict(),
+                     record["after"]) and model.config.tables_sha256 == code_tables(DualTokenizer.from_pretrained(tokenizer_folder))[1]
         assert torch.equal(model.tables, code_tables(DualTokenizer.from_pretrained(tokenizer_folder))[0])
     metrics = json.load(open(out / "metrics.json"))
-    expected = {"understanding", "caption_exact", "painting", "reader_accuracy", "fd", "preset", "design", "streams", "streams_in", "streams_out", "steps", "seed", "device",
+    expected = {"understanding", "caption_exact", "painting", "reader_accuracy", "fd", "preset", "design", "streams", "streams_in",
+                "streams_out", "steps", "seed", "device",
                 "seconds", "peak_memory_gib", "sequences_per_second", "torch", "commit"}
     assert expected <= metrics.keys() and os.path.getsize(out / "samples/painted.png") > 0
     assert set(metrics["understanding"]["all"]) == {"n", "right", "chance", "majority"} and "all" in metrics["painting"]
@@ -4818,8 +5102,10 @@ def test_train_mllm_logs_means_over_the_batch_and_weighs_them(mllm_stages):
     for record in seen:
         line, kinds, (part,) = losses_logged(record["stage"].folder)[0], set(record["kinds"]), record["parts"]
         counts = [len(part.text_target), len(part.learned) * 64, len(part.all_depths)]
-        means = {name: value.item() / max(1, counts[0 if name == "text" else 1 if name.endswith("_1") else 2]) for name, value in record["at_first"].items()}
-        weights = {name: train_mllm.LOSS[name.split("_")[0]] * (1.0 if name == "text" else train_mllm.DEPTHS["nano"][int(name[-1]) - 1]) for name in means}
+        means = {name: value.item() / max(1, counts[0 if name == "text" else 1 if name.endswith("_1") else 2]) for name,
+                 value in record["at_first"].items()}
+        weights = {name: train_mllm.LOSS[name.split("_")[0]] * (1.0 if name == "text" else train_mllm.DEPTHS["nano"][int(name[-1]) - 1])
+                   for name in means}
         written = {name for name in means if kinds & ({"text", "caption", "question"} if name == "text" else {"paint", "edit"})}
         assert written == line.keys() & means.keys()
         assert all(abs(line[name] - means[name]) < 1e-5 * means[name] for name in written)
@@ -4846,7 +5132,8 @@ def test_train_mllm_sequences_say_what_is_true(mllm_stages):
     """Words, questions and edits belong to the scene whose codes stand beside them."""
     data, rng = mllm_stages[1][-1]["stage"].data, random.Random(0)
     scenes, edits = data.scenes, data.edits
-    words = lambda segments, loss: bytes(id for s in segments if isinstance(s, Words) and s.loss == loss for id in s.ids if id < 256).decode().removesuffix("\n")
+    words = lambda segments, loss: bytes(id for s in segments if isinstance(s, Words) and s.loss == loss for id in s.ids
+                                         if id < 256).decode().removesuffix("\n")
     pictures = lambda segments: [s for s in segments if isinstance(s, Picture)]
     index = lambda s: [i for i in range(len(data.pictures)) if np.array_equal(data.pictures[i], s.data.numpy())]
     for _ in range(40):
@@ -4859,9 +5146,11 @@ def test_train_mllm_sequences_say_what_is_true(mllm_stages):
             if kind == "question":
                 assert any((words(made, False), words(made, True)) in {(q, a) for _, q, a in shapes.questions(scenes[i])} for i in seen[0])
             if kind == "paint":
-                assert words(made, True) == "" and (words(made, False) == "" or any(words(made, False) in {c.text for c in shapes.claims(scenes[i])} for i in seen[0]))
+                assert words(made, True) == "" and (words(made, False) == ""
+                    or any(words(made, False) in {c.text for c in shapes.claims(scenes[i])} for i in seen[0]))
             if kind == "edit":
-                assert words(made, True) == "" and any(before in seen[0] and len(scenes) + e in seen[1] and words(made, False) in ("", edit[1])
+                assert words(made, True) == "" and any(before in seen[0] and len(scenes) + e in seen[1]
+                                                       and words(made, False) in ("", edit[1])
                                                        for e, (before, *edit) in enumerate(edits))
     text = words(data.make("text", rng), True)
     assert text.count("\n") == 2 and text.split("\n")[1].endswith("?")
@@ -4879,7 +5168,8 @@ def test_train_mllm_dropped_words_look_like_the_unconditional_prompt(monkeypatch
             made = laid_out(train_mllm.Sequences.painted(fake, 0, "red", random.Random(0), *given), BYTES)
             model.paint(["red"], codes[1:] if given else None, guidance=3.0)
             prompt = laid_out(rows[row], BYTES)
-            assert len(rows) == 2 and made[:len(prompt)] == prompt and prompt[-1] == (GEN_START, False) and made[len(prompt)] == (None, False)
+            assert len(rows) == 2 and made[:len(prompt)] == prompt and prompt[-1] == (GEN_START, False) and made[len(prompt)] == (None,
+                False)
     monkeypatch.undo()
     dropped = [len(laid_out(train_mllm.Sequences.painted(fake, 0, "red", random.Random(n)), BYTES)) for n in range(1000)]
     assert abs(dropped.count(min(dropped)) / 1000 - train_mllm.DROP) < 0.03
@@ -4902,7 +5192,8 @@ t.STAGES['nano'], t.LATER = %r, %r
 write, train = train_tokenizer.write_log, t.train
 def dies(stage, line, broken):
     write(stage, line, broken)
-    if os.environ.get('DIES') == f"{stage.name} {line['step']}" and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    if (os.environ.get('DIES') == f"{stage.name} {line['step']}" and os.environ['RANK'] == '1'
+            and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'):
         os.kill(os.getpid(), signal.SIGKILL)
 def told(stage, batches):
     train(stage, batches)
@@ -4917,9 +5208,12 @@ def run_ranks(folder, tokenizer_folder, ranks, *flags, restarts=0, dies="", rows
     """torchrun over so many gloo processes, all stages -> exit status, what was printed, and errors."""
     os.makedirs(folder, exist_ok=True)
     (Path(folder) / "script.py").write_text(SCRIPT % (rows, later))
-    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", f"{folder}/script.py",
-                                 *TINY_MLLM, "--eval-images", "16", "--tokenizer", str(tokenizer_folder), "--out", f"{folder}/run", *flags], cwd=HERE, start_new_session=True,
-                                env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "DIES": dies, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                                 f"--max-restarts={restarts}", f"{folder}/script.py",
+                                 *TINY_MLLM, "--eval-images", "16", "--tokenizer", str(tokenizer_folder), "--out", f"{folder}/run", *flags],
+                                 cwd=HERE, start_new_session=True,
+                                env={**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "DIES": dies,
+                                     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         printed, errors = torchrun.communicate(timeout=240)
         return torchrun.returncode, printed, errors
@@ -4941,13 +5235,15 @@ def assert_same_training(one, other):
     for row in EVERY_ROW:
         a, b = (run / (f"stage-{row.name}" if row.name != "4-2" else ".") for run in (one, other))
         weights = [load_file(folder / "model.safetensors") for folder in (a, b)]
-        assert weights[0].keys() == weights[1].keys() and max((weights[0][name] - weights[1][name]).abs().mean().item() for name in weights[0]) < 1e-5
+        assert weights[0].keys() == weights[1].keys() and max((weights[0][name] - weights[1][name]).abs().mean().item()
+                                                              for name in weights[0]) < 1e-5
         lines = [[line for line in losses_logged(folder) if "loss" in line] for folder in (a, b)]
         assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [1, 2, 3]
         assert all(abs(x[name] - y[name]) < (1e-3 if name == "norm" else 1e-5) * abs(x[name]) for x, y in zip(*lines) for name in x)
     metrics = [json.load(open(run / "metrics.json")) for run in (one, other)]
     asked = [{kind: [row[k] for k in ("n", "chance", "majority")] for kind, row in m["understanding"].items()} for m in metrics]
-    assert asked[0].keys() == asked[1].keys() and all(asked[0][kind] == pytest.approx(asked[1][kind]) for kind in asked[0]) and asked[0]["all"][0] == 16
+    assert asked[0].keys() == asked[1].keys() and all(asked[0][kind] == pytest.approx(asked[1][kind])
+                                                      for kind in asked[0]) and asked[0]["all"][0] == 16
     assert metrics[0]["reader_accuracy_by_skill"] == metrics[1]["reader_accuracy_by_skill"]
     assert os.listdir(one / "codes") == os.listdir(other / "codes")
     assert np.array_equal(*(np.load(glob.glob(str(run / "codes/*/pictures.npy"))[0]) for run in (one, other)))
@@ -5037,10 +5333,12 @@ def test_train_mllm_one_stage_starts_from_the_one_before(two_stages, tokenizer_f
     for name in ("stage-1", "codes"):
         shutil.copytree(two_stages / name, tmp_path / name)
     train_tiny(tmp_path, tokenizer_folder, "--stage", "2")
-    assert equal(load_file(two_stages / "model.safetensors"), load_file(tmp_path / "model.safetensors")) and losses_logged(two_stages) == losses_logged(tmp_path)
+    assert equal(load_file(two_stages / "model.safetensors"),
+                 load_file(tmp_path / "model.safetensors")) and losses_logged(two_stages) == losses_logged(tmp_path)
     train_tiny(tmp_path, tokenizer_folder, "--stage", "2", "--steps", "1", "--batch-size", "2", "--lr", "0.25")
     line, *_ = losses_logged(tmp_path)
-    assert json.load(open(tmp_path / "metrics.json"))["settings"]["row"] | dict(mixture=0) == vars(TWO_ROWS[1]) | dict(trains=list(PARTS), steps=1, batch=2, lr=0.25, mixture=0)
+    assert json.load(open(tmp_path / "metrics.json"))["settings"]["row"] | dict(mixture=0) == vars(TWO_ROWS[1]) | dict(trains=list(PARTS),
+        steps=1, batch=2, lr=0.25, mixture=0)
     assert line["step"] == 1 and line["lr"] == 0.25
     os.remove(tmp_path / "stage-1/metrics.json")
     for folder in (tmp_path, tmp_path / "nowhere"):
@@ -5076,8 +5374,10 @@ def test_train_mllm_codes_are_kept_by_what_made_them(tokenizer, tokenizer_folder
     other = copy.deepcopy(tokenizer)
     other.quantizer_sem.codebook.mul_(1.5)
     other.save_pretrained(tmp_path / "other", data="plain")
-    for folder, more, new in ((tokenizer_folder, [], True), (tokenizer_folder, [], False), (tmp_path / "other", [], True), (tokenizer_folder, ["--data", "textured"], True),
-                              (tokenizer_folder, ["--seed", "1"], True), (tmp_path / "other", [], False), (tokenizer_folder, ["--streams-in", "pixel"], False)):
+    for folder, more, new in ((tokenizer_folder, [], True), (tokenizer_folder, [], False), (tmp_path / "other", [], True),
+                              (tokenizer_folder, ["--data", "textured"], True),
+                              (tokenizer_folder, ["--seed", "1"], True), (tmp_path / "other", [], False),
+                              (tokenizer_folder, ["--streams-in", "pixel"], False)):
         calls.clear()
         train_tiny(tmp_path / "run", folder, *more)
         made = set(os.listdir(tmp_path / "run/codes")) - known
@@ -5109,12 +5409,14 @@ def captioned(tmp_path_factory):
 
 
 def test_train_mllm_on_a_folder_of_images(captioned, tokenizer_folder, tmp_path, monkeypatch, capsys):
-    """Kinds that such data lacks are left out; a broken file is named and replaced, caption and all; captions are retrieved, pictures painted."""
+    """Kinds that such data lacks are left out; a broken file is named and replaced, caption and all; captions are retrieved, pictures
+    painted."""
     shrink(monkeypatch, TWO_ROWS[0], replace(TWO_ROWS[1], batch=8), evaluates=lambda stage: stage.name == "stage-2")
     (tmp_path / "words.txt").write_text("some words to learn. " * 40)
     train, seen = train_mllm.train, []
     monkeypatch.setattr(train_mllm, "train", lambda stage, batches: seen.append(stage.data) or train(stage, batches))
-    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), "--text-data", str(tmp_path / "words.txt"),
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), "--text-data",
+               str(tmp_path / "words.txt"),
                "--text-length", "80")
     out, metrics = capsys.readouterr().out, json.load(open(tmp_path / "run/metrics.json"))
     assert "7.png" in out and "7.png: cannot be read" in out
@@ -5133,7 +5435,8 @@ def test_train_mllm_on_a_folder_of_images(captioned, tokenizer_folder, tmp_path,
             made = seen[0].make(kind, random.Random(n))
             picture, = (s.data for s in made if isinstance(s, Picture))
             said = BYTES.decode(sum((s.ids for s in made if isinstance(s, Words)), [])).strip()
-            assert said == "" if kind == "paint" and not said else any(said == caption and np.array_equal(codes, picture.numpy()) for codes, caption in zip(seen[0].pictures, captions))
+            assert said == "" if kind == "paint" and not said else any(said == caption and np.array_equal(codes, picture.numpy()) for codes,
+                                                                       caption in zip(seen[0].pictures, captions))
 
 
 @pytest.mark.parametrize("stops_at", [0, 1, 2, 3, 5])
@@ -5166,7 +5469,8 @@ def test_train_mllm_stopped_extraction_goes_on(captioned, tokenizer_folder, tmp_
     for folder in map(Path, glob.glob(str(tmp_path / "whole/codes/*"))):
         twin = tmp_path / "stopped/codes" / folder.name
         assert sorted(os.listdir(folder)) == sorted(os.listdir(twin)) == ["key.json", "pictures.npy", "said.jsonl", "said.npy"]
-        assert np.array_equal(*(np.load(f / "pictures.npy") for f in (folder, twin))) and [*train_mllm.Texts(folder)] == [*train_mllm.Texts(twin)]
+        assert np.array_equal(*(np.load(f / "pictures.npy") for f in (folder, twin))) and [*train_mllm.Texts(folder)] == [
+            *train_mllm.Texts(twin)]
         texts = train_mllm.Texts(folder)
         assert [texts[i] for i in range(len(texts))] == [*texts]
 
@@ -5190,7 +5494,8 @@ def test_train_mllm_changed_images_are_encoded_again(captioned, tokenizer_folder
     shutil.copytree(captioned / "train", tmp_path / "images")
     flags = ["--data", str(tmp_path / "images"), "--val-data", str(captioned / "val")]
     kept, known = lambda: set(os.listdir(tmp_path / "run/codes")), set()
-    for change in (lambda: None, lambda: shutil.copy(captioned / "train/1.png", tmp_path / "images/2.png"), lambda: (tmp_path / "images/2.txt").write_text("other words")):
+    for change in (lambda: None, lambda: shutil.copy(captioned / "train/1.png", tmp_path / "images/2.png"),
+                   lambda: (tmp_path / "images/2.txt").write_text("other words")):
         change()
         train_tiny(tmp_path / "run", tokenizer_folder, *flags)
         assert kept() - known, "the old codes and captions were used"
@@ -5222,14 +5527,16 @@ def test_train_mllm_text_data_is_read_in_pieces(tokenizer_folder, tmp_path, monk
     assert "context" in mllm_words(*flags, str(tmp_path / "words.txt"), "--text-length", "5000")
 
 
-@pytest.mark.parametrize("flags", [["--streams-in", "continuous"], ["--streams-in", "pixel", "--streams-out", "pixel"], ["--streams-out", "pixel"], ["--streams-in", "semantic"]])
+@pytest.mark.parametrize("flags", [["--streams-in", "continuous"], ["--streams-in", "pixel", "--streams-out", "pixel"],
+                                   ["--streams-out", "pixel"], ["--streams-in", "semantic"]])
 def test_train_mllm_streams(tokenizer_folder, tmp_path, monkeypatch, flags):
     rows = (TWO_ROWS[0], train_mllm.Row("3", ("heads",), 1e-3, 4, 2, dict(paint=1.0)), train_mllm.Row("4-1", PARTS, 1e-3, 8, 2, MIXED))
     shrink(monkeypatch, *(replace(row, steps=1) for row in rows))
     train_tiny(tmp_path, tokenizer_folder, *flags)
     model, painted = DualMLLM.from_pretrained(tmp_path), "pixel" in flags or "semantic" in flags
     assert list(model.config.streams_in) == (flags[1].split(",") if flags[0] == "--streams-in" else ["pixel", "semantic"])
-    assert set(model.heads) == {"pixel", "semantic"} - ({"semantic"} if flags[-1] == "pixel" else set() if painted else {"pixel", "semantic"})
+    assert set(model.heads) == {"pixel", "semantic"} - ({"semantic"} if flags[-1] == "pixel" else set()
+                                                        if painted else {"pixel", "semantic"})
     assert os.path.exists(tmp_path / "stage-3") == painted and ("pixel_1" in losses_logged(tmp_path)[0]) == painted
 
 
@@ -5238,14 +5545,16 @@ def test_train_mllm_takes_a_folder_of_qwen(tokenizer_folder, tmp_path, monkeypat
     vocabulary = os.path.join(SHARED, "data/vocab/qwen")
     if not os.path.isdir(vocabulary):
         pytest.skip("no vocabulary of Qwen2.5: set NANODUALTOKEN_SHARED")
-    llm = randomised(LLM(small_llm(max_position_embeddings=600, vocab_size=151936, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)))
+    llm = randomised(LLM(small_llm(max_position_embeddings=600, vocab_size=151936, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+                                   num_attention_heads=2, num_key_value_heads=1)))
     shutil.copytree(vocabulary, tmp_path / "llm")
     save_file(llm.state_dict(), tmp_path / "llm/model.safetensors")
     (tmp_path / "llm/config.json").write_text(json.dumps({"model_type": "qwen2", **vars(llm.config)}))
     shrink(monkeypatch, replace(train_mllm.NANO[0], steps=1, batch=2), replace(TWO_ROWS[0], steps=1))
     train_tiny(tmp_path / "run", tokenizer_folder, "--llm", str(tmp_path / "llm"))
     model = DualMLLM.from_pretrained(tmp_path / "run")
-    assert not os.path.exists(tmp_path / "run/stage-0") and equal(model.llm.state_dict(), llm.state_dict()) and model.text.turn_start == 151644
+    assert not os.path.exists(tmp_path / "run/stage-0") and equal(model.llm.state_dict(),
+                                                                  llm.state_dict()) and model.text.turn_start == 151644
     assert spelled(turn(model.text, [Picture(torch.zeros(1, 2, 4)), "what is it?"], ["a cat"]), model.text) == (
         "<|im_start|>user\n<image_start>#<image_end>what is it?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n")
     assert all(isinstance(answer, str) for answer in model.answer(torch.zeros(1, 64, 2, 4, dtype=torch.int64), ["what is it?"], longest=3))
@@ -5256,7 +5565,8 @@ def test_train_mllm_takes_a_folder_of_smollm(smollm, tokenizer_folder, tmp_path,
     folder, other, known = smollm
     monkeypatch.setattr(mllm, "KNOWN", KNOWN | known)
     shutil.copytree(folder, tmp_path / "llm")
-    llm = randomised(LLM(small_llm(max_position_embeddings=600, vocab_size=other.get_vocab_size(), num_hidden_layers=1, attention_bias=False)))
+    llm = randomised(LLM(small_llm(max_position_embeddings=600, vocab_size=other.get_vocab_size(), num_hidden_layers=1,
+                                   attention_bias=False)))
     save_file(llm.state_dict(), tmp_path / "llm/model.safetensors")
     (tmp_path / "llm/config.json").write_text(json.dumps({"model_type": "llama", **vars(llm.config)}))
     shrink(monkeypatch, replace(TWO_ROWS[1], steps=2))
@@ -5268,7 +5578,8 @@ def test_train_mllm_takes_a_folder_of_smollm(smollm, tokenizer_folder, tmp_path,
     few = json.loads((tmp_path / "llm/config.json").read_text()) | {"vocab_size": 100}
     (tmp_path / "llm/config.json").write_text(json.dumps(few))
     save_file(LLM(replace(llm.config, vocab_size=100)).state_dict(), tmp_path / "llm/model.safetensors")
-    assert f"has {other.get_vocab_size()} tokens, its LLM 100 rows" in mllm_words("--llm", str(tmp_path / "llm"), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "two"))
+    assert f"has {other.get_vocab_size()} tokens, its LLM 100 rows" in mllm_words("--llm", str(tmp_path / "llm"), "--tokenizer",
+                                                                                  str(tokenizer_folder), "--out", str(tmp_path / "two"))
 
 
 def test_train_mllm_bench_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -5281,9 +5592,11 @@ def test_train_mllm_benches_write_nothing(tmp_path, monkeypatch, capsys):
     there = [*TINY_MLLM, "--tokenizer", "nano", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
     monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
-    for what, words in (("paint", ["1 at a time, 64 positions, guided: 0.500 s, 2.00 images/s", "16 at a time, 64 positions, guided: 0.500 s, 32.00 images/s"]),
+    for what, words in (("paint", ["1 at a time, 64 positions, guided: 0.500 s, 2.00 images/s",
+                                   "16 at a time, 64 positions, guided: 0.500 s, 32.00 images/s"]),
                         ("answer", ["ours: 500.0 ms until the first token"]),
-                        ("growth", ["stage-4-2, positions 64, 128, 256: 0.500", "stage-4-2, words 256, 512, 1024", "stage-4-2, width 128, 256, 512", "stage-4-2, codebook size 256, 1024, 4096"])):
+                        ("growth", ["stage-4-2, positions 64, 128, 256: 0.500", "stage-4-2, words 256, 512, 1024",
+                                    "stage-4-2, width 128, 256, 512", "stage-4-2, codebook size 256, 1024, 4096"])):
         if what == "answer":        # at an instant speed, tokens a second divide by zero
             took = iter((0.5, 1.0, 0.25, 0.75))
             monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), next(took))[1])
@@ -5299,33 +5612,44 @@ def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, mon
     shrink(monkeypatch, *(replace(row, steps=1, batch=4) for row in train_mllm.NANO))
     (tmp_path / "llm").mkdir()
     there = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run")]
-    for argv, words in ((["--preset", "huge"], "--preset is 'huge', expected one of nano"), (["--stage", "5"], "--stage is '5', expected all"),
-                        (["--preset", "qwen2.5-3b", "--stage", "0"], "--stage is '0'"), (["--llm", "gpt5"], "--llm is 'gpt5', expected one of nano"),
+    for argv, words in ((["--preset", "huge"], "--preset is 'huge', expected one of nano"),
+                        (["--stage", "5"], "--stage is '5', expected all"),
+                        (["--preset", "qwen2.5-3b", "--stage", "0"], "--stage is '0'"),
+                        (["--llm", "gpt5"], "--llm is 'gpt5', expected one of nano"),
                         (["--llm", str(tmp_path / "llm")], "config.json cannot be read"), (["--steps", "3"], "name the stage"),
                         (["--stage", "3"], "stage 2 is not finished"), (["--tokenizer", str(tmp_path / "nowhere")], "no model in"),
-                        (["--streams-in", "pixel", "--streams-out", "semantic"], "streams"), (["--streams-in", "depth"], "streams"), (["--streams-out", "depth"], "streams"),
-                        (["--until", "9"], "--until is '9'"), (["--until", "2", "--stage", "1"], "--stage all"), (["--until", "3", "--streams-out", "none"], "there is only 0, 1, 2, 4-1, 4-2"),
+                        (["--streams-in", "pixel", "--streams-out", "semantic"], "streams"), (["--streams-in", "depth"], "streams"),
+                        (["--streams-out", "depth"], "streams"),
+                        (["--until", "9"], "--until is '9'"), (["--until", "2", "--stage", "1"], "--stage all"),
+                        (["--until", "3", "--streams-out", "none"], "there is only 0, 1, 2, 4-1, 4-2"),
                         (["--streams-in", "continuous", "--streams-out", "pixel"], "paints nothing"),
-                        (["--streams-in", "continuous", "--teacher", str(tmp_path / "gone")], "no model in"), (["--streams-in", "continuous", "--stage", "3"], "--stage is '3'"),
-                        (["--text-length", "1"], "--text-length is 1"), (["--teacher", "x"], "--teacher x would do nothing"), (["--code-dim", "64"], "--code-dim 64 would do nothing"),
-                        (["--vocabulary", "v", "--llm", str(tmp_path / "llm")], "--vocabulary v would do nothing"), (["--data", str(tmp_path / "gone")], "no such image data"), (["--accumulate", "5"], "multiple"),
+                        (["--streams-in", "continuous", "--teacher", str(tmp_path / "gone")], "no model in"),
+                        (["--streams-in", "continuous", "--stage", "3"], "--stage is '3'"),
+                        (["--text-length", "1"], "--text-length is 1"), (["--teacher", "x"], "--teacher x would do nothing"),
+                        (["--code-dim", "64"], "--code-dim 64 would do nothing"),
+                        (["--vocabulary", "v", "--llm", str(tmp_path / "llm")], "--vocabulary v would do nothing"),
+                        (["--data", str(tmp_path / "gone")], "no such image data"), (["--accumulate", "5"], "multiple"),
                         (["--data", str(tmp_path / "llm")], "no images in"), (["--device", "warp"], "--device warp cannot be used"),
-                        (["--dry-run", "--preset", "huge"], "--preset is 'huge'"), (["--dry-run", "--utilisation", "-1"], "--utilisation is -1"), (["--ranks", "2"], "go with --dry-run"),
-                        (["--dry-run", "--llm", str(tmp_path / "llm")], "no preset"), (["--dry-run", "--streams-in", "continuous"], "leave out")):
+                        (["--dry-run", "--preset", "huge"], "--preset is 'huge'"),
+                        (["--dry-run", "--utilisation", "-1"], "--utilisation is -1"), (["--ranks", "2"], "go with --dry-run"),
+                        (["--dry-run", "--llm", str(tmp_path / "llm")], "no preset"),
+                        (["--dry-run", "--streams-in", "continuous"], "leave out")):
         assert words in mllm_words(*there, *argv), argv
         assert not glob.glob(str(tmp_path / "run/**/model.safetensors"), recursive=True)
 
 
 def test_train_mllm_dry_run_is_the_real_step(monkeypatch):
-    """FLOPs, and bytes within a quarter of the allocator's own account, of a stage with all parts; and FLOPs of painting are those of `paint`."""
+    """FLOPs, and bytes within a quarter of the allocator's own account, of a stage with all parts; and FLOPs of painting are those of
+    `paint`."""
     args = train_mllm.flags(["--dry-run", "--precision", "fp32", "--text-length", "40"])
     config, text, _ = train_mllm.build(args, preset_config("nano"), 1, "", 96)
     ranks, row = train_tokenizer.Ranks("cpu"), replace(MIXED_ROW, batch=8)
     data = train_mllm.DrySequences("", args, ranks, text, config)
     data.key, data.pictures = {}, np.zeros((1, 64, 2, 4), np.uint16)
     parts = next(iter(data.batches(row)(0)))[0]
-    assert parts[0][0].ids.shape == (8, 64 + 2 + 40 + 2) and len(parts[0][0].learned) == 3      # of captions, questions, paintings and texts
-    stage = lambda: train_mllm.MLLMStage(args, ranks, row, False, DualMLLM(config, text), DualTokenizer(preset_config("nano")), None, data, None)
+    assert parts[0][0].ids.shape == (8, 64 + 2 + 40 + 2) and len(parts[0][0].learned) == 3  # of captions, questions, paintings and texts
+    stage = lambda: train_mllm.MLLMStage(args, ranks, row, False, DualMLLM(config, text), DualTokenizer(preset_config("nano")), None, data,
+                                         None)
     with train_tokenizer.fake() as mode:
         there = [(part.map(mode.from_tensor),) for part, in parts]
         dry, painted = train_tokenizer.measure(stage(), there), train_mllm.painting_flops(DualMLLM(replace(config, positions=3), text), 9)
@@ -5345,7 +5669,8 @@ def test_train_mllm_dry_run_tells_of_every_stage(capsys, tmp_path, monkeypatch):
     assert [name for name in rows if "check" not in name] == ["stage-3, 4", "stage-4-1, 4"] and not os.listdir(tmp_path)
     assert all(rows[f"{name}, checkpointing"]["activations"] <= row["activations"] for name, row in rows.items() if "check" not in name)
     assert [name for name in dry_rows(capsys, train_mllm, "--text-length", "32", "--until", "3") if "check" not in name] == ["stage-3, 4"]
-    assert [name for name in dry_rows(capsys, train_mllm, "--text-length", "32", "--streams-out", "none") if "check" not in name] == ["stage-4-1, 4"]
+    assert [name for name in dry_rows(capsys, train_mllm, "--text-length", "32", "--streams-out", "none")
+            if "check" not in name] == ["stage-4-1, 4"]
 
 
 def test_train_mllm_parameters_by_part_add_up():
@@ -5368,8 +5693,10 @@ def design_folders(tmp_path_factory):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_train_mllm_takes_a_tokenizer_of_any_design(design_folders, tmp_path, monkeypatch, design):
-    """S = 1 or 2: it trains on its codes, resumes from a file, answers, and paints what the tokenizer decodes; without a decoder it has no heads and no stage 3."""
-    shrink(monkeypatch, TWO_ROWS[0], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)), train_mllm.Row("4-1", PARTS, 1e-3, 4, 1, MIXED))
+    """S = 1 or 2: it trains on its codes, resumes from a file, answers, and paints what the tokenizer decodes; without a decoder it has no
+    heads and no stage 3."""
+    shrink(monkeypatch, TWO_ROWS[0], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)),
+           train_mllm.Row("4-1", PARTS, 1e-3, 4, 1, MIXED))
     out = train_tiny(tmp_path / "run", design_folders[design])
     model, tokenizer = DualMLLM.from_pretrained(str(out)), DualTokenizer.from_pretrained(str(design_folders[design]))
     metrics = json.loads((out / "metrics.json").read_text())
@@ -5380,13 +5707,15 @@ def test_train_mllm_takes_a_tokenizer_of_any_design(design_folders, tmp_path, mo
         assert tokenizer.decode(model.paint(["red"], guidance=1)).shape == (1, 3, 32, 32) and {*model.heads} == {*tokenizer.config.streams}
     else:
         assert not model.heads and not (out / "stage-3").exists()
-        assert "has no decoder" in mllm_words("--tokenizer", str(design_folders[design]), "--out", str(tmp_path / "no"), "--streams-out", "unified")
+        assert "has no decoder" in mllm_words("--tokenizer", str(design_folders[design]), "--out", str(tmp_path / "no"), "--streams-out",
+                                              "unified")
 
 
 @pytest.mark.parametrize("name", train_mllm.tables())
 def test_train_mllm_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name):
     few_steps(monkeypatch)
-    shrink(monkeypatch, replace(TWO_ROWS[0], name="2", trains=PARTS[:2], steps=1, mixture=dict(question=1.0)), train_mllm.Row("4-1", PARTS, 1e-3, 4, 1, MIXED), evaluates=lambda stage: True)
+    shrink(monkeypatch, replace(TWO_ROWS[0], name="2", trains=PARTS[:2], steps=1, mixture=dict(question=1.0)),
+           train_mllm.Row("4-1", PARTS, 1e-3, 4, 1, MIXED), evaluates=lambda stage: True)
     table, begun, train = train_mllm.tables()[name], [], train_mllm.train
     monkeypatch.setattr(train_mllm, "train", lambda stage, batches: (begun.append(stage.folder), train(stage, batches)))
     argv = ["--table", name, "--out", str(tmp_path), *TINY_MLLM]
@@ -5399,24 +5728,31 @@ def test_train_mllm_tables_train_what_they_name_and_nothing_twice(tmp_path, monk
         tokenizer = json.loads((seed / system.tokenizer[0] / "metrics.json").read_text())
         assert metrics["design"] == tokenizer["design"] == system.tokenizer[1]["design"] and metrics["seed"] == 0
         reads, paints = system.changes["streams_in"], system.changes["streams_out"]
-        assert config["streams_in"] == (reads.split(",") if reads else tokenizer["streams"]) and config["streams_out"] == ([] if paints == "none" else [paints] if paints else tokenizer["streams"])
+        assert config["streams_in"] == (reads.split(",") if reads else tokenizer["streams"]) and config["streams_out"] == ([]
+            if paints == "none" else [paints] if paints else tokenizer["streams"])
         for column, cell in row["ours"].items():
             at = functools.reduce(lambda found, key: found[key], column.split("."), metrics | {"tokenizer": tokenizer})
             assert cell["mean"] == at and cell["values"] == [at]
-        assert {*table.columns} - {*row["ours"]} <= {"painting.compare", "tokenizer.fd", "understanding.comparison.right", "understanding.relation.right"}     # plain shapes have one size; the
+        # plain shapes have one size; the
+        unmarked = {"painting.compare", "tokenizer.fd", "understanding.comparison.right", "understanding.relation.right"}
+        assert {*table.columns} - {*row["ours"]} <= unmarked
         # semantic branch has no decoder; and few scenes ask few kinds of questions
         assert row["paper"] == system.paper
-    assert len(begun) == len({*begun}) > 0 and (tmp_path / f"table-{name}.md").read_text() in capsys.readouterr().out and Image.open(tmp_path / f"table-{name}.png").width > 400
+    assert len(begun) == len({*begun}) > 0 and (tmp_path
+        / f"table-{name}.md").read_text() in capsys.readouterr().out and Image.open(tmp_path / f"table-{name}.png").width > 400
     train_mllm.main(argv)
     assert len(begun) == len({*begun})         # all was there
 
 
 def test_train_mllm_tables_compare_what_the_papers_do():
     """(tokenizer, reads, paints, until) of each row."""
-    rows = {name: [(system.tokenizer[0], *system.changes.values()) for system in table.systems] for name, table in train_mllm.tables().items()}
+    rows = {name: [(system.tokenizer[0], *system.changes.values()) for system in table.systems] for name,
+            table in train_mllm.tables().items()}
     reads = lambda design, streams="": (design, streams, "none", "2")
-    assert rows == {"2": [reads("dual", "continuous"), reads("recon-deep")], "4": [reads("dual", "continuous"), reads("naive"), reads("dual", "semantic"), reads("dual")],
-                    "5": [("naive", "", "", ""), ("dual", "", "pixel", ""), ("dual", "", "", "")], "6": [(design, "", "", "") for design in ("naive", "dual", "dual-encoder")],
+    assert rows == {"2": [reads("dual", "continuous"), reads("recon-deep")],
+                    "4": [reads("dual", "continuous"), reads("naive"), reads("dual", "semantic"), reads("dual")],
+                    "5": [("naive", "", "", ""), ("dual", "", "pixel", ""), ("dual", "", "", "")],
+                    "6": [(design, "", "", "") for design in ("naive", "dual", "dual-encoder")],
                     "muse-6": [reads("sde-image"), reads("sde-semantic"), reads("sde")]}
 
 
@@ -5427,7 +5763,8 @@ def test_train_mllm_table_of_other_tokenizers_is_refused(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     settings = {"preset": "small", **{name: 0 for name in ("data", "steps", "batch", "lr", "weights")}}
     (folder / "metrics.json").write_text(json.dumps({"settings": settings}))
-    for argv, words in ((["--table", "4"], "preset nano -> small"), (["--table", "4", "--data", "photos"], "expected one of plain, textured"), (["--table", "4", "--tokenizer", "x"], "--tokenizer of their own"),
+    for argv, words in ((["--table", "4"], "preset nano -> small"), (["--table", "4", "--data", "photos"],
+            "expected one of plain, textured"), (["--table", "4", "--tokenizer", "x"], "--tokenizer of their own"),
                         (["--table", "4", "--until", "2"], "have --until of their own"), (["--table", "12"], "--table is '12'"),
                         (["--seeds", "2"], "--seeds goes with --table"), (["--table", "4", "--bench"], "without --bench")):
         assert words in mllm_words("--out", str(tmp_path), *argv), argv
@@ -5439,7 +5776,8 @@ def test_train_mllm_table_of_other_tokenizers_is_refused(tmp_path, monkeypatch):
 
 def test_train_mllm_measures_in_the_teacher_and_says_where_it_cannot(tokenizer_folder, tokenizer, tmp_path, capsys):
     ranks, teacher = train_tokenizer.Ranks("cpu"), SigLIP.from_pretrained(tokenizer_folder / "siglip").vision_model
-    assert equal(train_mllm.judge(tokenizer, str(tokenizer_folder), ranks).state_dict(), teacher.state_dict()) and not capsys.readouterr().out
+    assert equal(train_mllm.judge(tokenizer, str(tokenizer_folder), ranks).state_dict(),
+                 teacher.state_dict()) and not capsys.readouterr().out
     tokenizer.save_pretrained(tmp_path)
     assert train_mllm.judge(tokenizer, str(tmp_path), ranks) is tokenizer.siglip_model.vision_model and "own ViT" in capsys.readouterr().out
 
@@ -5449,16 +5787,19 @@ def test_train_mllm_until_a_stage(tokenizer_folder, tmp_path, monkeypatch):
     shrink(monkeypatch, TWO_ROWS[0], TWO_ROWS[1], train_mllm.Row("3", ("heads",), 1e-3, 4, 1, dict(paint=1.0)))
     argv = tmp_path / "run", tokenizer_folder, "--streams-in", "semantic", "--resume"
     out = train_tiny(*argv, "--until", "2")
-    assert json.loads((out / "stage-2/config.json").read_text())["stage"] == "2" and (out / "stage-1").exists() and not (out / "model.safetensors").exists()
+    assert json.loads((out / "stage-2/config.json").read_text())["stage"] == "2" and (out / "stage-1").exists() and not (out
+        / "model.safetensors").exists()
     before = os.stat(out / "stage-2/model.safetensors").st_mtime_ns
     train_tiny(*argv)
-    assert json.loads((out / "config.json").read_text())["stage"] == "3" and os.stat(out / "stage-2/model.safetensors").st_mtime_ns == before
+    assert json.loads((out / "config.json").read_text())["stage"] == "3" and os.stat(out
+                                                                                     / "stage-2/model.safetensors").st_mtime_ns == before
 
 
 def parameters_printed(capsys, *argv):
     capsys.readouterr()
     train_mllm.main(["--parameters", *argv])
-    return {line.strip().rsplit(maxsplit=2)[0]: float(line.rsplit(maxsplit=2)[1]) for line in capsys.readouterr().out.splitlines() if line.endswith(" M")}
+    return {line.strip().rsplit(maxsplit=2)[0]: float(line.rsplit(maxsplit=2)[1]) for line in capsys.readouterr().out.splitlines()
+            if line.endswith(" M")}
 
 
 def test_train_mllm_parameters_are_the_papers(capsys):
@@ -5467,7 +5808,8 @@ def test_train_mllm_parameters_are_the_papers(capsys):
     one = parameters_printed(capsys, "--preset", "qwen2.5-3b", "--code-dim", "1024", "--streams-in", "pixel", "--streams-out", "pixel")
     depth = [value for name, value in two.items() if "over depth" in name]
     assert depth == [257.9, 257.9] and two["LLM"] == one["LLM"] == 3085.9
-    assert round(two["input projector"] - one["input projector"], 1) == 2.1 and [value for name, value in one.items() if "over depth" in name] == [257.9]
+    assert round(two["input projector"] - one["input projector"], 1) == 2.1 and [value for name, value in one.items()
+                                                                                 if "over depth" in name] == [257.9]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5477,10 +5819,13 @@ def chat(images, *turns):
     return {"image": images, "conversations": [{"from": ("human", "gpt")[n % 2], "value": words} for n, words in enumerate(turns)]}
 
 
-CHATS = [chat("0.png", "<image>\nWhat is <|im_end|> this?", "A cat.", "And then?", "It sleeps."), chat(["0.png", "1.png"], "<image>\n<image>\nWhich?", "The second."),
-         {"conversations": [{"from": "user", "value": 'Hi é, {["\\"}'}, {"from": "assistant", "value": "Hello"}]}, chat("2.png", "before <image> after", "yes")]
+CHATS = [chat("0.png", "<image>\nWhat is <|im_end|> this?", "A cat.", "And then?", "It sleeps."),
+         chat(["0.png", "1.png"], "<image>\n<image>\nWhich?", "The second."),
+         {"conversations": [{"from": "user", "value": 'Hi é, {["\\"}'}, {"from": "assistant", "value": "Hello"}]},
+         chat("2.png", "before <image> after", "yes")]
 EDIT = [{"image": "0.png"}, {"text": "make it red", "loss": False}, {"image": "1.png", "paint": True}]
-STORY = [{"text": "one "}, {"image": "2.png", "paint": True}, {"text": "two", "loss": False}, {"image": "3.png"}, {"image": "4.png", "paint": True, "loss": False}, {"text": "three"}]
+STORY = [{"text": "one "}, {"image": "2.png", "paint": True}, {"text": "two", "loss": False}, {"image": "3.png"},
+         {"image": "4.png", "paint": True, "loss": False}, {"text": "three"}]
 
 
 @pytest.fixture(scope="module")
@@ -5512,7 +5857,8 @@ def shown_as(segments, data, folder, text=BYTES):
     tokenizer, out = data.tokenizer, []
     for s in segments:
         if isinstance(s, Words):
-            out.append(("*" if s.loss else "") + "".join({id: f"({name})" for name, id in text.specials.items()}.get(id) or chr(id) for id in s.ids))
+            out.append(("*" if s.loss else "") + "".join({id: f"({name})" for name, id in text.specials.items()}.get(id) or chr(id)
+                                                         for id in s.ids))
         else:
             name, = [n for n in range(7) if torch.equal(tokenizer.encode(sample.read_images([str(folder / f"{n}.png")], 32))[0], s.data)]
             out.append(("!>" if s.loss else ">") * s.paint + str(name))
@@ -5520,14 +5866,16 @@ def shown_as(segments, data, folder, text=BYTES):
 
 
 def test_train_mllm_records_become_sequences_with_losses_on_what_is_learned(recorded, tokenizer_folder, tmp_path):
-    """By hand: every reply and its end, painted pictures, marks spelled in text stay text; list and lines alike; chat vocabularies in Qwen's form."""
+    """By hand: every reply and its end, painted pictures, marks spelled in text stay text; list and lines alike; chat vocabularies in
+    Qwen's form."""
     flags = ["--conversations", f"{recorded}/chats.json,{recorded}/more.jsonl", "--documents", f"{recorded}/documents.jsonl"]
     data = record_data(recorded, tokenizer_folder, tmp_path, *flags)
     data.tokenizer, made = DualTokenizer.from_pretrained(tokenizer_folder), {}
     for kind, rows in data.records.rows.items():
         for row in rows:
             made[int(row[1])] = shown_as(data.records.made(kind, row), data, recorded)
-    assert {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 8, "edit": 1, "document": 1} and data.kinds == ("question", "edit", "document")
+    assert {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 8, "edit": 1,
+        "document": 1} and data.kinds == ("question", "edit", "document")
     end = "(<|endoftext|>)"
     chats = [f"|0|What is <|im_end|> this?|\n|*A cat.|*{end}||And then?|\n|*It sleeps.|*{end}", f"|0|1|Which?|\n|*The second.|*{end}",
              "|" + "".join(map(chr, 'Hi é, {["\\"}'.encode())) + f"|\n|*Hello|*{end}", f"|before|2|after|\n|*yes|*{end}"]
@@ -5537,7 +5885,8 @@ def test_train_mllm_records_become_sequences_with_losses_on_what_is_learned(reco
     data.tokenizer = DualTokenizer.from_pretrained(tokenizer_folder)
     row, = [row for row in data.records.rows["question"] if row[1] == 0]
     said = spelled(data.records.made("question", row), CHAT, losses=True)
-    assert said == "A cat.<|im_end|>It sleeps.<|im_end|>" and "(<|im_end|>) this" not in shown_as(data.records.made("question", row), data, recorded, CHAT)
+    assert said == "A cat.<|im_end|>It sleeps.<|im_end|>" and "(<|im_end|>) this" not in shown_as(data.records.made("question", row), data,
+        recorded, CHAT)
 
 
 def test_train_mllm_records_are_batches_by_hand(recorded, tokenizer_folder, tmp_path):
@@ -5551,48 +5900,64 @@ def test_train_mllm_records_are_batches_by_hand(recorded, tokenizer_folder, tmp_
     assert story.painted.tolist() == [True, False, True] * 2 and story.learned.tolist() == [0, 3]
     assert bytes(id for id in story.text_target.tolist() if id < 256) == b"one three" * 2 and story.text_target.tolist().count(256) == 2
     T = story.ids.shape[1]
-    assert T == 1 + 4 + 66 + 3 + 66 + 66 + 5 + 1 and story.at[:3].tolist() == [6, 75, 141] and story.text_from[:5].tolist() == [0, 1, 2, 3, T - 7]
+    assert T == 1 + 4 + 66 + 3 + 66 + 66 + 5 + 1 and story.at[:3].tolist() == [6, 75, 141] and story.text_from[:5].tolist() == [0, 1, 2, 3,
+        T - 7]
     assert story.ids[0, 5] == GEN_START and story.ids[0, 74] == START and story.ids[0, 206 - 1] == GEN_END
 
 
 def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokenizer_folder, tmp_path, capsys, monkeypatch):
-    bad = {"expected an object": 7, "unknown speaker": {"conversations": [{"from": "system", "value": "x"}, {"from": "gpt", "value": "y"}]}, "no list": {"conversations": "x"},
-           '"image" is': chat([3], "<image>", "y"), "2 <image> marks for 1 images": chat("0.png", "<image><image>", "y"), "0 <image> marks for 1": chat("0.png", "x", "y"),
-           "a reply has an <image>": chat("0.png", "x", "<image>"), "no reply": chat(None, "x", " "), "do not take turns": chat(None, "x", "y", "z"),
-           "No such file or directory: ": chat("gone.png", "<image>", "y"), "broken.png: cannot be read": chat("broken.png", "<image>", "y"),
+    bad = {"expected an object": 7, "unknown speaker": {"conversations": [{"from": "system", "value": "x"}, {"from": "gpt", "value": "y"}]},
+           "no list": {"conversations": "x"},
+           '"image" is': chat([3], "<image>", "y"), "2 <image> marks for 1 images": chat("0.png", "<image><image>", "y"),
+           "0 <image> marks for 1": chat("0.png", "x", "y"),
+           "a reply has an <image>": chat("0.png", "x", "<image>"), "no reply": chat(None, "x", " "),
+           "do not take turns": chat(None, "x", "y", "z"),
+           "No such file or directory: ": chat("gone.png", "<image>", "y"),
+           "broken.png: cannot be read": chat("broken.png", "<image>", "y"),
            "tokens, expected at most 300": chat(None, "x" * 300, "y")}
-    documents = {"expected a list": {}, "is neither": [{"text": "a", "image": "0.png"}], "nothing in it has a loss": [{"text": "a", "loss": False}, {"image": "0.png"}],
-                 '"paint" is': [{"image": "0.png", "paint": 1}], "neither words nor a path": [{"text": ["x"]}], "nothing that has a loss fits 300": [{"text": "x" * 400}],
+    documents = {"expected a list": {}, "is neither": [{"text": "a", "image": "0.png"}],
+                 "nothing in it has a loss": [{"text": "a", "loss": False}, {"image": "0.png"}],
+                 '"paint" is': [{"image": "0.png", "paint": 1}], "neither words nor a path": [{"text": ["x"]}],
+                 "nothing that has a loss fits 300": [{"text": "x" * 400}],
                  "Expecting": None, "nested too deeply": 0, "gone.png": [{"text": "a"}, {"image": "gone.png"}]}
     raw = {None: "{broken", 0: "[" * 100_000}
     (tmp_path / "chats.json").write_text(json.dumps([*bad.values(), CHATS[0]]))
-    (tmp_path / "documents.jsonl").write_text("\n".join(raw[record] if record in (None, 0) else json.dumps(record) for record in [*documents.values(), EDIT]), encoding="utf-8")
+    (tmp_path / "documents.jsonl").write_text("\n".join(raw[record] if record in (None, 0) else json.dumps(record)
+                                                        for record in [*documents.values(), EDIT]), encoding="utf-8")
     flags = ["--image-folder", str(recorded), "--max-tokens", "300", "--conversations"]
-    data = record_data(recorded, tokenizer_folder, tmp_path / "run", *flags, str(tmp_path / "chats.json"), "--documents", str(tmp_path / "documents.jsonl"))
+    data = record_data(recorded, tokenizer_folder, tmp_path / "run", *flags, str(tmp_path / "chats.json"), "--documents",
+                       str(tmp_path / "documents.jsonl"))
     out = capsys.readouterr().out
-    assert f"{len(bad) + len(documents)} left out" in out and {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 1, "edit": 1}
+    assert f"{len(bad) + len(documents)} left out" in out and {kind: len(rows) for kind,
+                                                               rows in data.records.rows.items()} == {"question": 1, "edit": 1}
     assert len([line for line in out.splitlines() if ", record " in line]) == 10
     monkeypatch.setitem(train_mllm.STAGES, "nano", train_mllm.NANO[:1])
     for n, (words, record) in enumerate(bad.items()):
         (tmp_path / "one.jsonl").write_text(json.dumps(record))
-        assert words in mllm_words("--tokenizer", str(tokenizer_folder), "--data", "none", "--out", str(tmp_path / "run"), *flags, str(tmp_path / "one.jsonl"))
+        assert words in mllm_words("--tokenizer", str(tokenizer_folder), "--data", "none", "--out", str(tmp_path / "run"), *flags,
+                                   str(tmp_path / "one.jsonl"))
         assert n >= 10 or f"chats.json, record {n + 1}: " in out and words in out
     for record, words in zip(documents.values(), documents):
         (tmp_path / "one.jsonl").write_text(raw[record] if record in (None, 0) else json.dumps(record))
         with pytest.raises(ValueError, match=re.escape(words)):
-            record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--max-tokens", "300", "--documents", str(tmp_path / "one.jsonl"))
+            record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--max-tokens", "300", "--documents",
+                        str(tmp_path / "one.jsonl"))
 
 
 def test_train_mllm_records_files_and_flags_end_in_a_sentence(recorded, tokenizer_folder, tmp_path, monkeypatch):
-    asked = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--data", "none", "--conversations", str(recorded / "chats.json")]
+    asked = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--data", "none", "--conversations",
+             str(recorded / "chats.json")]
     assert "stage 1 is of captioned images, and --data is none" in mllm_words(*asked) and not os.path.exists(tmp_path / "run/codes")
     monkeypatch.setitem(train_mllm.STAGES, "nano", train_mllm.NANO[:1])
     there = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "run"), "--data", "none"]
     (tmp_path / "cut.json").write_text(json.dumps(CHATS)[:-20])
     (tmp_path / "empty.json").write_text("")
-    for argv, words in ((["--conversations", str(tmp_path / "gone.json")], "gone.json cannot be read"), (["--conversations", str(tmp_path / "cut.json")], "its list has no end"),
-                        (["--conversations", str(tmp_path / "empty.json")], "none of the 0 records"), ([], "--data is none"), (["--image-folder", "x", "--text-data", "y"], "--image-folder x would do nothing"),
-                        (["--max-tokens", "9", "--text-data", "y"], "--max-tokens 9 would do nothing"), (["--conversations", str(recorded / "chats.json"), "--max-tokens", "5000"], "context is 1024"),
+    for argv, words in ((["--conversations", str(tmp_path / "gone.json")], "gone.json cannot be read"),
+                        (["--conversations", str(tmp_path / "cut.json")], "its list has no end"),
+                        (["--conversations", str(tmp_path / "empty.json")], "none of the 0 records"), ([], "--data is none"),
+                        (["--image-folder", "x", "--text-data", "y"], "--image-folder x would do nothing"),
+                        (["--max-tokens", "9", "--text-data", "y"], "--max-tokens 9 would do nothing"),
+                        (["--conversations", str(recorded / "chats.json"), "--max-tokens", "5000"], "context is 1024"),
                         (["--conversations", str(recorded / "chats.json"), "--val-data", "x"], "--val-data x would do nothing"),
                         (["--conversations", str(recorded / "chats.json")], "has none of text; it has question")):
         assert words in mllm_words(*there, *argv), argv
@@ -5600,11 +5965,14 @@ def test_train_mllm_records_files_and_flags_end_in_a_sentence(recorded, tokenize
 
 def test_train_mllm_edits_are_told_by_their_shape():
     read, told, painted = EDIT
-    for parts, kind in ((EDIT, "edit"), ([read, read, told, painted], "edit"), ([read, {"text": "so"}, painted], "document"), ([told, painted], "document"),
-                        ([painted, told, painted], "document"), ([told, *EDIT], "document"), ([*EDIT, told], "document"), ([read, told, read, {"text": "so"}], "document")):
+    for parts, kind in ((EDIT, "edit"), ([read, read, told, painted], "edit"), ([read, {"text": "so"}, painted], "document"),
+                        ([told, painted], "document"),
+                        ([painted, told, painted], "document"), ([told, *EDIT], "document"), ([*EDIT, told], "document"),
+                        ([read, told, read, {"text": "so"}], "document")):
         made, found = records.document(parts, "/there")
         assert made == kind and len(found) == len(parts)
-    assert records.document(EDIT, "/there")[1][0] == records.Image("/there/0.png") and records.document([{"image": "/a.png", "paint": True}], "/there")[1][0].path == "/a.png"
+    assert records.document(EDIT, "/there")[1][0] == records.Image("/there/0.png") and records.document([{"image": "/a.png",
+        "paint": True}], "/there")[1][0].path == "/a.png"
 
 
 def test_train_mllm_documents_are_cut_after_a_part(recorded, tokenizer_folder, tmp_path):
@@ -5612,7 +5980,8 @@ def test_train_mllm_documents_are_cut_after_a_part(recorded, tokenizer_folder, t
     parts = [{"text": "a" * 20}, {"image": "0.png"}, {"text": "b" * 30}, {"image": "gone.png"}, {"text": "c"}]
     (tmp_path / "documents.jsonl").write_text(json.dumps(parts))
     for limit, length in ((22, 22), (87, 22), (88, 88), (117, 88), (118, 118), (183, 118)):
-        data = record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--documents", str(tmp_path / "documents.jsonl"), "--max-tokens", str(limit))
+        data = record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--documents",
+                           str(tmp_path / "documents.jsonl"), "--max-tokens", str(limit))
         row, = data.records.rows["document"]
         assert row[0] == length == len(laid_out(data.records.made("document", row), BYTES))
 
@@ -5629,13 +5998,16 @@ def test_train_mllm_record_edits_drop_their_words_as_sampling_does(recorded, tok
     assert len(prompts) == 2 and all(any(m[:len(prompt)] == prompt and m[len(prompt)] == (None, False) for m in made) for prompt in prompts)
     dropped = sum(m[:len(prompts[1])] == prompts[1] for m in made)
     assert abs(dropped / 300 - train_mllm.DROP) < 0.06
-    assert all(torch.equal(s.data, train_mllm.to_tensor(data.records.pictures[n])) for n, s in enumerate(s for s in data.make("edit", random.Random(0)) if isinstance(s, Picture)))
+    assert all(torch.equal(s.data, train_mllm.to_tensor(data.records.pictures[n])) for n,
+               s in enumerate(s for s in data.make("edit", random.Random(0)) if isinstance(s, Picture)))
 
 
 def test_train_mllm_records_keep_their_shares_and_a_length_a_step(recorded, tokenizer_folder, tmp_path, monkeypatch):
-    """Each kind of record has steps of its own; from long lists, a step's sequences come from one eighth by length, and every record comes."""
+    """Each kind of record has steps of its own; from long lists, a step's sequences come from one eighth by length, and every record
+    comes."""
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(chat(None, "x" * (n % 97), f"y{n}")) for n in range(4500)))
-    data = record_data(recorded, tokenizer_folder, tmp_path, "--conversations", str(tmp_path / "chats.jsonl"), "--documents", f"{recorded}/documents.jsonl")
+    data = record_data(recorded, tokenizer_folder, tmp_path, "--conversations", str(tmp_path / "chats.jsonl"), "--documents",
+                       f"{recorded}/documents.jsonl")
     assert len(data.records.held["question"]) == 90 and len(data.records.rows["question"]) == 4410
     seen = collections.Counter(row[1] for row in [*data.records.held["question"].tolist(), *data.records.rows["question"].tolist()])
     assert len(seen) == 4500
@@ -5652,15 +6024,18 @@ def test_train_mllm_records_keep_their_shares_and_a_length_a_step(recorded, toke
 
 def test_train_mllm_record_parts_are_the_same_over_ranks(recorded, tokenizer_folder, tmp_path, monkeypatch):
     """Whatever the order in which ranks hand in what they read, and whoever makes which part."""
-    (tmp_path / "documents.jsonl").write_text("\n".join(json.dumps([*EDIT[:1], {"text": f"edit {n}", "loss": False}, *EDIT[2:]]) for n in range(5)) + "\n" + json.dumps(STORY))
-    flags = ["--image-folder", str(recorded), "--conversations", f"{recorded}/chats.json", "--documents", str(tmp_path / "documents.jsonl"), "--accumulate"]
+    (tmp_path / "documents.jsonl").write_text("\n".join(json.dumps([*EDIT[:1], {"text": f"edit {n}", "loss": False}, *EDIT[2:]])
+                                                        for n in range(5)) + "\n" + json.dumps(STORY))
+    flags = ["--image-folder", str(recorded), "--conversations", f"{recorded}/chats.json", "--documents", str(tmp_path / "documents.jsonl"),
+             "--accumulate"]
     row = train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, dict(question=1.0, edit=1.0, document=1.0))
     monkeypatch.setattr(train_mllm, "HELD_OUT", 3)
     one = record_data(recorded, tokenizer_folder, tmp_path, *flags, "2")
     other_order = train_tokenizer.Ranks("cpu")
     other_order.gather_rows = lambda rows: {name: value[::-1] for name, value in rows.items()}
     two = record_data(recorded, tokenizer_folder, tmp_path, *flags, "1", ranks=other_order)
-    assert one.key == two.key and all(one.records.held[kind][:, 1].tolist() == two.records.held[kind][:, 1].tolist() for kind in ("question", "edit"))
+    assert one.key == two.key and all(one.records.held[kind][:, 1].tolist() == two.records.held[kind][:, 1].tolist()
+                                      for kind in ("question", "edit"))
     one.batches(row), two.batches(row)
     for step in range(6):
         whole = one[step]
@@ -5671,18 +6046,23 @@ def test_train_mllm_record_parts_are_the_same_over_ranks(recorded, tokenizer_fol
 
 
 def test_train_mllm_trains_on_records_over_the_stages(recorded, captioned, tokenizer_folder, tmp_path, monkeypatch, capsys):
-    """Stages 2 and 4-1 over images, conversations, edits and documents; held-out losses; pictures encoded once, again where one changes; stage 2 without --data."""
-    (tmp_path / "more.jsonl").write_text("\n".join(json.dumps(record) for n in range(26) for record in (EDIT, STORY)) + "\n" + json.dumps(EDIT))
+    """Stages 2 and 4-1 over images, conversations, edits and documents; held-out losses; pictures encoded once, again where one changes;
+    stage 2 without --data."""
+    (tmp_path / "more.jsonl").write_text("\n".join(json.dumps(record) for n in range(26) for record in (EDIT, STORY)) + "\n"
+                                         + json.dumps(EDIT))
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(CHATS[n % 4]) for n in range(60)))
     mixture = dict(train_mllm._EVERYTHING, edit=1.0, document=1.0, question=1.0)
-    rows = (TWO_ROWS[0], train_mllm.Row("2", ("projector", "llm"), 1e-3, 8, 4, train_mllm._UNDERSTAND), train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, mixture))
+    rows = (TWO_ROWS[0], train_mllm.Row("2", ("projector", "llm"), 1e-3, 8, 4, train_mllm._UNDERSTAND),
+            train_mllm.Row("4-1", PARTS, 1e-3, 8, 4, mixture))
     shrink(monkeypatch, *(replace(row, steps=4) for row in rows), evaluates=lambda stage: True)
     monkeypatch.setattr(train_mllm, "HELD_OUT", 20)
     flags = ["--image-folder", str(recorded), "--conversations", str(tmp_path / "chats.jsonl"), "--documents", str(tmp_path / "more.jsonl")]
     train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), *flags)
     out, metrics = capsys.readouterr().out, json.load(open(tmp_path / "run/metrics.json"))
-    assert "57 of kind question (3 more held out), 26 of kind edit (1 more held out), 25 of kind document (1 more held out), 5 pictures, 0 left out" in out
-    assert {"held_out_question_text", "held_out_edit_codes", "held_out_document_text", "held_out_document_codes", "caption_retrieval"} <= metrics.keys() and "held_out_edit_text" not in metrics
+    assert ("57 of kind question (3 more held out), 26 of kind edit (1 more held out), 25 of kind document (1 more held out), "
+            "5 pictures, 0 left out" in out)
+    assert {"held_out_question_text", "held_out_edit_codes", "held_out_document_text", "held_out_document_codes",
+            "caption_retrieval"} <= metrics.keys() and "held_out_edit_text" not in metrics
     logged = losses_logged(tmp_path / "run")
     assert any({"text", "pixel_1"} <= line.keys() for line in logged) and any("pixel_1" in line and "text" not in line for line in logged)
     assert 3 < metrics["held_out_question_text"] < 8 and 5 < metrics["held_out_document_codes"] < 200
@@ -5732,12 +6112,14 @@ def test_sample_paints(there, tmp_path, capsys):
 
 def test_sample_alone_says_what_it_can_do():
     done = subprocess.run([sys.executable, "sample.py"], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and all(f"sample.py --{what}" in done.stdout for what in ("paint", "ask", "edit", "eval", "reconstruct", "figure", "fd"))
+    assert done.returncode == 0 and all(f"sample.py --{what}" in done.stdout
+                                        for what in ("paint", "ask", "edit", "eval", "reconstruct", "figure", "fd"))
 
 
 @pytest.mark.parametrize("mine", [False, True])
 def test_sample_has_weights_of_its_own(tmp_path, monkeypatch, capsys, mine, run_folder):
-    """Without a run, those that come with the code, which paint what one asks for and answer about it; with a tokenizer alone, that reconstructs, and a model and its tokenizer come together."""
+    """Without a run, those that come with the code, which paint what one asks for and answer about it; with a tokenizer alone, that
+    reconstructs, and a model and its tokenizer come together."""
     monkeypatch.chdir(tmp_path)
     said = "these are the weights that come with the code"
     if mine:
@@ -5781,8 +6163,10 @@ def test_sample_answers(there, photo, capsys):
 def test_sample_paints_a_file_and_goes_on(there, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
     load = DualMLLM.from_pretrained
-    monkeypatch.setattr(DualMLLM, "from_pretrained", lambda folder: load(folder).double())     # batches round differently, and an untrained model is full of near ties
-    argv, out = ["--paint-file", str(tmp_path / "prompts.txt"), *there, "--out", str(tmp_path / "out"), "--guidance", "1", "--n", "2"], tmp_path / "out"
+    # batches round differently, and an untrained model is full of near ties
+    monkeypatch.setattr(DualMLLM, "from_pretrained", lambda folder: load(folder).double())
+    argv, out = ["--paint-file", str(tmp_path / "prompts.txt"), *there, "--out", str(tmp_path / "out"), "--guidance", "1", "--n",
+                 "2"], tmp_path / "out"
     sample.main([*argv, "--batch-size", "3"])
     names = ["00000-0.png", "00000-1.png", "00002-0.png", "00002-1.png"]
     assert sorted(os.listdir(out)) == [*names, "asked.json"]
@@ -5800,14 +6184,16 @@ def test_sample_paints_a_file_and_goes_on(there, tmp_path, monkeypatch, capsys):
 def test_sample_answers_a_file(there, photo, tmp_path, capsys):
     shutil.copy(photo, tmp_path / "photo.png")
     (tmp_path / "broken.png").write_bytes(b"x")
-    records = [{"image": "photo.png", "question": "what is it?", "id": 7}, {"image": "broken.png", "question": "?"}, {"question": "no image"}, {"image": "photo.png", "question": "is it é?"}]
+    records = [{"image": "photo.png", "question": "what is it?", "id": 7}, {"image": "broken.png", "question": "?"},
+               {"question": "no image"}, {"image": "photo.png", "question": "is it é?"}]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n{\n")
     sample.main(["--answer-file", str(tmp_path / "questions.jsonl"), *there, "--out", str(tmp_path / "out"), "--batch-size", "1"])
     answers, said = [json.loads(line) for line in open(tmp_path / "out/answers.jsonl", encoding="utf-8")], capsys.readouterr().out
     assert [{k: v for k, v in answer.items() if k != "answer"} for answer in answers] == [records[0], records[3]]
     capsys.readouterr(), sample.main(["--ask", "what is it?", "--image", photo, *there])
     assert answers[0]["answer"] == capsys.readouterr().out.removesuffix("\n")
-    assert "2 answers, 3 records left out" in said and "line 2: " in said and "line 3 is no record" in said and "line 5 is no record" in said
+    assert "2 answers, 3 records left out" in said and "line 2: " in said
+    assert "line 3 is no record" in said and "line 5 is no record" in said
 
 
 def test_sample_compares_folders(run_folder, tmp_path, capsys):
@@ -5817,7 +6203,8 @@ def test_sample_compares_folders(run_folder, tmp_path, capsys):
         for i, picture in enumerate(train_tokenizer.to_picture(part)):
             picture.save(tmp_path / name / f"{i}.png")
     vit = DualTokenizer.from_pretrained(run_folder).siglip_model.vision_model
-    see = lambda look: [look((torch.stack([torch.from_numpy(np.asarray(p).copy()) for p in train_tokenizer.to_picture(part)]).permute(0, 3, 1, 2)).contiguous()) for part in (pictures[:24], pictures[24:])]
+    see = lambda look: [look((torch.stack([torch.from_numpy(np.asarray(p).copy()) for p in train_tokenizer.to_picture(part)]).permute(0, 3,
+        1, 2)).contiguous()) for part in (pictures[:24], pictures[24:])]
     with torch.no_grad():
         expected = frechet_distance(*see(lambda x: vit(x.float() / 127.5 - 1)[1]))
 
@@ -5827,7 +6214,8 @@ def test_sample_compares_folders(run_folder, tmp_path, capsys):
 
     torch.jit.script(Inception()).save(str(tmp_path / "inception.pt"))
     argv = ["--fd", str(tmp_path / "a"), str(tmp_path / "b"), "--tokenizer", str(run_folder), "--batch-size", "7"]
-    for more, value in (([], expected), (["--inception", str(tmp_path / "inception.pt")], frechet_distance(*see(lambda x: x.float().mean((2, 3)))))):
+    for more, value in (([], expected),
+                        (["--inception", str(tmp_path / "inception.pt")], frechet_distance(*see(lambda x: x.float().mean((2, 3)))))):
         sample.main([*argv, *more])
         found = re.search(r"Frechet distance ([\d.]+) in .*, 24 and 16 pictures, 0 broken", capsys.readouterr().out)
         assert value > 0.1 and abs(float(found[1]) - value) < 1e-3 * value
@@ -5851,7 +6239,8 @@ def test_sample_evaluates(mllm_stages, there, tmp_path, capsys):
     sample.main(["--eval", "--eval-images", "32", *there, "--out", str(tmp_path)])
     said, metrics = capsys.readouterr().out, json.load(open(tmp_path / "metrics.json"))
     trained = json.load(open(mllm_stages[0] / "metrics.json"))
-    assert str(tmp_path / "metrics.json") in said and "understanding all" in said and len(glob.glob(str(tmp_path / "**/painted.png"), recursive=True)) == 1
+    assert str(tmp_path / "metrics.json") in said and "understanding all" in said and len(glob.glob(str(tmp_path / "**/painted.png"),
+        recursive=True)) == 1
     for name in ("understanding", "caption_exact", "painting", "reader_accuracy"):
         assert metrics[name] == trained[name]
     assert metrics["fd"] == pytest.approx(trained["fd"], rel=1e-3)
@@ -5864,8 +6253,10 @@ def test_sample_evaluates_images_as_training_did(captioned, tokenizer_folder, tm
     before, scored = sorted(glob.glob(str(tmp_path / "run/codes/*"))), []
     score = DualMLLM.score
     monkeypatch.setattr(DualMLLM, "score", lambda self, pictures, captions: scored.extend(captions) or score(self, pictures, captions))
-    sample.main(["--eval", "--eval-images", "32", "--device", "cpu", "--tokenizer", str(tokenizer_folder), "--mllm", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
-    assert {int(caption.split(", ")[1]) for caption in scored} == set(range(12, 18)) and sorted(glob.glob(str(tmp_path / "run/codes/*"))) == before
+    sample.main(["--eval", "--eval-images", "32", "--device", "cpu", "--tokenizer", str(tokenizer_folder), "--mllm", str(tmp_path / "run"),
+                 "--out", str(tmp_path / "out")])
+    assert {int(caption.split(", ")[1])
+            for caption in scored} == set(range(12, 18)) and sorted(glob.glob(str(tmp_path / "run/codes/*"))) == before
     trained, metrics = (json.load(open(tmp_path / name / "metrics.json")) for name in ("run", "out"))
     assert metrics["caption_retrieval"] == trained["caption_retrieval"]
 
@@ -5888,19 +6279,23 @@ def test_sample_with_an_mllm_bad_input_ends_in_a_sentence(there, mllm_stages, ph
                         (["--ask", "what?", "--image", str(tmp_path / "bad.png"), *there], "bad.png: cannot be read as an image"),
                         (["--edit", "what?", "--image", str(tmp_path / "gone.png"), *there], "expected the path of an image"),
                         (["--paint", long, *there], "expected at most"), (["--ask", long, "--image", photo, *there], "expected at most"),
-                        (["--paint", "red", *there, "--mllm", str(tmp_path / "nowhere")], "no model in"), (["--eval", *there, "--tokenizer", str(tmp_path / "nowhere")], "no model in")):
+                        (["--paint", "red", *there, "--mllm", str(tmp_path / "nowhere")], "no model in"),
+                        (["--eval", *there, "--tokenizer", str(tmp_path / "nowhere")], "no model in")):
         said = sample_words(*argv, *out)
         assert words in said and said.startswith("error: ") and "\n" not in said, argv
-    for argv, words in ((["--ask", "what?"], "--image"), (["--edit", "what?"], "--image"), (["--paint", "red", "--ask", "what?", "--image", photo], "expected one of"),
-                        ([], "expected one of"), (["--paint", "red", "--top-p", "0"], "--top-p"), (["--paint", "red", "--image", photo], "--image goes with")):
+    for argv, words in ((["--ask", "what?"], "--image"), (["--edit", "what?"], "--image"),
+                        (["--paint", "red", "--ask", "what?", "--image", photo], "expected one of"),
+                        ([], "expected one of"), (["--paint", "red", "--top-p", "0"], "--top-p"),
+                        (["--paint", "red", "--image", photo], "--image goes with")):
         capsys.readouterr()
         assert sample_words(*argv, *there, *out) == "2" and words in capsys.readouterr().err.splitlines()[-1]
     assert not os.path.exists(tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# fuzz: files from strangers. A kind of input is a row of FUZZ: what makes valid files in a folder, which of them are mutated, and what reads them as the
-# project does. Whatever is in them, the reader goes on or ends in one sentence: within seconds, without a GiB, without running or writing anything.
+# fuzz: files from strangers. A kind of input is a row of FUZZ: what makes valid files in a folder, which of them are mutated, and what
+# reads them as the project does. Whatever is in them, the reader goes on or ends in one sentence: within seconds, without a GiB, without
+# running or writing anything.
 
 FUZZ, GUARD, WATCHING = {}, [], []      # kind -> (make, names); while an input is read, GUARD holds its folder
 EXECUTED = os.path.join(tempfile.gettempdir(), f"nanodualtoken-executed-{os.getpid()}")       # what no input may make
@@ -5911,17 +6306,21 @@ class Trespass(BaseException):
     """Not for an `except Exception` to catch."""
 
 
-RUNS = {"pickle.find_class", "subprocess.Popen", "socket.connect", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile"}
-WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod", "os.chown", "shutil.move", "shutil.rmtree"}
+RUNS = {"pickle.find_class", "subprocess.Popen", "socket.connect", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn",
+        "os.spawn", "os.startfile"}
+WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod", "os.chown", "shutil.move",
+          "shutil.rmtree"}
 
 
 def watch(event, args):
     """Audit hook: what reading may never do."""
     if GUARD and event in RUNS:
         raise Trespass(f"{event} {args}")
-    if GUARD and (event in WRITES or event == "open" and (set("wax+") & set(args[1] or "") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))) and not isinstance(args[0], int):
+    if GUARD and (event in WRITES or event == "open" and (set("wax+") & set(args[1] or "")
+            or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))) and not isinstance(args[0], int):
         path = os.path.realpath(os.fsdecode(args[0]))
-        passing = event in ("os.mkdir", "os.rmdir", "shutil.rmtree") and os.path.dirname(path) == os.path.realpath(tempfile.gettempdir())     # torch makes one before it refuses a tar
+        # torch makes one before it refuses a tar
+        passing = event in ("os.mkdir", "os.rmdir", "shutil.rmtree") and os.path.dirname(path) == os.path.realpath(tempfile.gettempdir())
         if not (path + os.sep).startswith((GUARD[0] + os.sep, "/dev/null")) and "__pycache__" not in path and not passing:
             raise Trespass(f"{event} {path}")
 
@@ -5959,7 +6358,8 @@ def kind(name, *names):
 
 def odd(rng):
     """A value that nobody expects."""
-    return rng.choice([None, True, False, -1, 0, 1, 2, 3.5, 10 ** 3, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, 1e308, math.nan, math.inf, "", "x", "7", "\ud800", "a\0b", "a\nb",
+    return rng.choice([None, True, False, -1, 0, 1, 2, 3.5, 10 ** 3, 10 ** 6, 2 ** 31, 2 ** 63, 10 ** 30, 1e308, math.nan, math.inf, "",
+                       "x", "7", "\ud800", "a\0b", "a\nb",
                        "../../x", "/etc/passwd", "x" * 99_999, [], [1], ["x", None], {}, {"x": 1}, [[[]]], [0.5, 0.5], "@deep", "@long"])
 
 
@@ -5992,7 +6392,8 @@ def change(content, rng, odd=odd):
 
 
 def as_json(content, rng, head=b"") -> bytes:
-    text = json.dumps(content, ensure_ascii=rng.random() < 0.7).replace('"@deep"', "[" * 50_000 + "]" * 50_000 * rng.randrange(2)).replace('"@long"', "9" * 5000)
+    text = json.dumps(content, ensure_ascii=rng.random() < 0.7).replace('"@deep"', "[" * 50_000
+                                                                        + "]" * 50_000 * rng.randrange(2)).replace('"@long"', "9" * 5000)
     return head + text.encode(rng.choice(["utf-8"] * 9 + ["utf-16", "utf-8-sig", "utf-32"]), "surrogatepass")
 
 
@@ -6009,15 +6410,18 @@ def mutate_lines(data, rng):
 
 
 def mutate_text(data, rng):
-    words = [b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b'"', b",", b"\t", b"#", b"\r", b"{}", b"x" * 200_000, b"\xef\xbb\xbf", "\u2028".encode(), b"../../x", b"-1", b"99999999999999999999"]
+    words = [b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b'"', b",", b"\t", b"#", b"\r", b"{}", b"x" * 200_000, b"\xef\xbb\xbf",
+             "\u2028".encode(), b"../../x", b"-1", b"99999999999999999999"]
     at = rng.randrange(len(data) + 1)
-    return data.decode("utf-8").encode(rng.choice(("utf-16", "utf-32", "utf-8-sig"))) if rng.random() < 0.1 else data[:at] + rng.choice(words) * rng.choice((1, 1, 2)) + data[at:]
+    return data.decode("utf-8").encode(rng.choice(("utf-16", "utf-32",
+        "utf-8-sig"))) if rng.random() < 0.1 else data[:at] + rng.choice(words) * rng.choice((1, 1, 2)) + data[at:]
 
 
 def mutate_image(data, rng):
     """A number of its header, or another picture: huge, of one pixel a side, of another format."""
     if rng.random() < 0.1:
-        return encoded(Image.new("L", rng.choice(((9000, 900), (1, 1), (30_000, 1), (1, 30_000)))), rng.choice(("png", "gif", "bmp", "tiff", "jpeg2000")))
+        return encoded(Image.new("L", rng.choice(((9000, 900), (1, 1), (30_000, 1), (1, 30_000)))),
+                       rng.choice(("png", "gif", "bmp", "tiff", "jpeg2000")))
     data, at = bytearray(data), rng.randrange(min(len(data), rng.choice((32, 64, 600))))
     field = struct.pack(rng.choice("<>") + rng.choice("HI"), rng.choice((0, 1, 7, 0x7fff, 0xffff, 60_000)))
     data[at:at + len(field)] = field if rng.random() < 0.7 else rng.choice((b"\xff", b"\x7f", b"\x00")) * 4
@@ -6044,18 +6448,23 @@ def mutate_tar(data, rng):
         member = rng.choice(members)
         info, what = member[0], rng.randrange(8)
         if what == 0:
-            info.name = rng.choice(("/etc/x.png", "../../x.png", "a/../../b.png", "d" * 300 + ".png", "\udcff.png", "", ".png", "._x.png", "a\nb.png", "0.tar", "x.json", info.name))
+            info.name = rng.choice(("/etc/x.png", "../../x.png", "a/../../b.png", "d" * 300 + ".png", "\udcff.png", "", ".png", "._x.png",
+                                    "a\nb.png", "0.tar", "x.json", info.name))
         elif what == 1:
             info.type = bytes([rng.choice(b"0123456789LKxgSVDMNZ\0")])
             info.linkname = rng.choice(("0.png", "/etc/passwd", "../../x", ""))
         elif what in (2, 3):
             n = rng.choice((-1, -512, -1024, -2048, -10 ** 6, 2 ** 40, 2 ** 63, 2 ** 80, 10 ** 9, len(member[1]) + 1))
-            member[2] = rng.choice((bytes([255 if n < 0 else 128]) + n.to_bytes(11, "big", signed=True), b"zz          ", b"\0" * 12, b"77777777777\0", b"%011o\0" % rng.randrange(9999)))
+            member[2] = rng.choice((bytes([255 if n < 0 else 128]) + n.to_bytes(11, "big", signed=True), b"zz          ", b"\0" * 12,
+                                    b"77777777777\0", b"%011o\0" % rng.randrange(9999)))
         elif what == 4:
-            info.pax_headers = dict([rng.choice((("size", "-512"), ("size", "-1024"), ("size", "9" * 30), ("size", "x"), ("path", "/etc/x.png"), ("path", "../x.png"), ("hdrcharset", "BINARY"),
-                                                 ("path", ""), ("GNU.sparse.size", "-1"), ("GNU.sparse.map", "1,x"), ("GNU.sparse.map", "0,99999999999,5,-7"), ("mtime", "nan"), ("uid", "x")))])
+            info.pax_headers = dict([rng.choice((("size", "-512"), ("size", "-1024"), ("size", "9" * 30), ("size", "x"),
+                                                 ("path", "/etc/x.png"), ("path", "../x.png"), ("hdrcharset", "BINARY"),
+                                                 ("path", ""), ("GNU.sparse.size", "-1"), ("GNU.sparse.map", "1,x"),
+                                                 ("GNU.sparse.map", "0,99999999999,5,-7"), ("mtime", "nan"), ("uid", "x")))])
             if rng.random() < 0.2:
-                info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "10", "GNU.sparse.name": "x.png"}
+                info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "10",
+                                    "GNU.sparse.name": "x.png"}
         elif what == 5:
             long = tarfile.TarInfo("././@LongLink")
             long.type, long.size = rng.choice((b"L", b"K", b"x", b"g")), 0
@@ -6076,19 +6485,23 @@ def mutate_safetensors(data, rng):
     name = rng.choice([name for name in header if name != "__metadata__"])
     row, what = header[name], rng.randrange(8)
     if what == 0:
-        row["dtype"] = rng.choice(("F64", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "U16", "U64", "F128", ""))
+        row["dtype"] = rng.choice(("F64", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "U16", "U64",
+                                   "F128", ""))
     elif what == 1:
-        row["dtype"], other = rng.choice((("I32", 4), ("F16", 2), ("BF16", 2), ("I16", 2), ("BOOL", 1), ("F8_E5M2", 1), ("U32", 4), ("F4", 0.5), ("C64", 8)))
+        row["dtype"], other = rng.choice((("I32", 4), ("F16", 2), ("BF16", 2), ("I16", 2), ("BOOL", 1), ("F8_E5M2", 1), ("U32", 4),
+                                          ("F4", 0.5), ("C64", 8)))
         row["shape"] = [int((row["data_offsets"][1] - row["data_offsets"][0]) / other)] if rng.random() < 0.5 else row["shape"]
     elif what == 2:
-        row["shape"] = rng.choice(([2 ** 62, 4], [0, 2 ** 63], [2 ** 32, 2 ** 32], [-1], row["shape"][::-1], [*row["shape"], 1], [], [1] * 3000, [0], [2 ** 40, 0]))
+        row["shape"] = rng.choice(([2 ** 62, 4], [0, 2 ** 63], [2 ** 32, 2 ** 32], [-1], row["shape"][::-1], [*row["shape"], 1], [],
+                                   [1] * 3000, [0], [2 ** 40, 0]))
     elif what == 3:
         row["data_offsets"] = rng.choice(([0, 0], [0, 2 ** 62], row["data_offsets"][::-1], [0, len(rest)], [8, 12], [2 ** 63, 2 ** 64]))
     elif what == 4:
         other = header[rng.choice([n for n in header if n != "__metadata__"])]
         row.update(copy.deepcopy(other))
     elif what == 5:
-        header[rng.choice(("extra", "", "\ud800", "x" * 5000))] = header.pop(name) if rng.random() < 0.5 else dict(row, data_offsets=[len(rest), len(rest)], shape=[0])
+        header[rng.choice(("extra", "", "\ud800", "x" * 5000))] = header.pop(name) if rng.random() < 0.5 else dict(row,
+            data_offsets=[len(rest), len(rest)], shape=[0])
     else:
         head = mutate_json(json.dumps(header).encode(), rng)
         lie = rng.choice((len(head),) * 4 + (0, 1, len(head) - 1, len(head) + 1, 2 ** 31, 2 ** 62, 2 ** 64 - 1))
@@ -6098,10 +6511,13 @@ def mutate_safetensors(data, rng):
 
 
 def odd_tensor(rng):
-    return rng.choice((lambda: torch.zeros(1).expand(2 ** 40), lambda: torch.zeros(1, dtype=torch.float64).expand(2 ** 20, 2 ** 20), lambda: torch.zeros(3, device="meta"),
-                       lambda: torch.zeros(3).to_sparse(), lambda: torch.zeros(0), lambda: torch.zeros((), dtype=torch.bool), lambda: torch.zeros(4, 4, dtype=torch.complex64),
+    return rng.choice((lambda: torch.zeros(1).expand(2 ** 40), lambda: torch.zeros(1, dtype=torch.float64).expand(2 ** 20, 2 ** 20),
+                       lambda: torch.zeros(3, device="meta"),
+                       lambda: torch.zeros(3).to_sparse(), lambda: torch.zeros(0), lambda: torch.zeros((), dtype=torch.bool),
+                       lambda: torch.zeros(4, 4, dtype=torch.complex64),
                        lambda: torch.full((4, 4), math.nan), lambda: torch.zeros(4, 4, dtype=torch.int64),
-                       lambda: torch.nn.Parameter(torch.ones(4)), lambda: torch.zeros(2, 3, 4).transpose(0, 2), lambda: odd(rng), lambda: odd(rng)))()
+                       lambda: torch.nn.Parameter(torch.ones(4)), lambda: torch.zeros(2, 3, 4).transpose(0, 2), lambda: odd(rng),
+                       lambda: odd(rng)))()
 
 
 class Bomb:
@@ -6119,8 +6535,10 @@ def mutate_pickle(data, rng):
     executed, out = EXECUTED, io.BytesIO()
     content = torch.load(io.BytesIO(data), weights_only=True)
     if rng.random() < 0.3:
-        bomb = Bomb(*rng.choice(((open, (executed, "w")), (os.system, (f"touch {executed}",)), (exec, (f"open({executed!r}, 'w')",)), (Path.touch, (Path(executed),)),
-                                 (bytearray, (2 ** 40,)), (torch.Tensor, (2 ** 50,)), (torch.zeros, (2 ** 40,)), (os.mkdir, (executed,)), (pickle.loads, (pickle.dumps(Path),)))))
+        bomb = Bomb(*rng.choice(((open, (executed, "w")), (os.system, (f"touch {executed}",)), (exec, (f"open({executed!r}, 'w')",)),
+                                 (Path.touch, (Path(executed),)),
+                                 (bytearray, (2 ** 40,)), (torch.Tensor, (2 ** 50,)), (torch.zeros, (2 ** 40,)), (os.mkdir, (executed,)),
+                                 (pickle.loads, (pickle.dumps(Path),)))))
         content = rng.choice((bomb, {"model": bomb}, {**content, "x": bomb}, [bomb]))
         if rng.random() < 0.5:
             return pickle.dumps(content, rng.randrange(6))
@@ -6136,7 +6554,8 @@ def mutate_pickle(data, rng):
 def mutate_bytes(data, rng):
     """Cut, flip, overwrite, leave out, double, insert, zero; or nothing like it at all."""
     if rng.random() < 0.04:
-        return rng.choice((b"", bytes(1000), b"<html>404</html>", pickle.dumps(Bomb(open, (EXECUTED, "w"))), b"\x1f\x8b" + rng.randbytes(99), rng.randbytes(999), b"[" * 99_999))
+        return rng.choice((b"", bytes(1000), b"<html>404</html>", pickle.dumps(Bomb(open, (EXECUTED, "w"))),
+                           b"\x1f\x8b" + rng.randbytes(99), rng.randbytes(999), b"[" * 99_999))
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
         at, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 16, 512, len(data) // 4))
@@ -6158,14 +6577,17 @@ def mutate_bytes(data, rng):
     return bytes(data)
 
 
-MUTATE = {".json": mutate_json, ".jsonl": mutate_lines, ".txt": mutate_text, ".csv": mutate_text, ".tiktoken": mutate_text, ".tar": mutate_tar, ".safetensors": mutate_safetensors,
+MUTATE = {".json": mutate_json, ".jsonl": mutate_lines, ".txt": mutate_text, ".csv": mutate_text, ".tiktoken": mutate_text,
+          ".tar": mutate_tar, ".safetensors": mutate_safetensors,
           ".pt": mutate_pickle, ".pth": mutate_pickle}
 
 
 # --- kinds
 
-IMAGE_MODES = {"AVIF": "RGB", "BLP": "P", "BMP": "RGB", "DDS": "RGBA", "DIB": "L", "GIF": "P", "ICNS": "RGBA", "ICO": "RGBA", "IM": "RGB", "JPEG": "CMYK", "JPEG2000": "RGB", "MPO": "RGB", "MSP": "1",
-               "PCX": "P", "PNG": "I;16", "PPM": "RGB", "QOI": "RGB", "SGI": "RGB", "SPIDER": "F", "TGA": "RGBA", "TIFF": "RGB", "WEBP": "RGBA", "XBM": "1"}
+IMAGE_MODES = {"AVIF": "RGB", "BLP": "P", "BMP": "RGB", "DDS": "RGBA", "DIB": "L", "GIF": "P", "ICNS": "RGBA", "ICO": "RGBA", "IM": "RGB",
+               "JPEG": "CMYK", "JPEG2000": "RGB", "MPO": "RGB", "MSP": "1",
+               "PCX": "P", "PNG": "I;16", "PPM": "RGB", "QOI": "RGB", "SGI": "RGB", "SPIDER": "F", "TGA": "RGBA", "TIFF": "RGB",
+               "WEBP": "RGBA", "XBM": "1"}
 
 
 def training_goes_on(source):
@@ -6190,8 +6612,10 @@ def make_image(name, folder):
     picture = Image.fromarray(noise) if name != "ICNS" else Image.fromarray(noise).resize((64, 64))
     mode = IMAGE_MODES[name]
     picture = Image.fromarray(noise[..., 0].astype(np.uint16) * 256) if mode == "I;16" else picture.convert(mode)
-    options = dict(compression="tiff_lzw", exif=Image.Exif()) if name == "TIFF" else dict(save_all=True, append_images=[picture]) if name in ("GIF", "WEBP", "MPO") else {}
-    (folder / "a.png").write_bytes(encoded(picture, name, **options))       # not by its path: Pillow's SPIDER takes over the suffix that it is saved under
+    options = dict(compression="tiff_lzw", exif=Image.Exif()) if name == "TIFF" else dict(save_all=True,
+        append_images=[picture]) if name in ("GIF", "WEBP", "MPO") else {}
+    (folder / "a.png").write_bytes(encoded(picture, name, **options))       # not by its path: Pillow's SPIDER takes over the suffix that it
+                                                                            # is saved under
     flat(7).save(folder / "b.png")
 
     def read():
@@ -6260,19 +6684,23 @@ def make_captions(folder):
 
 @kind("records", "chats.json", "chats.jsonl", "documents.jsonl")
 def make_records(folder):
-    chats = [{"id": n, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat \"is\" this?"}, {"from": "gpt", "value": "A cat."}]} for n in range(3)]
+    chats = [{"id": n, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat \"is\" this?"},
+                                                           {"from": "gpt", "value": "A cat."}]} for n in range(3)]
     (folder / "chats.json").write_text(json.dumps(chats, indent=1))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    (folder / "documents.jsonl").write_text('[{"image": "a.png"}, {"text": "make it blue", "loss": false}, {"image": "b.png", "paint": true}]\n[{"text": "words"}, {"image": "a.png"}]\n')
+    (folder / "documents.jsonl").write_text('[{"image": "a.png"}, {"text": "make it blue", "loss": false}, {"image": "b.png", "paint": '
+                                            'true}]\n[{"text": "words"}, {"image": "a.png"}]\n')
 
     def read():
-        for name, parse in (("chats.json", records.conversation), ("chats.jsonl", records.conversation), ("documents.jsonl", records.document)):
+        for name, parse in (("chats.json", records.conversation), ("chats.jsonl", records.conversation),
+                            ("documents.jsonl", records.document)):
             of = train_mllm.RecordSequences.__new__(train_mllm.RecordSequences)
             of.text, of.positions, of.paints, of.limit, of.records = BYTES, 4, True, 200, records.Records([(str(folder / name), parse)])
             good, broken = of.read(train_tokenizer.Ranks("cpu"))
             paths = sorted({path for *_, shown in good for path in shown})
             "\n".join(map(train_mllm.state, paths)).encode("utf-8", "surrogatepass")
-            broken += [(0, reason) for _, reason in map(images.Pictures(paths, 16).__getitem__, range(len(paths))) if "No such file" not in reason]
+            broken += [(0, reason) for _, reason in map(images.Pictures(paths, 16).__getitem__, range(len(paths)))
+                       if "No such file" not in reason]
             for _, reason in broken:
                 one_sentence(reason)
             if broken or len(good) < 2:
@@ -6284,8 +6712,10 @@ def make_records(folder):
 def make_answers(folder):
     flat(3).save(folder / "a.png")
     (folder / "ask.jsonl").write_text('{"image": "a.png", "question": "what is this?"}\n{"image": "a.png"}\n')
-    stubs = (SimpleNamespace(answer_file=str(folder / "ask.jsonl"), out=str(folder), batch_size=1), SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=16))),
-             SimpleNamespace(answer=lambda codes, questions: [BYTES.decode(BYTES.encode(q)) for q in questions]), lambda x: x, train_tokenizer.Ranks("cpu"))
+    stubs = (SimpleNamespace(answer_file=str(folder / "ask.jsonl"), out=str(folder), batch_size=1),
+             SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=16))),
+             SimpleNamespace(answer=lambda codes, questions: [BYTES.decode(BYTES.encode(q)) for q in questions]), lambda x: x,
+             train_tokenizer.Ranks("cpu"))
 
     def read():
         sample.answer_file(*stubs)
@@ -6329,8 +6759,10 @@ def used(model):
 
 
 def small_tokenizer():
-    return DualTokenizer(TokenizerConfig(vision=VisionConfig(32, 32, 3, 2, image_size=16, patch_size=8), text=TextConfig(16, 16, 1, 2, vocab_size=257, max_position_embeddings=8), codebook_size=8,
-                                         depth=2, code_dim=8, decoder_channels=32, decoder_multipliers=(1, 1, 1, 1), decoder_blocks=0, decoder_in=32))
+    return DualTokenizer(TokenizerConfig(vision=VisionConfig(32, 32, 3, 2, image_size=16, patch_size=8),
+                                         text=TextConfig(16, 16, 1, 2, vocab_size=257, max_position_embeddings=8), codebook_size=8,
+                                         depth=2, code_dim=8, decoder_channels=32, decoder_multipliers=(1, 1, 1, 1), decoder_blocks=0,
+                                         decoder_in=32))
 
 
 @kind("tokenizer", "config.json", "config.json", "model.safetensors")
@@ -6346,13 +6778,15 @@ def make_tokenizer(folder):
 @kind("SigLIP", "config.json", "preprocessor_config.json", "model.safetensors")
 def make_siglip(folder):
     small_tokenizer().siglip_model.save_pretrained(str(folder))
-    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": {"height": 16}}')
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": {"height": '
+                                                     '16}}')
     return lambda: used(SigLIP.from_pretrained(str(folder)))
 
 
 @kind("CLIP", "config.json", "preprocessor_config.json", "model.safetensors")
 def make_clip(folder):
-    SigLIP(VisionConfig(32, 32, 2, 2, image_size=16, patch_size=8, class_token=True, projection_dim=8), TextConfig(16, 16, 1, 2, vocab_size=257, max_position_embeddings=8, causal=True)).save_pretrained(str(folder))
+    SigLIP(VisionConfig(32, 32, 2, 2, image_size=16, patch_size=8, class_token=True, projection_dim=8),
+           TextConfig(16, 16, 1, 2, vocab_size=257, max_position_embeddings=8, causal=True)).save_pretrained(str(folder))
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.4], "image_std": [0.5, 0.5, 0.3]}')
     return lambda: used(SigLIP.from_pretrained(str(folder), 24))
 
@@ -6370,8 +6804,10 @@ def make_release(folder):
     torch.save({"state_dict": weights}, folder / "dualtoken.pt")
     sizes = {name: vars(part) for name, part in (("vision_config", c.vision), ("text_config", c.text))}
     (folder / "config.json").write_text(json.dumps({"siglip": sizes, "rqvaesiglip": {
-        "layer_recon": c.shallow_layer, "layer_sem": c.deep_layer, "vq_pix": {"n_embed": 8, "code_shape": [2, 2, 2], "embed_dim": 8, "shared_codebook": True}, "decoder_latent_shape": [2, 2],
-        "ddconfig": {"attn_resolutions": [2], "resolution": 16, "ch_mult": [1, 1, 1, 1], "ch": 32, "num_res_blocks": 0, "decoder_in_channels": 32}}}))
+        "layer_recon": c.shallow_layer, "layer_sem": c.deep_layer, "vq_pix": {"n_embed": 8, "code_shape": [2, 2, 2], "embed_dim": 8,
+                                                                              "shared_codebook": True}, "decoder_latent_shape": [2, 2],
+        "ddconfig": {"attn_resolutions": [2], "resolution": 16, "ch_mult": [1, 1, 1, 1], "ch": 32, "num_res_blocks": 0,
+                     "decoder_in_channels": 32}}}))
     return lambda: used(DualTokenizer.from_released(str(folder)))
 
 
@@ -6380,8 +6816,10 @@ def make_llm(folder):
     weights = LLM(small_llm()).state_dict()
     for n in range(2):
         save_file({name: weights[name] for name in list(weights)[n::2]}, folder / f"part-{n}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: f"part-{i % 2}.safetensors" for i, name in enumerate(weights)}}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **vars(small_llm()), "rope_scaling": {"type": "default"}, "head_dim": 8}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: f"part-{i % 2}.safetensors" for i,
+                                                                                    name in enumerate(weights)}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **vars(small_llm()), "rope_scaling": {"type": "default"},
+                                                    "head_dim": 8}))
 
     def read():
         with contextlib.suppress(ValueError):
@@ -6401,8 +6839,11 @@ def make_vocabulary(layout, folder):
     letters = list(mllm.BYTE)
     vocab, merges = {letter: i for i, letter in enumerate(letters)}, [f"{a} {b}" for a, b in zip(letters[:44], letters[60:104])]
     vocab |= {merge.replace(" ", ""): 256 + i for i, merge in enumerate(merges)}
-    content = {"tokenizer.json": json.dumps({"added_tokens": [{"id": 300, "content": SPECIALS[0]}], "model": {"vocab": vocab, "merges": merges}}), "vocab.json": json.dumps(vocab),
-               "merges.txt": "#version: 0.2\n" + "\n".join(merges), "qwen.tiktoken": "".join(f"{base64.b64encode(bytes(mllm.BYTE[c] for c in token)).decode()} {i}\n" for token, i in vocab.items())}
+    content = {"tokenizer.json": json.dumps({"added_tokens": [{"id": 300, "content": SPECIALS[0]}],
+                                             "model": {"vocab": vocab, "merges": merges}}), "vocab.json": json.dumps(vocab),
+               "merges.txt": "#version: 0.2\n" + "\n".join(merges),
+               "qwen.tiktoken": "".join(f"{base64.b64encode(bytes(mllm.BYTE[c] for c in token)).decode()} {i}\n" for token,
+                                        i in vocab.items())}
     for name in layout:
         (folder / name).write_text(content[name], encoding="utf-8")
     return lambda: TextTokenizer.from_folder(str(folder)).encode("a caption, of 2 words")
@@ -6416,9 +6857,12 @@ for names in (["tokenizer.json"], ["vocab.json", "merges.txt"], ["qwen.tiktoken"
 def make_text_vocabulary(folder):
     pytest.importorskip("tokenizers", reason="tokenizers is not installed: no vocabulary of SigLIP's")
     vocab = [["</s>", 0.0], ["<unk>", 0.0], *([letter, -3.0] for letter in "\u2581" + string.ascii_lowercase)]
-    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
-                                                       "post_processor": None, "decoder": None, "truncation": None, "padding": None, "model": {"type": "Unigram", "unk_id": 1, "vocab": vocab, "byte_fallback": False}}))
-    return lambda: TextVocabulary(TextConfig(vocab_size=len(vocab), max_position_embeddings=8), str(folder)).ids(["a photo of a cat", "caf\u00e9"])
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+                                                       "post_processor": None, "decoder": None, "truncation": None, "padding": None,
+                                                       "model": {"type": "Unigram", "unk_id": 1, "vocab": vocab, "byte_fallback": False}}))
+    return lambda: TextVocabulary(TextConfig(vocab_size=len(vocab), max_position_embeddings=8),
+                                  str(folder)).ids(["a photo of a cat", "caf\u00e9"])
 
 
 @kind("checkpoint", "state.pt", "state.pt", "log.jsonl", "metrics.json")
@@ -6428,7 +6872,9 @@ def make_checkpoint(folder):
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
         muon = train_tokenizer.Muon([model[0].weight], 0.1, 0.1)
         optimizer = train_tokenizer.adamw([model], 1e-3, (0.9, 0.95), 0.1, [model[0].weight])
-        return SimpleNamespace(args=SimpleNamespace(keep_checkpoints=1), counted={"odd": torch.zeros(())}, name="tokenizer", folder=str(folder), model=model, optimizer=optimizer, ranks=train_tokenizer.Ranks("cpu"), steps=9, settings={"lr": 0.1, "sizes": {"width": [1, 2]}},
+        return SimpleNamespace(args=SimpleNamespace(keep_checkpoints=1), counted={"odd": torch.zeros(())}, name="tokenizer",
+                               folder=str(folder), model=model, optimizer=optimizer, ranks=train_tokenizer.Ranks("cpu"), steps=9,
+                               settings={"lr": 0.1, "sizes": {"width": [1, 2]}},
                                extra_state=lambda: {"muon": muon}, save=lambda weights: None)
 
     def step(stage):
@@ -6438,7 +6884,8 @@ def make_checkpoint(folder):
     first = stage()
     step(first)
     (folder / "log.jsonl").write_text("".join(json.dumps({"step": n, "loss": 0.5, "broken": ["a.png"]}) + "\n" for n in (1, 2, 3)))
-    train_tokenizer.save_state(first, 2, 1.5, {"sums": {"loss": torch.ones(1, 3)}, "bad": torch.zeros(3), "low": {"pixel": 1}, "counted": {"odd": torch.zeros(())}})
+    train_tokenizer.save_state(first, 2, 1.5, {"sums": {"loss": torch.ones(1, 3)}, "bad": torch.zeros(3), "low": {"pixel": 1},
+                                               "counted": {"odd": torch.zeros(())}})
     (folder / "metrics.json").write_text(json.dumps({"settings": first.settings, "psnr": 20.0}))
     (folder / "model.safetensors").write_bytes(b"")
 
@@ -6459,7 +6906,8 @@ def make_hub(folder):
     for name in ("config.json", "part.safetensors"):
         (found / name).write_text("{}")
     (folder / "refs-main").write_text("1\n")
-    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "part.safetensors", "b": "part.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "part.safetensors", "b": '
+                                                         '"part.safetensors"}}')
 
     def read():
         (folder / "hub/models--a--b/refs").mkdir()
@@ -6477,7 +6925,8 @@ def make_hub(folder):
 
 def one_sentence(words):
     assert 10 < len(words) < 2000 and "\n" not in words.strip(), words
-    assert "MemoryError" not in words and "allocate" not in words or "state.pt" in words or "dualtoken.pt" in words, words      # torch makes what these ask for, or refuses
+    # torch makes what these ask for, or refuses
+    assert "MemoryError" not in words and "allocate" not in words or "state.pt" in words or "dualtoken.pt" in words, words
 
 
 @pytest.fixture
@@ -6542,7 +6991,8 @@ def test_fuzz_many(name, tmp_path, few_words, capsys):
     begun, number = time.time(), int(os.environ.get("NANODUALTOKEN_FUZZ", 100))
     counts = fuzz(name, tmp_path, range(number), SEED)
     with capsys.disabled():
-        print(f"fuzz, {name}: {number} inputs, {counts['accepted']} accepted, {counts['refused']} refused, seed {SEED}, {time.time() - begun:.0f} s")
+        print(f"fuzz, {name}: {number} inputs, {counts['accepted']} accepted, {counts['refused']} refused, seed {SEED}, "
+              f"{time.time() - begun:.0f} s")
 
 
 # --- what it found once
@@ -6554,8 +7004,10 @@ def sized(name, size, kind=tarfile.REGTYPE):
     return info, b"", bytes([255 if size < 0 else 128]) + size.to_bytes(11, "big", signed=True)
 
 
-@pytest.mark.parametrize("member", [[sized("a.png", -512)], [sized("a.png", -10 ** 9)], [sized("a.png", 2 ** 80)], [sized("a.png", 2 ** 40, tarfile.GNUTYPE_LONGNAME)],
-                                    [sized("a.png", 0, tarfile.GNUTYPE_LONGNAME)] * 3000], ids=["back", "far back", "far", "long name", "names"])
+@pytest.mark.parametrize("member", [[sized("a.png", -512)], [sized("a.png", -10 ** 9)], [sized("a.png", 2 ** 80)],
+                                    [sized("a.png", 2 ** 40, tarfile.GNUTYPE_LONGNAME)],
+                                    [sized("a.png", 0, tarfile.GNUTYPE_LONGNAME)] * 3000],
+                                    ids=["back", "far back", "far", "long name", "names"])
 def test_fuzz_headers_of_a_shard_lead_nowhere(member, tmp_path, few_words):
     good = tarfile.TarInfo("0.png")
     good.size = len(encoded(flat(3)))
@@ -6568,7 +7020,8 @@ def test_fuzz_headers_of_a_shard_lead_nowhere(member, tmp_path, few_words):
 def test_fuzz_what_is_no_file_is_no_picture(tmp_path, few_words):
     """A pipe would wait, and /dev/zero has no end."""
     flat(3).save(tmp_path / "a.png")
-    os.mkfifo(tmp_path / "b.png"), os.symlink("/dev/zero", tmp_path / "c.png"), (tmp_path / "e").mkdir(), os.symlink(tmp_path / "e", tmp_path / "d.png")
+    os.mkfifo(tmp_path / "b.png"), os.symlink("/dev/zero", tmp_path / "c.png"), (tmp_path / "e").mkdir(), os.symlink(tmp_path / "e",
+        tmp_path / "d.png")
     with guarded(tmp_path):
         data = images.ImageData(str(tmp_path), 8)
         assert len(data) == 3 and [data.sample(i)[0][2].unique().tolist() for i in range(3)] == [[7]] * 3
@@ -6596,11 +7049,16 @@ def test_fuzz_a_string_without_end_is_found_at_once(tmp_path, few_words):
 
 
 @pytest.mark.parametrize("where, change, words", [
-    ("vision", {"hidden_size": 1 << 20, "num_attention_heads": 1}, "differences"), ("vision", {"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000, expected a whole number from 0 to 1,000"),
-    ("vision", {"image_size": 1 << 20}, "differences"), ("text", {"vocab_size": 10 ** 15}, "vocab_size is"), ("", {"codebook_size": 1 << 24}, "differences"), ("", {"depth": 10 ** 6}, "depth is 1000000"),
-    ("", {"latent_grid": 10 ** 5}, "make pictures of 800000 pixels"), ("", {"decoder_multipliers": [1] * 40}, "decoder_multipliers"), ("", {"decoder_blocks": 10 ** 7}, "decoder_blocks"),
-    ("", {"code_dim": 8.0}, "code_dim is 8.0"), ("", {"design": {"x": 1}}, "design is"), ("vision", {"pixel_std": [0, 1, 1]}, "deviations above 0"), ("vision", {"layer_norm_eps": math.nan}, "layer_norm_eps is nan"),
-    ("vision", {"timm": {"model_name": "hf-hub:a/b"}}, "weights come from model.safetensors alone"), ("vision", {"timm": {"model_name": "tiny", "checkpoint_path": "x.pth"}}, "model.safetensors alone")])
+    ("vision", {"hidden_size": 1 << 20, "num_attention_heads": 1}, "differences"),
+    ("vision", {"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000, expected a whole number from 0 to 1,000"),
+    ("vision", {"image_size": 1 << 20}, "differences"), ("text", {"vocab_size": 10 ** 15}, "vocab_size is"),
+    ("", {"codebook_size": 1 << 24}, "differences"), ("", {"depth": 10 ** 6}, "depth is 1000000"),
+    ("", {"latent_grid": 10 ** 5}, "make pictures of 800000 pixels"), ("", {"decoder_multipliers": [1] * 40}, "decoder_multipliers"),
+    ("", {"decoder_blocks": 10 ** 7}, "decoder_blocks"),
+    ("", {"code_dim": 8.0}, "code_dim is 8.0"), ("", {"design": {"x": 1}}, "design is"),
+    ("vision", {"pixel_std": [0, 1, 1]}, "deviations above 0"), ("vision", {"layer_norm_eps": math.nan}, "layer_norm_eps is nan"),
+    ("vision", {"timm": {"model_name": "hf-hub:a/b"}}, "weights come from model.safetensors alone"),
+    ("vision", {"timm": {"model_name": "tiny", "checkpoint_path": "x.pth"}}, "model.safetensors alone")])
 def test_fuzz_absurd_sizes_are_refused_before_they_are_made(where, change, words, tmp_path, few_words):
     small_tokenizer().save_pretrained(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -6635,19 +7093,27 @@ def test_project_readme_commands_and_files_exist():
     anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.M)}
     assert {*re.findall(r"\]\(#([^)]+)\)", text)} <= anchors
     for path, lines in re.findall(r"^\| `([\w/.]+)` \| (\d+)", text, re.M):
-        assert int(lines) == open(os.path.join(HERE, path), encoding="utf-8").read().count("\n"), f"README: {path} has another number of lines"
+        assert int(lines) == open(os.path.join(HERE, path),
+                                  encoding="utf-8").read().count("\n"), f"README: {path} has another number of lines"
 
 
 @pytest.mark.parametrize("script", ["train_tokenizer.py", "train_mllm.py", "sample.py"])
 def test_project_every_flag_is_read_and_explained(script):
     text = open(os.path.join(HERE, script), encoding="utf-8").read()
-    for flag, rest in re.findall(r'add_argument\("--([\w-]+)"(.*)', text):
+    for flag, rest in re.findall(r'add_argument\("--([\w-]+)"(.*?)(?=add_argument|\n    \w+ = )', text, re.S):
         assert re.search(rf"args\.{flag.replace('-', '_')}\b|\"{flag.replace('-', '_')}\"", text), flag
         assert "help=" in rest, flag
 
 
+def test_project_no_line_is_wider_than_140_columns():
+    for path in glob.glob(os.path.join(HERE, "*.py")) + glob.glob(os.path.join(HERE, "data/*.py")):
+        wide = [number for number, line in enumerate(open(path, encoding="utf-8"), 1) if len(line.rstrip("\n")) > 140]
+        assert not wide, (path, wide)
+
+
 def test_project_imports_only_what_requirements_name():
-    allowed = {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken", "data", "rvq", "losses", "tokenizer", "mllm", "train_tokenizer", "train_mllm", "tokenizers"}
+    allowed = {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken", "data", "rvq", "losses", "tokenizer", "mllm", "train_tokenizer",
+               "train_mllm", "tokenizers"}
     named = open(os.path.join(HERE, "requirements.txt"), encoding="utf-8").read().replace("pillow", "PIL")
     for path in glob.glob(os.path.join(HERE, "*.py")) + glob.glob(os.path.join(HERE, "data/*.py")):
         if not path.endswith("test_all.py"):
@@ -6655,14 +7121,16 @@ def test_project_imports_only_what_requirements_name():
             optional = {"timm", "triton", "transformers", "vector_quantize_pytorch"}        # imported where they are asked for
             assert not optional & {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
             nodes = list(ast.walk(tree))
-            found = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+            found = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module.split(".")[0]
+                for n in nodes if isinstance(n, ast.ImportFrom)}
             found -= {*optional, *sys.stdlib_module_names}
             assert found <= allowed, (path, found - allowed)
             assert all(name in named for name in found & {"torch", "numpy", "PIL", "tqdm", "safetensors", "tiktoken"})
 
 
 # The exercises that empty a function: (file, function, -k of its component's unit group, -k of the tests that are named).
-EXERCISES = re.findall(r'<!-- empty (\S+) (\S+), group (\S+) -->\n```\npython -m pytest test_all\.py -q -k "(.+)"\n```', Path(HERE, "assets/exercises.md").read_text("utf-8"))
+EXERCISES = re.findall(r'<!-- empty (\S+) (\S+), group (\S+) -->\n```\npython -m pytest test_all\.py -q -k "(.+)"\n```',
+                       Path(HERE, "assets/exercises.md").read_text("utf-8"))
 
 
 def emptied(source: str, name: str) -> str:
@@ -6687,12 +7155,14 @@ def every_test() -> list[str]:
 
 def taken(words: str) -> set[str]:
     """The names of the tests that `-k words` takes: and, or, not and brackets between parts of names."""
-    return {test for test in every_test() if eval(re.sub(r"[^\s()]+", lambda word: word[0] if word[0] in ("and", "or", "not") else str(word[0].lower() in test.lower()), words))}
+    return {test for test in every_test() if eval(re.sub(r"[^\s()]+", lambda word: word[0] if word[0] in ("and", "or", "not")
+                                                         else str(word[0].lower() in test.lower()), words))}
 
 
 def test_project_exercises_name_functions_and_tests():
     text = Path(HERE, "assets/exercises.md").read_text("utf-8")
-    assert text.count("<!-- empty ") == len(EXERCISES) >= 8 and len(re.findall(r"^## \d+\. .+ \(.+\)$", text, re.M)) == text.count("\n## ") >= 10
+    assert text.count("<!-- empty ") == len(EXERCISES) >= 8 and len(re.findall(r"^## \d+\. .+ \(.+\)$", text,
+                                                                               re.M)) == text.count("\n## ") >= 10
     for path, name, group, words in EXERCISES:
         source = Path(HERE, path).read_text("utf-8")
         assert f"`{name}` in `{path}`" in text and emptied(source, name) != source
@@ -6708,7 +7178,8 @@ def test_project_an_emptied_function_fails_the_tests_of_its_exercise(tmp_path, n
     path, name, group, words = EXERCISES[number]
     shutil.copytree(HERE, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache"))
     (tmp_path / "copy" / path).write_text(emptied(Path(HERE, path).read_text("utf-8"), name), "utf-8")
-    subprocess.run([sys.executable, "-m", "pytest", "test_all.py", "-q", "--tb=no", "-k", group, "-p", "no:cacheprovider", "--junitxml", tmp_path / "tests.xml"],
+    subprocess.run([sys.executable, "-m", "pytest", "test_all.py", "-q", "--tb=no", "-k", group, "-p", "no:cacheprovider", "--junitxml",
+                    tmp_path / "tests.xml"],
                    cwd=tmp_path / "copy", capture_output=True)
     tests = {case.get("name"): {part.tag for part in case} for case in ElementTree.parse(tmp_path / "tests.xml").iter("testcase")}
     skipped = {test for test, parts in tests.items() if "skipped" in parts}
