@@ -1806,8 +1806,10 @@ def test_tokenizer_paper_backbones_match_transformers(tmp_path, name):
     for full in (True, False):
         def scaled(t):
             if full:
-                return dict(num_hidden_layers=1, **{key: getattr(t, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")})
-            return dict(num_hidden_layers=3, hidden_size=t.hidden_size // 16, intermediate_size=t.intermediate_size // 16, num_attention_heads=4)
+                return dict(num_hidden_layers=1, hidden_size=t.hidden_size, intermediate_size=t.intermediate_size,
+                            num_attention_heads=t.num_attention_heads)
+            return dict(num_hidden_layers=3, hidden_size=t.hidden_size // 16, intermediate_size=t.intermediate_size // 16,
+                        num_attention_heads=4)
         vision = scaled(c.vision) | dict(patch_size=c.vision.patch_size, image_size=2 * c.vision.patch_size
                                          if full else c.vision.image_size, model_type="siglip_vision_model")
         text = scaled(c.text) | dict(vocab_size=60, max_position_embeddings=8, projection_size=vision["hidden_size"],

@@ -12,7 +12,7 @@
     python train_tokenizer.py --eval --out out/photos         # metrics.json anew, without training
     python train_tokenizer.py --eval --init DUALTOKEN --siglip SIGLIP --out out/released --zero-shot-data imagenet/val \\
         --class-names names.txt --retrieval-data flickr8k/captions.txt
-    python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run   # FLOPs, memory and time of a run; needs neither data nor weights
+    python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run   # FLOPs, memory and time of a run; needs no data, no weights
 
 A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the
 same for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages,
