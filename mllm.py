@@ -42,8 +42,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from tokenizer import (attend, brief, check_fields, load_weights, lower, make_config, read_config, read_weights, recomputed, save_model,
-                       unbuilt)
+from tokenizer import (attend, brief, check_fields, load_weights, lower, make_config, read_config, read_weights, recomputed,
+                       save_model, unbuilt)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text as ids: UTF-8 bytes without any file, or a GPT-2, Qwen2.5 or SmolLM2 vocabulary from local files; in each, four marks for images
@@ -54,13 +54,11 @@ SPECIALS = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object
             "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>").split()     # Qwen2.5's; GPT-2: the first
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # pieces of text; no token crosses two
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SMOLLM_SPECIALS = [*SPECIALS[:3],
-                   *("<repo_name> <reponame> <file_sep> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> <jupyter_start> "
-                                    "<jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> <empty_output>").split()]
+SMOLLM_SPECIALS = SPECIALS[:3] + ("<repo_name> <reponame> <file_sep> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> "
+                                  "<jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> <empty_output>").split()
 # GPT-2's pieces of the stretches between digits, each digit a piece: white space that ends a stretch is whole.
 SMOLLM_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
-# Number of ordinary tokens: pieces, NFC, special tokens, the first ordinary token's id, how many are single bytes (what a corpus lacks, its
-# vocabulary may lack).
+# Number of ordinary tokens: pieces, NFC, special tokens, the first ordinary token's id, how many are single bytes (a corpus may lack some)
 KNOWN = {50256: (GPT2_SPLIT, False, SPECIALS[:1], 0, 256), 151643: (QWEN_SPLIT, True, SPECIALS, 0, 256),
          49135: (SMOLLM_SPLIT, False, SMOLLM_SPECIALS, 17, 235)}
 HIDDEN = [b for b in range(256) if b == 32 or not chr(b).isprintable()]     # bytes that vocabulary files spell by characters 256, 257, ...
@@ -74,8 +72,7 @@ def _files(folder: str, more: list[Path] = ()) -> list[Path]:
 
 
 def _ranks(vocab: dict, merges: list) -> dict[bytes, int]:
-    """Ordinary tokens {bytes: id}. tiktoken merges the lowest id first, so the merges have to make the tokens after the single bytes in
-    this order."""
+    """Ordinary tokens {bytes: id}. tiktoken merges the lowest id first, so merges have to make the tokens in this order."""
     ordinary = {token: id for token, id in vocab.items() if token not in {*SPECIALS, *SMOLLM_SPECIALS}}
     if odd := set("".join(ordinary)) - BYTE.keys():
         raise ValueError(f"{''.join(sorted(odd))[:20]!r} in its tokens spells no bytes")
@@ -89,8 +86,7 @@ def _ranks(vocab: dict, merges: list) -> dict[bytes, int]:
 
 
 class TextTokenizer:
-    """`marks` {name: id}; `end`, `turn_start`, `turn_end` (or None); `ordinary` ids; `size`, highest id + 1; `nfc`; `files` read; tiktoken
-    `encoding`."""
+    """`marks` {name: id}; `end`, `turn_start`, `turn_end` (or None); `ordinary` ids; `size`, highest id + 1; `files` read."""
 
     def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool, specials: list[str], files: list[Path]):
         self.ordinary, self.size = {*ranks.values()}, len(ranks) + len(specials) + len(MARKS)
@@ -121,25 +117,24 @@ class TextTokenizer:
                     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
             *how, first, single = KNOWN.get(len(ranks), (0, 256))
             if not how or {*ranks.values()} != {*range(first, first + len(ranks))} or [len(token) for token in ranks].count(1) != single:
-                raise ValueError(f"{len(ranks)} ordinary tokens; their ids have to be {first}, {first + 1}, {first + 2}, ... and {single} "
-                                 "of them single bytes")
+                raise ValueError(f"{len(ranks)} ordinary tokens; their ids have to be {first}, {first + 1}, {first + 2}, ... "
+                                 f"and {single} of them single bytes")
             made = cls(ranks, *how, files)
             if odd := [token.get("content") for token in added if made.specials.get(token.get("content")) != token.get("id")]:
                 raise ValueError(f"the added tokens {str(odd)[:200]} are others, or have other ids")
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no vocabulary in {' and '.join(map(str, files)) or folder} ({error}); expected the 50256 tokens of GPT-2, "
-                             "151643 of Qwen2.5 or 49135 of SmolLM2 as tokenizer.json, vocab.json + merges.txt or qwen.tiktoken: copy it "
-                             "there") from None
+                             "151643 of Qwen2.5 or 49135 of SmolLM2 as tokenizer.json, vocab.json + merges.txt or qwen.tiktoken: "
+                             "copy it there") from None
         return made
 
     def encode(self, text: str) -> list[int]:
-        """Text that spells a mark or another special token is never turned into it. A byte that the vocabulary lacks is left out, as the
-        tokenizers library does."""
+        """Text that spells a mark or another special token is never turned into it. A byte that the vocabulary lacks is left out."""
         ids = self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
         if not self.lacking or max(ids, default=0) < self.size:
             return ids
-        # What stands around it in its piece is merged without it. tiktoken tells no pieces; the pattern by which its teaching version finds
-        # them is the same.
+        # As in the tokenizers library, what stands around it in its piece is merged without it. tiktoken tells no pieces; the pattern by
+        # which its teaching version finds them is the same.
         from tiktoken._educational import SimpleBytePairEncoding
         pieces = SimpleBytePairEncoding(pat_str=self.encoding._pat_str, mergeable_ranks={})._pat.findall(text)
         kept = (bytes(b for b in piece.encode("utf-8", "replace") if b not in self.lacking) for piece in pieces)
@@ -181,8 +176,7 @@ class Picture(NamedTuple):
 
 def turn(text: TextTokenizer, asked: list, reply: list | None = None) -> list:
     """One exchange, as segments: what is asked, without loss, and the reply, with loss; both are lists of strings and `Picture`s. Without a
-    reply, the sequence ends where the reply begins. Vocabularies with chat marks get Qwen's chat form; the others a line break, and the end
-    mark."""
+    reply, the sequence ends where it begins. Vocabularies with chat marks get Qwen's chat form; others a line break, and the end mark."""
     chat, line = text.turn_start is not None, text.encode("\n")
     opening = [text.turn_start, *text.encode("user\n")] if chat else []
     between = [text.turn_end, *line, text.turn_start, *text.encode("assistant\n")] if chat else line
@@ -196,8 +190,8 @@ def turn(text: TextTokenizer, asked: list, reply: list | None = None) -> list:
 
 def document(text: TextTokenizer, parts: list) -> list:
     """Plain or interleaved text, as segments: all strings with loss, pictures as they come, between two end marks."""
-    return [Words([text.end]), *(Words(text.encode(p), loss=True) if isinstance(p, str) else p for p in parts),
-            Words([text.end], loss=True)]
+    middle = [Words(text.encode(p), loss=True) if isinstance(p, str) else p for p in parts]
+    return [Words([text.end]), *middle, Words([text.end], loss=True)]
 
 
 @dataclass
@@ -229,8 +223,7 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
          rngs: list = ()) -> Batch:
     """Sequences (lists of `Words` and `Picture`s) -> one `Batch`, padded to the longest (on the left where all must end together, for
     generation). A picture takes `positions` = N places between its two marks, and is never counted as text. later: share of a painted
-    picture's positions, drawn by its sequence's `random.Random`, whose later depths are learned too. ValueError: longer than `limit`, if
-    that is given."""
+    picture's positions, drawn by its sequence's `random.Random`, whose later depths are learned too. ValueError: longer than `limit`."""
     rows, marks = [], text.marks
     for segments in sequences:
         ids, loss, pictures = [], [], []
@@ -240,11 +233,10 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
                 loss += [s.loss] * len(s.ids)
             else:
                 if len(s.data) != positions:
-                    raise ValueError(f"a picture of {len(s.data)} positions in a sequence, expected {positions}: was it encoded by another "
-                                     "tokenizer?")
+                    raise ValueError(f"a picture of {len(s.data)} positions, expected {positions}: was it encoded by another tokenizer?")
                 pictures.append((len(ids) + 1, s))
-                ids += [marks["<image_gen_start>" if s.paint else "<image_start>"], *[0] * positions,
-                        marks["<image_gen_end>" if s.paint else "<image_end>"]]
+                opening, closing = MARKS[2:] if s.paint else MARKS[:2]
+                ids += [marks[opening], *[0] * positions, marks[closing]]
                 loss += [False] * (positions + 2)
         rows.append((ids, loss, pictures))
     longest = max(len(ids) for ids, _, _ in rows)
@@ -260,17 +252,17 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
         targets += [row[p] for p in wanted]
         for p, s in pictures:
             if s.paint and s.loss:
-                all_depths += [len(learned) * positions + n
-                               for n in (range(positions) if later == 1 else rngs[b].sample(range(positions), round(later * positions)))]
+                drawn = range(positions) if later == 1 else rngs[b].sample(range(positions), round(later * positions))
+                all_depths += [len(learned) * positions + n for n in drawn]
                 learned.append(len(at))
             data.append(s.data), at.append(b * longest + start + p), painted.append(s.paint)
     long = lambda values: torch.tensor(values, dtype=torch.int64)
     pictures = torch.stack(data) if data else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
     pictures = pictures if pictures.is_floating_point() else pictures.long()
-    first_depth = None if later == 1 else torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, long(all_depths),
-        False).nonzero()[:, 0]
-    return Batch(ids, mask, long(places), long(targets), pictures, long(at), torch.tensor(painted, dtype=torch.bool), long(learned),
-                 long(all_depths), first_depth)
+    at, learned, all_depths, painted, first_depth = long(at), long(learned), long(all_depths), torch.tensor(painted, dtype=torch.bool), None
+    if later != 1:
+        first_depth = torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, all_depths, False).nonzero()[:, 0]
+    return Batch(ids, mask, long(places), long(targets), pictures, at, painted, learned, all_depths, first_depth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,8 +318,7 @@ class Cache:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (RoPE): x (B, heads, T, d), angles (B or 1, 1, T, d). Channel i turns with channel i + d/2, as in Llama and
-    Qwen."""
+    """Rotary position embedding (RoPE): x (B, heads, T, d), angles (B or 1, 1, T, d). Channel i turns with i + d/2, as in Llama and Qwen."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
@@ -382,8 +373,7 @@ def _init(module: nn.Module):
 
 
 class LLM(nn.Module):
-    """Decoder-only transformer; parameters, function and files as Hugging Face's Qwen2ForCausalLM and LlamaForCausalLM. A tied head has no
-    tensor of its own."""
+    """Decoder-only transformer; parameters, function and files as Hugging Face's Qwen2ForCausalLM and LlamaForCausalLM."""
 
     def __init__(self, config: LLMConfig):
         super().__init__()
@@ -459,22 +449,21 @@ class LLM(nn.Module):
             if got != expected:
                 raise ValueError(f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: this LLM is Qwen2's, or Llama's")
         # Llama's defaults, where they differ from Qwen2's
-        defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "attention_bias": qwen} | ({} if qwen else dict(
-            vocab_size=32000, intermediate_size=11008, num_key_value_heads=config.get("num_attention_heads", 32),
-            max_position_embeddings=2048))
+        llama = dict(vocab_size=32000, intermediate_size=11008, num_key_value_heads=config.get("num_attention_heads", 32),
+                     max_position_embeddings=2048)
+        defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "attention_bias": qwen} | ({} if qwen else llama)
         sizes = make_config(LLMConfig, defaults | {name: value for name, value in config.items() if value is not None}, folder)
         model = unbuilt(lambda: cls(sizes), folder)      # no time for random weights that are not used
         if (width := config.get("head_dim")) not in (None, model.config.hidden_size // model.config.num_attention_heads):
-            raise ValueError(f"{folder}/config.json has head_dim {brief(width)}, expected hidden_size / num_attention_heads: this LLM's "
-                             "heads share its width")
+            raise ValueError(f"{folder}/config.json has head_dim {brief(width)}, expected hidden_size / num_attention_heads: "
+                             "this LLM's heads share its width")
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
         load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder, assign=True)
         return model
 
 
 def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names. ValueError: a file is missing or
-    damaged."""
+    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names. ValueError: one is missing."""
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(os.path.join(folder, "model.safetensors")) or not os.path.exists(index):
         return read_weights(folder, ignore=ignore)
@@ -499,9 +488,8 @@ LOGITS = 2 ** 26        # at once, 256 MiB in fp32; a quarter of that may stay u
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """States h (M, C), classifier (V, C), classes (M,) -> the sum of the cross entropies of h @ weight.T, in fp32. Where logits are many
-    they are made a chunk of rows at a time, and once more in the backward pass: of 151,936 words or 16,384 codes, those of all places would
-    be larger than the model."""
+    """States h (M, C), classifier (V, C), classes (M,) -> the sum of the cross entropies of h @ weight.T, in fp32. Many logits are made a
+    chunk of rows at a time, and once more in the backward pass: those of 151,936 words at all places would be larger than the model."""
     def part(h, target):
         return F.cross_entropy(F.linear(h, weight).float(), target, reduction="sum")
     if len(h) * len(weight) <= LOGITS // 4:
@@ -553,8 +541,7 @@ class VisualHead(nn.Module):
         self.classifiers = nn.Parameter(torch.randn(c.depth, width, c.codebook_size) * width ** -0.5)
 
     def inputs(self, h: Tensor, vectors: Tensor) -> Tensor:
-        """Eq. 5: h (M, C), code vectors (M, d, E) of which the last is not looked at -> what the depth transformer reads (M, d, head
-        width)."""
+        """Eq. 5: h (M, C), code vectors (M, d, E), the last not looked at -> what the depth transformer reads (M, d, head width)."""
         before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
         return torch.cat([self.projector(h)[:, None], self.code_in(before.to(self.depth.dtype))], 1)
 
@@ -603,6 +590,11 @@ def choose(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_k: int =
     cumulative = p.cumsum(-1)
     rank = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
     return order.gather(1, rank.clamp(max=order.shape[1] - 1))[:, 0]
+
+
+def uniform(seeds, *shape: int) -> Tensor:
+    """Noise in [0, 1), (n, *shape): a sample's own generator for each, so that it does not depend on the rest of the batch."""
+    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def repeat(step, times: int, graph: bool, progress: bool):
@@ -654,11 +646,11 @@ class MLLMConfig:
         if self.continuous:
             self.streams_out = ()
         elif not self.streams_in or not set(self.streams_in + self.streams_out) <= set(self.streams):
-            raise ValueError(f"streams in {brief(self.streams_in)}, streams out {brief(self.streams_out)}: expected some of "
-                             f"{brief(self.streams)}, or to read ('continuous',)")
+            raise ValueError(f"streams in {brief(self.streams_in)}, streams out {brief(self.streams_out)}: "
+                             f"expected some of {brief(self.streams)}, or to read ('continuous',)")
         if self.streams_out and not set(self.streams_in) & set(self.streams_out):
-            raise ValueError(f"the painted streams {self.streams_out} are not among those read, {self.streams_in}: the model could not see "
-                             "what it paints")
+            raise ValueError(f"the painted streams {self.streams_out} are not among those read, {self.streams_in}: "
+                             "the model could not see what it paints")
         if self.head_width % self.head_heads:
             raise ValueError(f"head_width {self.head_width} is not a multiple of head_heads {self.head_heads}")
 
@@ -673,38 +665,35 @@ HEADS["smollm2-135m"] = HEADS["small"]
 
 
 class DualMLLM(nn.Module):
-    """LLM, input projector, the embeddings of the four image marks, a visual head per painted stream, and frozen copies of the tokenizer's
-    code tables."""
+    """LLM, input projector, embeddings of the four image marks, a visual head per painted stream, frozen copies of the code tables."""
 
     def __init__(self, config: MLLMConfig, text: TextTokenizer, llm: LLM | None = None):
         super().__init__()
         c, self.text = config, text
         self.config, width = c, c.llm.hidden_size
         self.llm = llm or LLM(c.llm)
-        # Rows of their own, not of the LLM's table: so they train with the projector while the table is frozen and takes no optimiser
-        # memory.
+        # Rows of their own, not of the LLM's table: so they train with the projector while the table is frozen.
         self.marks = nn.Parameter(torch.randn(len(MARKS), width) * width ** -0.5)
-        self.projector = nn.Sequential(nn.Linear(c.feature_width if c.continuous else len(c.streams_in) * c.code_dim, width), nn.GELU(),
-                                       nn.Linear(width, width))
+        read = c.feature_width if c.continuous else len(c.streams_in) * c.code_dim
+        self.projector = nn.Sequential(nn.Linear(read, width), nn.GELU(), nn.Linear(width, width))
         self.heads = nn.ModuleDict({stream: VisualHead(c) for stream in c.streams_out})
         self.register_buffer("tables", torch.zeros(len(c.streams), c.tables, c.codebook_size, c.code_dim))      # (S, 1 or D, K, E)
 
     @torch.no_grad()
     def take_tables(self, tables: Tensor):
-        """Copy the tokenizer's tables. Classifiers start as random maps of the code vectors: codes that mean nearly the same begin with
-        nearly the same logits."""
+        """Copy the tokenizer's tables. Classifiers start as random maps of the code vectors: near codes begin with near logits."""
         self.tables.copy_(tables)
         for stream, head in self.heads.items():
             table = tables[self.config.streams.index(stream)]
             table = (table - table.mean(1, keepdim=True)) / table.std(1, keepdim=True).clamp(min=1e-6)  # (1 or D, K, E)
-            maps = torch.randn(len(head.classifiers), self.config.head_width,
-                               self.config.code_dim) * (self.config.head_width * self.config.code_dim) ** -0.5
+            maps = torch.randn(self.config.depth, self.config.head_width, self.config.code_dim)
+            maps *= (self.config.head_width * self.config.code_dim) ** -0.5
             head.classifiers.copy_(maps @ table.transpose(1, 2).to(maps))
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that the stages use."""
-        return {"llm": list(self.llm.parameters()), "projector": [self.marks, *self.projector.parameters()],
-                "heads": list(self.heads.parameters())}
+        parts = {"llm": self.llm.parameters(), "projector": (self.marks, *self.projector.parameters()), "heads": self.heads.parameters()}
+        return {name: list(parameters) for name, parameters in parts.items()}
 
     # ---- pictures in
 
@@ -725,7 +714,7 @@ class DualMLLM(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """What the LLM sees: words, marks and pictures, (B, T, C)."""
         first, N = self.text.marks[MARKS[0]], self.config.positions
-        mark = batch.ids - first  # 0..3 for the marks, which follow each other
+        mark = batch.ids - first                                        # 0..3 for the marks, which follow each other
         is_mark = (mark >= 0) & (mark < len(MARKS))
         x = self.llm.model.embed_tokens(batch.ids.masked_fill(is_mark, 0))
         x = torch.where(is_mark[..., None], F.embedding(mark.clamp(0, len(MARKS) - 1), self.marks), x)
@@ -740,8 +729,7 @@ class DualMLLM(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sums of cross entropies by name (Eq. 6-7): `text` over the text tokens that have a loss, `STREAM_d` over painted positions, for
-        each depth d (later depths: the positions `all_depths`). An empty part gives zero, and zero gradients: so every parameter takes part
-        in every step, as DDP wants."""
+        each depth d (later depths: those in `all_depths`). An empty part gives zero, and zero gradients: DDP wants every parameter."""
         h = self.llm.hidden(self.embed(batch)).flatten(0, 1)                                            # (B * T, C)
         terms = {"text": linear_cross_entropy(h[batch.text_from], self.llm.classifier, batch.text_target)}
         N, D = self.config.positions, self.config.depth
@@ -750,8 +738,7 @@ class DualMLLM(nn.Module):
         codes = batch.pictures[batch.learned].flatten(0, 1) if len(batch.learned) else batch.ids.new_zeros(0, len(self.config.streams), D)
         for stream, head in self.heads.items():
             s = self.config.streams.index(stream)
-            # also where they are empty: with FSDP, each call gathers weights on all ranks
-            for rows, depths in ((batch.all_depths, D), (batch.first_depth, 1)):
+            for rows, depths in ((batch.all_depths, D), (batch.first_depth, 1)):        # also empty ones: with FSDP, all ranks gather weights
                 if rows is None:
                     continue
                 target = codes[rows, s, :depths]                                                        # (M, depths)
@@ -772,22 +759,19 @@ class DualMLLM(nn.Module):
 
     @torch.no_grad()
     def paint(self, prompts: list[str], pictures: Tensor | None = None, guidance: float = 3.0, temperature: float = 1.0, top_k: int = 0,
-              top_p: float = 1.0,
-              seeds: list[int] | None = None, progress: bool = False, graph: bool = False) -> Tensor:
+              top_p: float = 1.0, seeds: list[int] | None = None, progress: bool = False, graph: bool = False) -> Tensor:
         """Pictures from text, or, with pictures to read (B, N, S, D), edited by instructions: -> codes (B, N, S, D), zero in streams that
         are not painted. guidance s: u + s (c - u) on all logits, u being those without the words; 1 needs no u. Sample i depends on
-        seeds[i] (default i) and its prompt alone. graph: on CUDA, a position's kernels are launched together, which pays where they are
-        short."""
+        seeds[i] (default i) and its prompt alone. graph: on CUDA, a position's kernels are launched together, which pays if short."""
         c, n, guided = self.config, len(prompts), guidance != 1
         if not self.heads:
             raise ValueError("this model paints nothing: it was trained to read alone; train one with --streams-out")
         start = [Words([self.text.marks["<image_gen_start>"]])]
         given = [[] if pictures is None else [Picture(p)] for p in (prompts if pictures is None else pictures.cpu())]
-        rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)] + [turn(self.text, [*g, ""]) + start
-            for g in given if guided]
+        rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)]
+        rows += [turn(self.text, [*g, ""]) + start for g in given if guided]
         h, cache = self._begin(rows, c.positions)
-        noise = torch.stack([torch.rand(c.positions, len(c.streams), c.depth, generator=torch.Generator().manual_seed(s)) for s in seeds
-                             or range(n)]).to(h.device)
+        noise = uniform(seeds or range(n), c.positions, len(c.streams), c.depth).to(h.device)
         codes, new = torch.zeros(noise.shape, dtype=torch.int64, device=h.device), torch.zeros_like(noise[:, :1], dtype=torch.int64)
         place, painted = torch.zeros(1, dtype=torch.int64, device=h.device), torch.ones(n, dtype=torch.bool, device=h.device)
 
@@ -807,8 +791,7 @@ class DualMLLM(nn.Module):
             place.add_(1)
 
         def step():
-            """The codes of the last position are read, those of the next written. Shapes never change and the host looks at nothing, so
-            that it can be a CUDA graph."""
+            """The codes of the last position are read, those of the next written: no new shapes, no look at the device, as a graph wants."""
             x = self.project(new, painted)
             write_codes(self.llm.hidden(x.repeat(2, 1, 1) if guided else x, cache=cache)[:, -1])
         write_codes(h)
@@ -817,20 +800,20 @@ class DualMLLM(nn.Module):
 
     @torch.no_grad()
     def answer(self, pictures: Tensor | None, questions: list[str], longest: int = 64, temperature: float = 0.0, top_k: int = 0,
-               top_p: float = 1.0,
-               seeds: list[int] | None = None) -> list[str]:
+               top_p: float = 1.0, seeds: list[int] | None = None) -> list[str]:
         """Text about pictures (B, N, S, D) (or features, or None), one question each; the empty question asks for a caption. At most
         `longest` tokens, and nothing but text: marks are never written."""
         text, stop = self.text, self.text.turn_end if self.text.turn_start is not None else self.text.end
         rows = [turn(text, [*([] if pictures is None else [Picture(pictures[i].cpu())]), question]) for i, question in enumerate(questions)]
         h, cache = self._begin(rows, longest)
-        noise = torch.stack([torch.rand(longest, generator=torch.Generator().manual_seed(s)) for s in seeds
-                             or range(len(rows))]).to(h.device)
+        noise = uniform(seeds or range(len(rows)), longest).to(h.device)
         allowed = torch.zeros(self.config.llm.vocab_size, dtype=torch.bool)
         allowed[[*text.ordinary, stop]] = True
         allowed, written, done = allowed.to(h.device), [], torch.zeros(len(rows), dtype=torch.bool, device=h.device)
-        for token in self.write_words(h, cache, longest, lambda logits, t: choose(logits.masked_fill(~allowed, -math.inf), noise[:, t],
-                                                                                  temperature, top_k, top_p)):
+
+        def pick(logits, t):
+            return choose(logits.masked_fill(~allowed, -math.inf), noise[:, t], temperature, top_k, top_p)
+        for token in self.write_words(h, cache, longest, pick):
             written.append(token.masked_fill(done, stop))
             done |= token == stop
             if done.all():
@@ -839,8 +822,7 @@ class DualMLLM(nn.Module):
         return [text.decode(row[:row.index(stop)] if stop in row else row) for row in rows]
 
     def write_words(self, h: Tensor, cache: Cache, longest: int, pick):
-        """Tokens (B,), one after the other, each read before the next: h (B, C) the state before the first, pick(logits (B, V), number) ->
-        (B,)."""
+        """Tokens (B,), one after the other, each read before the next: h (B, C) is the state before the first; pick(logits, number)."""
         for t in range(longest):
             token = pick(self.llm.head(h).float(), t)
             yield token
@@ -850,8 +832,8 @@ class DualMLLM(nn.Module):
     @torch.no_grad()
     def score(self, pictures: Tensor, captions: list[str]) -> Tensor:
         """Log-probability of each caption given its picture (B, N, S, D): (B,)."""
-        batch = pack([turn(self.text, [Picture(p)], [c]) for p, c in zip(pictures.cpu(), captions)], self.text,
-                     self.config.positions).to(self.marks.device)
+        rows = [turn(self.text, [Picture(p)], [c]) for p, c in zip(pictures.cpu(), captions)]
+        batch = pack(rows, self.text, self.config.positions).to(self.marks.device)
         h = self.llm.hidden(self.embed(batch)).flatten(0, 1)
         loss = F.cross_entropy(self.llm.head(h[batch.text_from]).float(), batch.text_target, reduction="none")
         return loss.new_zeros(len(captions)).index_add_(0, batch.text_from // batch.ids.shape[1], -loss)
@@ -859,8 +841,7 @@ class DualMLLM(nn.Module):
     # ---- files
 
     def save_pretrained(self, folder: str, weights: dict[str, Tensor] | None = None, **more):
-        """config.json, model.safetensors and the vocabulary; `more` goes into config.json too. weights: its own, gathered from the ranks
-        that share them."""
+        """config.json, with `more`, model.safetensors and the vocabulary. weights: its own, gathered from the ranks that share them."""
         save_model(folder, self.state_dict() if weights is None else weights, {"model_type": "dualmllm", **asdict(self.config), **more})
         self.text.save(folder)
 
