@@ -80,8 +80,8 @@ def _ranks(vocab: dict, merges: list) -> dict[bytes, int]:
     made = [vocab.get(left + right) if left in vocab and right in vocab else None for left, right in pairs]
     *_, first, single = KNOWN.get(len(ordinary), (0, 0))
     if single and made != list(range(first + single, first + len(ordinary))):
-        raise ValueError(f"its {len(merges)} merges do not make the tokens {first + single} to {first + len(ordinary) - 1}, in this order, "
-                         "out of known ones")
+        raise ValueError(f"its {len(merges)} merges do not make the tokens {first + single} to {first + len(ordinary) - 1}, "
+                         "in this order, out of known ones")
     return {bytes(BYTE[char] for char in token): id for token, id in ordinary.items()}
 
 
@@ -471,8 +471,8 @@ def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {error}); expected a weight_map from tensor to "
-                         "file") from None
+        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {error}); "
+                         "expected a weight_map from tensor to file") from None
     weights = {}
     for name in names:
         if not isinstance(name, str) or os.path.basename(name) != name or not name.isprintable() or len(name) > 200:
@@ -850,8 +850,8 @@ class DualMLLM(nn.Module):
         """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
         config = read_config(folder)
         if config.get("model_type") != "dualmllm":
-            raise ValueError(f"{folder}/config.json is no multimodal LLM of ours: model_type is {brief(config.get('model_type'))}, "
-                             "expected 'dualmllm'")
+            raise ValueError(f"{folder}/config.json is no multimodal LLM of ours: "
+                             f"model_type is {brief(config.get('model_type'))}, expected 'dualmllm'")
         config["llm"] = make_config(LLMConfig, config.get("llm"), folder)
         config = make_config(MLLMConfig, config, folder)
         text = TextTokenizer.bytes() if config.text == "bytes" else TextTokenizer.from_folder(folder)

@@ -139,8 +139,8 @@ class Quantizer(nn.Module):
         another E."""
         if z.shape[-1] != self.dim:
             name = type(self).__name__
-            raise ValueError(f"{name}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; check the projection before the "
-                             "quantizer")
+            raise ValueError(f"{name}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; "
+                             "check the projection before the quantizer")
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codes, seen, close = self._search(z.detach().reshape(-1, self.dim))              # (M, D), (M, D, W), (M, D or 1, E)
@@ -171,8 +171,8 @@ class Quantizer(nn.Module):
         that was not taken) the statistics are dropped and nothing else changes."""
         if not self._seen:
             name = type(self).__name__
-            raise RuntimeError(f"{name}.update: nothing was quantized in training mode since the last update; call it once after each "
-                               "optimiser step")
+            raise RuntimeError(f"{name}.update: nothing was quantized in training mode since the last update; "
+                               "call it once after each optimiser step")
         count, total = all_reduce(self.batch_count), all_reduce(self.batch_sum)
         new_count = self.ema_count.lerp(count, 1 - self.decay)
         new_sum = self.ema_sum.lerp(total, 1 - self.decay)
@@ -267,8 +267,8 @@ class MultiCodebookVQ(Quantizer):
     def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, threshold: float = 0.1, grace: int = 20,
                  seed: int = 0):
         if dim % depth:
-            raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, expected a multiple of {depth}; change "
-                             "the one or the other")
+            raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, expected a multiple of {depth}; "
+                             "change the one or the other")
         super().__init__(dim, codebook_size, depth, depth, dim // depth, decay, threshold, grace, seed)
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,24 +53,24 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--paint-file", metavar="FILE", help="texts to paint, one a line, each picture in a file of its own")
     p.add_argument("--answer-file", metavar="FILE", help='questions, as JSON lines {"image": path, "question": words}; answers go to '
                                                          '--out/answers.jsonl')
-    p.add_argument("--fd", nargs=2, metavar="FOLDER", help="two folders of pictures to compare: Frechet distance in the tokenizer's ViT, "
-                                                           "or in --inception")
+    p.add_argument("--fd", nargs=2, metavar="FOLDER", help="two folders of pictures to compare: "
+                                                           "Frechet distance in the tokenizer's ViT, or in --inception")
     p.add_argument("--figure", choices=("layers", "clusters", "features", "codes", "depth"), help="drawn to OUT/figure-NAME.png")
     p.add_argument("--images", default="", metavar="FOLDER", help="for --figure: pictures to draw it from")
-    p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT to look into; default: the tokenizer's "
-                                                                  "teacher, else its own ViT")
+    p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT to look into; default: "
+                                                                  "the tokenizer's teacher, else its own ViT")
     p.add_argument("--other", default="", metavar="FOLDER", help="for --figure features: a second tokenizer to compare with")
-    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID (a program, so "
-                                                                   "from a source you trust)")
+    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID (a program, "
+                                                                   "so from a source you trust)")
     p.add_argument("--batch-size", type=int, default=16, help="pictures at a time, for --paint-file, --answer-file and --fd")
     p.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
     p.add_argument("--mllm", default="out/mllm", help="run folder of train_mllm.py, or of one of its stages")
     p.add_argument("--out", default="out/samples", help="folder for pictures")
-    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), or pictures "
-                                                    "behind a figure (0: up to 256)")
+    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), scenes to reconstruct (0: "
+                                                    "eight), or pictures behind a figure (0: up to 256)")
     p.add_argument("--eval-images", type=int, default=1024, help="size of the evaluation, as in training")
-    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; 1: as trained, and "
-                                                                                "twice as fast")
+    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; 1: "
+                                                                                "as trained, and twice as fast")
     p.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of sampling; 0: always the likeliest code")
     p.add_argument("--top-k", type=int, default=SAMPLING["top_k"], help="sample among so many codes; 0: all")
     p.add_argument("--top-p", type=float, default=SAMPLING["top_p"],
@@ -139,8 +139,8 @@ def pictures_for(args, size: int, least: int, device, most: int = 256, **world) 
     there = len(data) if args.images else max(args.n, most)
     n = args.n or min(there, most)
     if not least <= n <= there:
-        raise ValueError(f"--figure {args.figure} needs {max(least, args.n)} pictures, got {min(n, there)} of {source}; add pictures, or "
-                         "change --n")
+        raise ValueError(f"--figure {args.figure} needs {max(least, args.n)} pictures, got {min(n, there)} of {source}; "
+                         "add pictures, or change --n")
     if not args.images:
         return data.batch(range(n), device)[0], data.scenes(range(n)), f"{n} scenes of the {source} built-in world"
     images, _, broken = zip(*(data.sample(i * there // n) for i in range(n)))
@@ -265,8 +265,8 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
         try:
             inception = torch.jit.load(args.inception, map_location=ranks.device).eval()
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{args.inception} is no TorchScript file ({str(error).splitlines()[0][:100]}); expected the Inception of the "
-                             "usual FID") from None
+            raise ValueError(f"{args.inception} is no TorchScript file ({str(error).splitlines()[0][:100]}); "
+                             "expected the Inception of the usual FID") from None
         look = lambda images: inception(images, return_features=True)
     else:
         look = lambda images: tokenizer.siglip_model.vision_model(images.float() / 127.5 - 1)[1]
@@ -427,8 +427,8 @@ def draw_codes(sheet, draw, args, tokenizer: DualTokenizer, device, columns: int
     """MUSE-VL, Fig. 5."""
     images, _, where = pictures_for(args, tokenizer.config.vision.image_size, 2, device, single=0.0)
     if not tokenizer.design.means:
-        raise ValueError(f"the design {tokenizer.config.design} learns no semantics, so that its codes mark nothing; name a tokenizer of "
-                         "another design")
+        raise ValueError(f"the design {tokenizer.config.design} learns no semantics, so that its codes mark nothing; "
+                         "name a tokenizer of another design")
     codes, c = torch.cat([tokenizer.encode(part)[:, :, -1, 0].cpu() for part in images.split(16)]), tokenizer.config.vision
     chosen, order = telling_codes(codes, len(PENS), shown)
     cell, pens = max(224, 12 * c.grid), dict(zip(chosen, PENS))
@@ -481,8 +481,8 @@ def or_weights(args, needed: tuple, say):
     if missing and all(getattr(args, name) == f"out/{name}" for name in needed):
         for name in needed:
             setattr(args, name, os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", name))
-        say(f"nothing is trained in out/{' and out/'.join(missing)} yet: these are the weights that come with the code (preset nano, the "
-            "built-in world)")
+        say(f"nothing is trained in out/{' and out/'.join(missing)} yet: "
+            "these are the weights that come with the code (preset nano, the built-in world)")
 
 
 def main(argv=None):
@@ -498,8 +498,8 @@ def main(argv=None):
         return fd(args, tokenizer, ranks)
     model = to_generate(DualMLLM.from_pretrained(args.mllm), args.precision, ranks.device)
     if model.config.tables_sha256 != code_tables(tokenizer)[1]:
-        raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its "
-                         "--tokenizer")
+        raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; "
+                         "give its --tokenizer")
     run_config = read_config(args.mllm)
     encode = encoder(model.config, tokenizer, args.tokenizer, run_config.get("teacher", ""))
     how = dict(guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, graph=args.compile)
@@ -511,8 +511,8 @@ def main(argv=None):
             raise ValueError(f"{args.mllm}/config.json does not say what the model was trained on, so there is nothing to evaluate it on; "
                              "name a run folder of train_mllm.py")
         if data.source == "none":
-            raise ValueError(f"{args.mllm} was trained on records alone, and none are held out for this script; its metrics.json has what "
-                             "training measured")
+            raise ValueError(f"{args.mllm} was trained on records alone, and none are held out for this script; "
+                             "its metrics.json has what training measured")
         os.makedirs(args.out, exist_ok=True)
         if data.source not in shapes.DIFFICULTIES:
             more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])

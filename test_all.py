@@ -1236,10 +1236,10 @@ def test_rvq_ignores_autocast(design):
 def test_rvq_memory_stays_bounded():
     """The paper's size: 32 images of 729 positions, K 16,384, E 32. The distances of one depth alone would be 1.4 GiB."""
     pytest.importorskip("resource", reason="no peak memory on this system")
-    code = ("import resource, torch; from rvq import ResidualVQ; torch.set_num_threads(2); vq = ResidualVQ(32, 16384, 1); z = "
-            "torch.randn(32, 729, 32);"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20; before = peak(); vq(z); vq.update(); print(peak() "
-            "- before)")
+    code = ("import resource, torch; from rvq import ResidualVQ; torch.set_num_threads(2); vq = ResidualVQ(32, 16384, 1); "
+            "z = torch.randn(32, 729, 32);"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20; before = peak(); "
+            "vq(z); vq.update(); print(peak() - before)")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1
 
@@ -2426,17 +2426,17 @@ def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_fo
 def test_train_two_ranks_are_one_process(tmp_path):
     """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch; also where two ranks begin and one
     process goes on."""
-    code = ("import os, sys, torch, train_tokenizer as t\n"
-            "fit = t.fit\n"
-            "def kept(stage, *a):\n"
-            "    fit(stage, *a)\n"
-            "    if stage.name == 'tokenizer': torch.save(stage.model.state_dict(), sys.argv[1] + '/rank' + os.environ.get('RANK', '0') + "
-            "'.pt')\n"
+    code = ("import os, sys, torch, "
+            "train_tokenizer as t\nfit = t.fit\ndef kept(stage, "
+            "*a):\n    fit(stage, "
+            "*a)\n"
+            "    if stage.name == 'tokenizer': torch.save(stage.model.state_dict(), sys.argv[1] + '/rank' + os.environ.get('RANK', "
+            "'0') + '.pt')\n"
             "t.fit, write = kept, t.write_log\n"
-            "def stops(stage, line, broken):\n"
-            "    write(stage, line, broken)\n"
-            "    if stage.name == 'tokenizer' and str(line['step']) == os.environ.get('STOPS'): raise KeyboardInterrupt\n"
-            "t.write_log = stops\n"
+            "def stops(stage, line, broken):\n    write(stage, "
+            "line, broken)\n"
+            "    if stage.name == 'tokenizer' and str(line['step']) == os.environ.get('STOPS'): "
+            "raise KeyboardInterrupt\nt.write_log = stops\n"
             "t.cosine = lambda step, steps, warmup: (step + 1) / 50\n"       # the beginning of a long run
             "t.run(lambda: t.main(sys.argv[2:]))\n")
     (tmp_path / "script.py").write_text(code)
@@ -2673,8 +2673,8 @@ def test_train_folder_that_cannot_be_is_a_sentence(run_folder, folder):
 
 def test_train_one_run_a_folder(run_folder, tmp_path, monkeypatch):
     """A second one is refused while the first lives, on that folder alone."""
-    code = (f"import train_tokenizer as t, time; t.lock({str(tmp_path / 'one')!r}, t.Ranks('cpu')); print('held', flush=True); "
-            "time.sleep(600)")
+    code = (f"import train_tokenizer as t, time; t.lock({str(tmp_path / 'one')!r}, t.Ranks('cpu')); "
+            "print('held', flush=True); time.sleep(600)")
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     flags_ = [*TINY, "--siglip", str(run_folder / "siglip"), "--steps", "1", "--out"]
@@ -2950,8 +2950,8 @@ def test_train_goes_on_for_long(tmp_path):
     first, last = (np.median([line["images_per_second"] for line in part]) for part in (lines[:n], lines[-n:]))
     grown = np.median(memory[-len(memory) // 4:]) / np.median(memory[:len(memory) // 4]) - 1
     usage = {stream: np.mean([line[f"usage_{stream}"] for line in lines[-n:]]) for stream in ("pixel", "semantic")}
-    print(f"\n{lines[-1]['step']} steps in {minutes:g} minutes: memory {grown:+.2%}, {first:.0f} images/s at first, {last:.0f} at last, "
-          f"usage {usage}")
+    print(f"\n{lines[-1]['step']} steps in {minutes:g} minutes: "
+          f"memory {grown:+.2%}, {first:.0f} images/s at first, {last:.0f} at last, usage {usage}")
     assert abs(grown) < 0.01 and min(usage.values()) >= 0.9 and last > 0.9 * first
 
 
@@ -6061,8 +6061,8 @@ def test_train_mllm_trains_on_records_over_the_stages(recorded, captioned, token
     flags = ["--image-folder", str(recorded), "--conversations", str(tmp_path / "chats.jsonl"), "--documents", str(tmp_path / "more.jsonl")]
     train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"), *flags)
     out, metrics = capsys.readouterr().out, json.load(open(tmp_path / "run/metrics.json"))
-    assert ("57 of kind question (3 more held out), 26 of kind edit (1 more held out), 25 of kind document (1 more held out), "
-            "5 pictures, 0 left out" in out)
+    assert ("57 of kind question (3 more held out), 26 of kind edit (1 more held out), 25 of kind document "
+            "(1 more held out), 5 pictures, 0 left out" in out)
     assert {"held_out_question_text", "held_out_edit_codes", "held_out_document_text", "held_out_document_codes",
             "caption_retrieval"} <= metrics.keys() and "held_out_edit_text" not in metrics
     logged = losses_logged(tmp_path / "run")
@@ -6993,8 +6993,8 @@ def test_fuzz_many(name, tmp_path, few_words, capsys):
     begun, number = time.time(), int(os.environ.get("NANODUALTOKEN_FUZZ", 100))
     counts = fuzz(name, tmp_path, range(number), SEED)
     with capsys.disabled():
-        print(f"fuzz, {name}: {number} inputs, {counts['accepted']} accepted, {counts['refused']} refused, seed {SEED}, "
-              f"{time.time() - begun:.0f} s")
+        print(f"fuzz, {name}: {number} inputs, {counts['accepted']} accepted, {counts['refused']} refused, "
+              f"seed {SEED}, {time.time() - begun:.0f} s")
 
 
 # --- what it found once

@@ -148,8 +148,8 @@ class VisionConfig(TowerConfig):
         name = self.timm.get("model_name")
         if self.timm and (not isinstance(name, str) or ":" in name
                           or any(word in key for key in self.timm for word in ("pretrained", "checkpoint"))):
-            raise ValueError(f"timm is {brief(self.timm)}, expected the model_name of an architecture, and its arguments: weights come "
-                             "from model.safetensors alone")
+            raise ValueError(f"timm is {brief(self.timm)}, expected the model_name of an architecture, and its arguments: "
+                             "weights come from model.safetensors alone")
 
     @property
     def grid(self) -> int:
@@ -214,8 +214,8 @@ class TokenizerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if width % self.code_dim:
-            raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: the projections average width / "
-                             "E heads")
+            raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: "
+                             "the projections average width / E heads")
         if self.quantizer == "mcq" and self.code_dim % self.depth:
             raise ValueError(f"the code dimension {self.code_dim} is not a multiple of the depth {self.depth}: mcq splits a vector into as "
                              "many equal chunks; choose another --code-dim or --depth")
@@ -284,8 +284,8 @@ def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) ->
     if side < 16:
         raise ValueError(f"image size {side} is too small; expected at least 16 pixels")
     if side % scale or side < scale:
-        raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; choose one, such as "
-                         f"{max(1, side // scale) * scale}")
+        raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; "
+                         f"choose one, such as {max(1, side // scale) * scale}")
     # Patches of any size: what the decoder gets is resized to its scale, such as 27 -> 24 -> 384 pixels for patches of 14.
     return TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"]),
                                   latent_grid=side // scale))
@@ -321,8 +321,8 @@ class TextVocabulary:
         if not self.size:
             return "a ViT of timm has no text tower"
         if self.size != BYTES and not self.files:
-            return (f"the text tower has {self.size:,} ids, and no {self.path} says which they are; put the checkpoint's tokenizer.json "
-                    "there")
+            return (f"the text tower has {self.size:,} ids, and no {self.path} says which they are; "
+                    "put the checkpoint's tokenizer.json there")
         if self.files and not importlib.util.find_spec("tokenizers"):
             return f"the vocabulary {self.path} is read by the package tokenizers, which is not here: pip install tokenizers"
         return ""
@@ -348,17 +348,17 @@ class TextVocabulary:
         try:
             reader = Tokenizer.from_buffer(self.files["tokenizer.json"])
         except Exception as error:      # the package raises bare ones
-            raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); copy it again from where the checkpoint "
-                             "is") from None
+            raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); "
+                             "copy it again from where the checkpoint is") from None
         table = reader.get_vocab()
         if len(table) != self.size or max(table.values()) >= self.size:
-            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, and the text tower a table of "
-                             f"{self.size:,}; "
+            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, "
+                             f"and the text tower a table of {self.size:,}; "
                              "take the tokenizer.json of the same checkpoint")
         found = next((marks for marks in self.KINDS.values() if all(mark in table for mark in marks[:3] if mark)), None)
         if not found:
-            raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; expected the vocabulary of one "
-                             "of these")
+            raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; "
+                             "expected the vocabulary of one of these")
         reader.no_padding(), reader.no_truncation()     # both are ours
         first, last, pad, prepare = found
         return [table[first]] if first else [], [table[last]], table[pad], prepare, lambda text: reader.encode(text,
@@ -606,8 +606,8 @@ class SigLIP(nn.Module):
             weights = {renamed(name, CLIP_NAMES): value for name, value in weights.items()}
         resized, name = replace(vision, image_size=image_size or vision.image_size), "vision_model.embeddings.position_embedding.weight"
         if not resized.grid:
-            raise ValueError(f"images of {image_size} pixels are smaller than the patches of the SigLIP in {folder}, {vision.patch_size} "
-                             "pixels a side")
+            raise ValueError(f"images of {image_size} pixels are smaller than the patches of the SigLIP in {folder}, "
+                             f"{vision.patch_size} pixels a side")
         own = int(vision.class_token)       # the class token's position stays as it is
         if resized.grid != vision.grid and name in weights and weights[name].dim() == 2 and len(weights[name]) == own + vision.grid ** 2:
             first, rest = weights[name].float().split([own, vision.grid ** 2])
@@ -648,12 +648,12 @@ def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
     one. Raises ValueError for anything else."""
     config = read_config(folder)
     if "vision_config" not in config or "text_config" not in config:
-        raise ValueError(f"{folder}/config.json is no SigLIP configuration: expected vision_config and text_config, got "
-                         f"{', '.join(config)[:120]}")
+        raise ValueError(f"{folder}/config.json is no SigLIP configuration: "
+                         f"expected vision_config and text_config, got {', '.join(config)[:120]}")
     kind, defaults = config.get("model_type"), {"siglip": ({}, {}), "timm": ({}, {}), "clip": CLIP_DEFAULTS}
     if not isinstance(kind, str) or kind not in defaults:
-        raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (SigLIP, and SigLIP2 at fixed resolution) "
-                         "or 'clip'")
+        raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (SigLIP, "
+                         "and SigLIP2 at fixed resolution) or 'clip'")
     pixels = {}
     if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
         found = read_config(folder, "preprocessor_config.json")
@@ -1102,8 +1102,8 @@ class DualTokenizer(nn.Module):
         Raises ValueError for a design that has none."""
         self._check(codes)
         if not self.design.paints:
-            raise ValueError(f"the design {self.config.design} has no decoder: its codes stand for meaning alone; take a tokenizer of "
-                             "another design")
+            raise ValueError(f"the design {self.config.design} has no decoder: its codes stand for meaning alone; "
+                             "take a tokenizer of another design")
         return self._decode(self._of("postquant")[0](self._of("quantizer")[0].vectors(codes[:, :, 0])[:, :, :depth].sum(2))).clamp(-1, 1)
 
     def pool_codes(self, codes: Tensor) -> Tensor:
@@ -1111,8 +1111,8 @@ class DualTokenizer(nn.Module):
         without a semantic loss."""
         self._check(codes)
         if not self.design.means:
-            raise ValueError(f"the design {self.config.design} learns no semantics, so that its codes are not pooled; take a tokenizer of "
-                             "another design")
+            raise ValueError(f"the design {self.config.design} learns no semantics, so that its codes are not pooled; "
+                             "take a tokenizer of another design")
         return self._pool(self.semantic_decoder(self._of("postquant")[-1](self._of("quantizer")[-1].embed(codes[:, :, -1]))))
 
     def pool(self, images: Tensor) -> Tensor:
@@ -1134,8 +1134,8 @@ class DualTokenizer(nn.Module):
         """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
         config = read_config(folder)
         if config.get("model_type") != "dualtoken":
-            raise ValueError(f"{folder}/config.json is no tokenizer of ours: model_type is {brief(config.get('model_type'))}, expected "
-                             "'dualtoken'")
+            raise ValueError(f"{folder}/config.json is no tokenizer of ours: "
+                             f"model_type is {brief(config.get('model_type'))}, expected 'dualtoken'")
         for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
             config[name] = make_config(kind, config.get(name), folder)
         config = make_config(TokenizerConfig, config, folder)
@@ -1167,8 +1167,8 @@ class DualTokenizer(nn.Module):
                 decoder_in=dd["decoder_in_channels"],
                 latent_grid=(c.get("decoder_latent_shape") or [0])[0])
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a released tokenizer ({first_line(error)}); copy it again from where "
-                             "the weights are") from None
+            raise ValueError(f"{folder}/config.json does not describe a released tokenizer ({first_line(error)}); "
+                             "copy it again from where the weights are") from None
         model = built(lambda: cls(config), _from_released(_read_released(folder), config), folder)
         model.siglip_model.read_vocabulary(siglip_folder or folder)
         return model.eval()
@@ -1185,8 +1185,8 @@ def _read_released(folder: str) -> dict[str, Tensor]:
             return read_weights(folder, name)
     found = sorted(name for name in os.listdir(folder) if name.endswith((".pt", ".pth", ".bin")))
     if len(found) != 1:
-        raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, expected weights.safetensors, model.safetensors, or one .pt "
-                         "file")
+        raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, expected weights.safetensors, "
+                         "model.safetensors, or one .pt file")
     return read_tensors(os.path.join(folder, found[0]))
 
 
@@ -1205,8 +1205,8 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     plain = lambda x: isinstance(x,
         Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized and x.nbytes <= os.path.getsize(path)
     if odd := [name for name, value in weights.items() if not plain(value)]:
-        raise ValueError(f"{path} holds {brief(', '.join(map(str, odd)))} which are no tensors, or larger than the file; expected plain "
-                         "tensors by name")
+        raise ValueError(f"{path} holds {brief(', '.join(map(str, odd)))} which are no tensors, or larger than the file; "
+                         "expected plain tensors by name")
     return weights
 
 
@@ -1276,8 +1276,8 @@ def read_config(folder: str, name: str = "config.json") -> dict:
     try:
         config = read_json(path)
     except OSError as error:
-        raise ValueError(f"no model in {folder!r}: {path} cannot be read ({error.strerror}); expected a folder with config.json and "
-                         "model.safetensors") from None
+        raise ValueError(f"no model in {folder!r}: {path} cannot be read ({error.strerror}); "
+                         "expected a folder with config.json and model.safetensors") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object")
     return config
@@ -1305,8 +1305,8 @@ def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = (
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is truncated or damaged ({first_line(error)}); copy or save it again") from None
     if odd := [name for name, value in weights.items() if any(kind in str(value.dtype) for kind in ("float8", "float4", "complex"))]:
-        raise ValueError(f"{path} holds {brief(odd[0])} of {weights[odd[0]].dtype}, expected numbers of 16 bits or more; take a checkpoint "
-                         "that is not quantised")
+        raise ValueError(f"{path} holds {brief(odd[0])} of {weights[odd[0]].dtype}, expected numbers of 16 bits or more; "
+                         "take a checkpoint that is not quantised")
     return weights
 
 
@@ -1326,8 +1326,8 @@ def unbuilt(make, folder: str) -> nn.Module:
         with torch.device("meta"):
             return make()
     except (RuntimeError, ValueError, LookupError, ArithmeticError) as error:       # widths of 0, tensors of 2^70 numbers
-        raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); copy it again from where the weights "
-                         "are") from None
+        raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); "
+                         "copy it again from where the weights are") from None
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assign: bool = False, only_check: bool = False):

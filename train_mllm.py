@@ -127,8 +127,8 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
     g.add_argument("--conversations", default="", metavar="FILE[,FILE...]", help="LLaVA's JSON or JSON lines: in place of the data's own "
                                                                                  "questions; see data/records.py")
-    g.add_argument("--documents", default="", metavar="FILE[,FILE...]", help="JSON lines of texts and pictures: interleaved documents, and "
-                                                                             "edits in place of the data's own")
+    g.add_argument("--documents", default="", metavar="FILE[,FILE...]", help="JSON lines of texts and pictures: "
+                                                                             "interleaved documents, and edits in place of the data's own")
     g.add_argument("--image-folder", default="",
                    help="where the images of --conversations and --documents are; default: each file's own folder")
     g.add_argument("--text-data", default="",
@@ -147,8 +147,8 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over "
                    "the ranks of torchrun; an evaluation still needs all weights on each device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
-    g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, other records "
-                                                             "that are longer are left out; "
+    g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, "
+                                                             "other records that are longer are left out; "
                                                              "0: the LLM's context, at most 2048")
     args = p.parse_args(argv)
     check_shared(args, text_length=2, code_dim=0, max_tokens=0)
@@ -313,8 +313,8 @@ class Sequences(torch.utils.data.Dataset):
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"--text-data {args.text_data} cannot be read ({error}); expected a text file in UTF-8") from None
             if len(self.pieces) <= args.text_length:
-                raise ValueError(f"--text-data {args.text_data} has {len(self.pieces)} tokens, expected more than --text-length "
-                                 f"{args.text_length}")
+                raise ValueError(f"--text-data {args.text_data} has {len(self.pieces)} tokens, "
+                                 f"expected more than --text-length {args.text_length}")
             self.kinds = tuple(dict.fromkeys((*self.kinds, "text")))
 
     def add(self, records: "RecordSequences"):
@@ -602,8 +602,8 @@ class ImageSequences(Sequences):
             reports = list(dict.fromkeys(ranks.gather_rows({"reports": reports})["reports"]))
             for report in reports[:10]:
                 ranks.say(f"  {report}")
-            ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, {len(reports)} broken among "
-                      "those read now")
+            ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, "
+                      f"{len(reports)} broken among those read now")
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
@@ -893,14 +893,14 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
         if args.vocabulary and sizes.vocab_size < 151_936:
             sizes = replace(sizes, vocab_size=math.ceil(text.size / 64) * 64)
         if STAGES[args.preset] is PAPER and not (args.bench or args.parameters or args.dry_run):
-            raise ValueError(f"the stages of --preset {args.preset} start from a pretrained LLM; give its folder with --llm, or train "
-                             "--preset small from scratch")
+            raise ValueError(f"the stages of --preset {args.preset} start from a pretrained LLM; "
+                             "give its folder with --llm, or train --preset small from scratch")
     elif os.path.isdir(name := hub.folder(name)):
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
         sizes = llm.config
         if (last := max(*text.ordinary, text.end, text.turn_end or 0)) >= sizes.vocab_size:
-            raise ValueError(f"the vocabulary in {name} has {last + 1} tokens, its LLM {sizes.vocab_size} rows; copy both from the same "
-                             "model")
+            raise ValueError(f"the vocabulary in {name} has {last + 1} tokens, its LLM {sizes.vocab_size} rows; "
+                             "copy both from the same model")
         if text.size > sizes.vocab_size:
             say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens "
                 f"{text.marks['<image_start>']} to {text.size - 1}")
@@ -915,8 +915,8 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
                         feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256,
                         **HEADS.get(args.preset, {}))
     if config.streams_out and c.image_stream not in config.streams_out:
-        raise ValueError(f"--streams-out is {args.streams_out!r}: " + (f"expected none, or {c.image_stream} among them, since pictures are "
-                                                                       "decoded from its codes" if c.image_stream else
+        raise ValueError(f"--streams-out is {args.streams_out!r}: " + (f"expected none, or {c.image_stream} among them, "
+                                                                       "since pictures are decoded from its codes" if c.image_stream else
                          f"expected none, since the tokenizer's design, {c.design}, has no decoder"))
     return config, text, llm
 
@@ -988,8 +988,8 @@ def train_table(args):
         alike = [{key: metrics["settings"][key] for key in ("preset", "data", "steps", "batch", "lr", "weights")}
                  for metrics in trained.values()]
         if apart := differences({**alike[0], "preset": preset}, alike[-1]):
-            raise ValueError(f"{folder} holds a tokenizer of other settings than the rest ({'; '.join(apart)}); delete it, or name another "
-                             "--out, or --preset")
+            raise ValueError(f"{folder} holds a tokenizer of other settings than the rest ({'; '.join(apart)}); "
+                             "delete it, or name another --out, or --preset")
         row = argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "",
                                     **system.changes})
         main(args=row)
@@ -1018,8 +1018,8 @@ def main(argv=None, args=None):
     # ---- device, tokenizer, LLM
     ranks = Ranks(args.device)
     if args.fsdp and ranks.count == 1:
-        raise ValueError("--fsdp shares the model over ranks, and there is one process; start several with torchrun --nproc_per_node=N, or "
-                         "leave it out")
+        raise ValueError("--fsdp shares the model over ranks, and there is one process; "
+                         "start several with torchrun --nproc_per_node=N, or leave it out")
     torch.manual_seed(args.seed)
     if args.bench == "growth":
         return bench_stage_growth(args, ranks)
@@ -1072,8 +1072,8 @@ def main(argv=None, args=None):
     parameters = sum(p.numel() for p in model.parameters())
     if args.fsdp:
         ranks.shard(model, [*model.llm.model.layers, *model.heads.values()])
-    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)}, {parameters / 1e6:.1f} M parameters, data "
-              f"{source}, out {args.out}")
+    ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)}, {parameters / 1e6:.1f} M parameters, "
+              f"data {source}, out {args.out}")
 
     # ---- the stages, in order
     earlier = {}
@@ -1220,8 +1220,8 @@ def bench_stage_growth(args, ranks: Ranks):
 def estimate(args):
     """What the stages of a preset cost, over the tokenizer of a preset, whose features or weights are not needed."""
     if args.streams_in == "continuous" or (args.llm and args.llm not in LLMS) or args.vocabulary:
-        raise ValueError("--dry-run is of codes and of a preset's LLM; leave out --streams-in continuous, --vocabulary, and an --llm that "
-                         "is no preset")
+        raise ValueError("--dry-run is of codes and of a preset's LLM; "
+                         "leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
     tokenizer, ranks, count = preset_config(tokenizer_preset(args)), Ranks("cpu"), args.ranks or (8 if STAGES[args.preset] is PAPER else 1)
     config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
     many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)

@@ -133,14 +133,14 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; "
                                               "default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
-    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, each time others, drawn by shards where --data has "
-                                                              "many; 0: all")
+    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, each time others, "
+                                                              "drawn by shards where --data has many; 0: all")
     g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, SigLIP2 (fixed resolution) or CLIP in Hugging Face's "
                                                 "layout, or its name on the hub; default: train one first")
     g.add_argument("--backbone", default="", help="timm:NAME, a pretrained ViT of the package timm by timm's name, in place of --siglip; "
                                                   "it has no text tower, so there is no zero-shot")
-    g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; its sizes, "
-                                              "not the preset's, count")
+    g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; "
+                                              "its sizes, not the preset's, count")
     g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip or --backbone, whose "
                                                              "position embeddings are interpolated for another size")
     g = p.add_argument_group("model")
@@ -158,14 +158,14 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--shortcut-layer", type=int, default=0,
                    help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
     g = p.add_argument_group("evaluation at the end, on all of other data")
-    g.add_argument("--eval", action="store_true", help="only evaluate the tokenizer in --init, or else in --out; metrics.json in --out "
-                                                       "keeps what it says of training")
-    g.add_argument("--zero-shot-data", default="", help="folder with a folder of pictures per class, as ImageNet's: zero_shot is then "
-                                                        "measured on it")
+    g.add_argument("--eval", action="store_true", help="only evaluate the tokenizer in --init, or else in --out; "
+                                                       "metrics.json in --out keeps what it says of training")
+    g.add_argument("--zero-shot-data", default="", help="folder with a folder of pictures per class, as ImageNet's: "
+                                                        "zero_shot is then measured on it")
     g.add_argument("--class-names", default="", help="file with a line per class, in the order of the sorted folders; of several names, "
                                                      "after commas, the first counts. Default: the folders' names")
-    g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; default: a "
-                                                   "photo of a {}.")
+    g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; "
+                                                   "default: a photo of a {}.")
     g.add_argument("--retrieval-data", default="", help="captions as Flickr8k has them, image,caption or image#number TAB caption: "
                                                         "retrieval is then measured on them")
     g.add_argument("--retrieval-images", default="",
@@ -185,8 +185,8 @@ def flags(argv=None) -> argparse.Namespace:
     check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, layers=0, codebook_size=0, depth=0,
                  code_dim=0)
     if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
-        raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: expected one of them, and --backbone as "
-                         "timm:NAME")
+        raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: "
+                         "expected one of them, and --backbone as timm:NAME")
     if bool(args.vgg) != bool(args.lpips):
         raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
     for name in ("gan_start", "shared_gradient"):
@@ -195,8 +195,8 @@ def flags(argv=None) -> argparse.Namespace:
     if not args.semantic_weight >= 0:
         raise ValueError(f"--semantic-weight is {args.semantic_weight}, expected at least 0")
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
-        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data; add that, or "
-                         "leave them out")
+        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data; "
+                         "add that, or leave them out")
     idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile",
                               "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
     if idle:
@@ -278,8 +278,8 @@ class Ranks:
                 torch.cuda.set_device(self.device)
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); expected auto, cpu, or a device that "
-                             "this torch sees") from None
+            raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "
+                             "expected auto, cpu, or a device that this torch sees") from None
         if "RANK" in os.environ and not dist.is_initialized():
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: set "
@@ -603,8 +603,8 @@ def never_ending(batches, start: int, say):
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             if failed == step:
-                raise ValueError(f"the processes that read the data for step {step + 1} died twice ({first_line(error)}); give the machine "
-                                 "more memory, or lower --workers") from None
+                raise ValueError(f"the processes that read the data for step {step + 1} died twice ({first_line(error)}); "
+                                 "give the machine more memory, or lower --workers") from None
             failed = step
             say(f"  a process that reads data died at step {step + 1}; it and the others are started again")
 
@@ -645,8 +645,8 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
             if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
                 for row in sums.values():       # the term may have been another rank's; all ranks are here together
                     all_reduce(row)
-                raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite "
-                                 f"({not_finite(sums)}); "
+                raise ValueError(f"stopped at step {done} of {stage.name}: "
+                                 f"{int(longest)} steps in a row were not finite ({not_finite(sums)}); "
                                  f"the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
             if final or done % args.log_every == 0:
                 means = {name: row[0].item() / row[1].item() if row[1] else None for name,
@@ -779,8 +779,8 @@ def write_state(stage: Stage, state: dict):
     except OSError as error:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); the checkpoint before it is kept: make "
-                      "room, then --resume") from None
+        raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); the checkpoint before it is kept: "
+                      "make room, then --resume") from None
     older = [os.path.join(stage.folder, f"state-{n}.pt") for n in range(keep)]       # of which the first is never there
     for n in range(keep - 1, 0, -1):
         if os.path.exists(before := older[n - 1] if n > 1 else path):
@@ -812,8 +812,8 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
     else:
         raise ValueError(f"{'; '.join(words for _, words in damaged)}; expected what a run of this script wrote")
     if stage.ranks.agree(step) != -stage.ranks.agree(-step):
-        raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; look at the disk, and start "
-                         "them again")
+        raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; "
+                         "look at the disk, and start them again")
     if changed:
         raise ValueError(f"{path} comes from a run with other settings "
                          f"({'; '.join(changed[:4])}{f'; {len(changed) - 4} more' if len(changed) > 4 else ''}); "
@@ -822,8 +822,8 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
         for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
             load_part(part, state[name], path)
     except (KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); start anew, or take an older copy of "
-                         "it") from None
+        raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); "
+                         "start anew, or take an older copy of it") from None
     if stage.ranks.first:
         kept = [line for line in read_log(stage.folder) if line["step"] <= step]
         path = os.path.join(stage.folder, "log.jsonl")
@@ -1381,16 +1381,16 @@ class Data:
         for report in dict.fromkeys(self.train.broken + self.val.broken):
             ranks.say(f"  {report}")
         if args.num_samples > len(self.train):
-            raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, or 0 "
-                             "for all of them")
+            raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, "
+                             "or 0 for all of them")
         epoch = args.num_samples or len(self.train)
-        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; {epoch:,} of {len(self.train):,} samples an "
-                  "epoch"
+        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; "
+                  f"{epoch:,} of {len(self.train):,} samples an epoch"
                   + (", epochs in this run: " if runs else "") + ", ".join(f"{stage} {images / epoch:.2f}" for stage,
                                                                            images in runs.items()))
         if len(self.val) < max(2, ranks.count):
-            raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; add images, or name some "
-                             "with --val-data")
+            raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; "
+                             "add images, or name some with --val-data")
 
     def batches(self, batch: int):
         """-> function of a start step that yields this rank's part of each global batch, without end: micro-batches (images (b, 3, H, W) on
@@ -1624,8 +1624,8 @@ def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[in
     names = list(dict.fromkeys(name for name, _ in rows))
     there = {name: n for n, name in enumerate(name for name in names if os.path.isfile(os.path.join(folder, name)))}
     if len(there) < 2:
-        raise ValueError(f"of the {len(names)} images that {path} names, {len(there)} are in {folder or '.'}; name their folder with "
-                         "--retrieval-images")
+        raise ValueError(f"of the {len(names)} images that {path} names, {len(there)} are in {folder or '.'}; "
+                         "name their folder with --retrieval-images")
     rows = [row for row in rows if row[0] in there]
     return [os.path.join(folder, name) for name in there], [words for _, words in rows], [there[name] for name, _ in rows], [name
         for name in names if name not in there]
@@ -1918,8 +1918,8 @@ def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP,
         try:
             facts = {name: value for name, value in read_json(path).items() if name in FACTS}
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no JSON object ({error}), so that what it says of training cannot be kept; mend or delete "
-                             "it") from None
+            raise ValueError(f"{path} is no JSON object ({error}), so that what it says of training cannot be kept; "
+                             "mend or delete it") from None
     tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
     for quantizer in tokenizer.quantizers.values():
         quantizer.fused = args.fast_vq
@@ -1996,8 +1996,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
         raise ValueError(f"--layers {args.layers} is of a ViT that is trained here, and there is one already; leave it out")
     if args.dry_run:
         if args.init or args.backbone or args.shallow_layer == "split":
-            raise ValueError("--dry-run is of a preset's sizes, and --init, --backbone and --shallow-layer split bring their own; leave "
-                             "them out")
+            raise ValueError("--dry-run is of a preset's sizes, and --init, --backbone and --shallow-layer split bring their own; "
+                             "leave them out")
         config = preset_config(args.preset, args.image_size, args.layers, **changes)
         config.text.vocab_size = config.text.vocab_size if args.siglip else BYTES
         with fake():
@@ -2022,8 +2022,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     idle = [name for name, does in idle.items() if not does
             and getattr(args, name) != dict(shallow_layer=0, shared_gradient=-1.0, semantic_weight=1.0, gan=None).get(name, "")]
     if idle:
-        raise ValueError(f"the design {config.design} has nothing that --{', --'.join(idle).replace('_', '-')} could change; leave that "
-                         "out")
+        raise ValueError(f"the design {config.design} has nothing that --{', --'.join(idle).replace('_', '-')} could change; "
+                         "leave that out")
     if not siglip:
         config.text.vocab_size = BYTES      # a SigLIP of its own reads bytes, whatever the preset's pretrained one reads
     if args.eval:
@@ -2040,15 +2040,15 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     data = Data(s.data, args.val_data, config.vision.image_size, args, ranks, runs)
     for batch in () if args.eval else (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
-    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers "
-              "fp32), "
+    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, "
+              f"{precision(args, ranks)} (quantizers fp32), "
               f"data {s.data} at {config.vision.image_size} px, out {args.out}")
 
     trained_for = read_config(args.siglip)["vision_config"].get("image_size",
                                                                 VisionConfig.image_size) if args.siglip else config.vision.image_size
     if trained_for != config.vision.image_size:
-        ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for "
-                  f"{config.vision.image_size}")
+        ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: "
+                  f"its position embeddings are interpolated for {config.vision.image_size}")
 
     if siglip:
         reader = init.siglip_model if init else siglip
@@ -2064,8 +2064,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
         if not data.captioned:
-            raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; add .txt files or a metadata.jsonl, or give "
-                             "--siglip FOLDER")
+            raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; "
+                             "add .txt files or a metadata.jsonl, or give --siglip FOLDER")
         stage = SigLIPStage(args, ranks, s, config, data, siglip_folder)
         if args.bench:
             bench(stage, data.batches(stage.batch))
@@ -2081,8 +2081,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     if args.shallow_layer == "split":
         alike = layer_similarity(siglip.vision_model.to(ranks.device), next(iter(data.validation(max(1, 256 // ranks.count))))[0])
         config = replace(config, shallow_layer=split_layers(all_reduce(alike) / ranks.count)[0])
-        ranks.say(f"the pixel stream leaves after layer {config.shallow_layer} of {config.vision.num_hidden_layers}, where the shallow "
-                  "layers end")
+        ranks.say(f"the pixel stream leaves after layer {config.shallow_layer} of {config.vision.num_hidden_layers}, "
+                  "where the shallow layers end")
     if not args.vgg:
         ranks.say("the perceptual term is off: it needs --vgg and --lpips")
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
@@ -2140,8 +2140,8 @@ def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
                    "SigLIP-L/16-256 at 6, 12, 18 of 24, and DFN-H/14-224 at 8, 16, 24 of 32"),
         "9": Table("Table 9: layers near the first quarter", some, lower,
                    [at(n, layer) for n in quarters for layer in range(quarters[n][0] - 2, quarters[n][0] + 3) if layer > 0],
-                   "78.9 to 79.2 and 0.82 to 0.84 at 5 to 7 of 24 for DFN-L/14-224, 81.0 to 81.3 and 0.66 to 0.72 at 5 to 9 of 27 for "
-                   "SigLIP2-SO/16-256"),
+                   "78.9 to 79.2 and 0.82 to 0.84 at 5 to 7 of 24 for DFN-L/14-224, "
+                   "81.0 to 81.3 and 0.66 to 0.72 at 5 to 9 of 27 for SigLIP2-SO/16-256"),
         "10": Table("Table 10: residual and multi-codebook quantisation; (b) and (c) have as many bits, (a) half of them", every, lower, [
             ten("(a) one codebook, MCQ", "naive-mcq", "naive", "mcq", 78.6, 0.38), ten("(b) dual, RVQ", "dual", "dual", "", 80.3, 0.39),
             ten("(c) dual, MCQ", "dual-mcq", "dual", "mcq", 82.2, 0.25)], "ViTamin-L/16; (a) is UniTok itself"),
@@ -2229,13 +2229,13 @@ def load_init(args, changes: dict) -> DualTokenizer:
     """The tokenizer of --init (of --eval, by default that in --out). Its teacher is --siglip or --backbone, by default the SigLIP that lies
     beside a tokenizer of ours."""
     if changes or args.image_size:
-        raise ValueError(f"--image-size, the design, its sizes and layers are those of the tokenizer in --init {args.init}; leave these "
-                         "flags out")
+        raise ValueError(f"--image-size, the design, its sizes and layers are those of the tokenizer in --init {args.init}; "
+                         "leave these flags out")
     ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
     if args.eval and os.path.realpath(args.init) != os.path.realpath(args.out) and os.path.exists(os.path.join(args.out,
             "model.safetensors")):
-        raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; name "
-                         "another --out")
+        raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; "
+                         "name another --out")
     if ours and not teacher:
         teacher = teacher_of(args.init)
         args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)

@@ -94,11 +94,11 @@ def _fetch(url: str, found: str, file: str) -> bool:
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return False
-        raise ValueError(f"{url} answers {error.code} ({error.reason}); a model that asks for consent has to be downloaded by hand: give "
-                         "its folder") from None
+        raise ValueError(f"{url} answers {error.code} ({error.reason}); a model that asks for consent has to be downloaded by hand: "
+                         "give its folder") from None
     except OSError as error:
-        raise ValueError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}); without a connection, give a folder that holds the "
-                         "model") from None
+        raise ValueError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}); "
+                         "without a connection, give a folder that holds the model") from None
     finally:
         if os.path.exists(part):
             os.remove(part)

@@ -169,15 +169,15 @@ def _paths(source):
     if os.path.exists(source):      # asked first: a folder's name may hold commas, brackets or braces
         return [source], []
     if "://" in source:
-        raise ValueError(f"the source {source!r} is a URL, expected files of this computer: download the shards first, and name their "
-                         "folder")
+        raise ValueError(f"the source {source!r} is a URL, expected files of this computer: "
+                         "download the shards first, and name their folder")
     paths, reports = [], []
     for part in map(str.strip, re.split(r",(?![^{]*\})", source)):      # at commas outside braces
         found = {path: [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) for path in _braces(part)}
         missing = [path for path in found if not found[path]]
         if len(missing) == len(found):
-            raise FileNotFoundError(f"no such image data: {part!r} of the source {source!r}; expected a folder of images, .tar shards, a "
-                                    "pattern "
+            raise FileNotFoundError(f"no such image data: {part!r} of the source {source!r}; "
+                                    "expected a folder of images, .tar shards, a pattern "
                                     "that matches some, or a range of them such as cc12m/{00000..01242}.tar: check the path")
         if missing:
             reports.append(f"{part}: {len(missing):,} of {len(found):,} are missing and left out: "
@@ -271,8 +271,8 @@ def _scan_shard(path, folder):
             return scan
     except OSError as error:
         records, names, broken = scan or _scan_tar(path)
-        return records, names, broken or [f"what is in shards cannot be kept in {folder} ({error.strerror}), and is looked up in them at "
-                                          "every start: "
+        return records, names, broken or [f"what is in shards cannot be kept in {folder} ({error.strerror}), "
+                                          "and is looked up in them at every start: "
                                           "set NANODUALTOKEN_INDEX to another folder, or to nothing"]
 
 
@@ -361,8 +361,8 @@ class ImageData:
 
     def __init__(self, source, size, train=True, seed=0, num_samples=0, buffer=BUFFER):
         if size < 1 or seed < 0 or buffer < 1:
-            raise ValueError(f"got size {size}, seed {seed} and buffer {buffer}, expected a size of at least 1 pixel, a seed of at least "
-                             "0, a buffer of at least 1")
+            raise ValueError(f"got size {size}, seed {seed} and buffer {buffer}, expected a size of at least 1 pixel, "
+                             "a seed of at least 0, a buffer of at least 1")
         self.size, self.seed, self.num_samples, self.buffer = size, seed, num_samples, buffer
         self.files, records, self.names, self.broken = _scan(source)
         self.epoch, self.group = None, None

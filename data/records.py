@@ -49,8 +49,8 @@ class Records:
             try:
                 spans.append(np.array([(number, *span) for span in _spans(path, parse is document)], np.int64).reshape(-1, 3))
             except (OSError, ValueError) as error:
-                raise ValueError(f"{path} cannot be read as records ({error}); expected one in each line, or for conversations also one "
-                                 "JSON list of them") from None
+                raise ValueError(f"{path} cannot be read as records ({error}); "
+                                 "expected one in each line, or for conversations also one JSON list of them") from None
         self.spans = np.concatenate(spans)                              # (records, 3): file, first byte, bytes
 
     def __len__(self):
@@ -116,8 +116,8 @@ def conversation(record, folder: str) -> tuple[str, list]:
     _check(isinstance(turns, list) and all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns),
            '"conversations" is no list of {"from": ..., "value": words}')
     for t in turns:
-        _check(isinstance(t.get("from"), str) and t["from"] in SPEAKERS, f"unknown speaker {str(t.get('from'))[:40]!r}, expected "
-                                                                         f"{', '.join(SPEAKERS)}")
+        _check(isinstance(t.get("from"), str) and t["from"] in SPEAKERS, f"unknown speaker {str(t.get('from'))[:40]!r}, "
+                                                                         f"expected {', '.join(SPEAKERS)}")
     _check([SPEAKERS[t["from"]] for t in turns] == [0, 1] * (len(turns) // 2), "its speakers do not take turns, question and reply")
     marks = sum(t["value"].count("<image>") for t in turns)
     _check(marks == len(images), f"{marks} <image> marks for {len(images)} images")

@@ -110,8 +110,8 @@ class Scenes:
 def pack(scenes: list[Scene]) -> Scenes:
     """The inverse of iterating over `Scenes`: readable scenes to tensors (objects sorted again), so that edited scenes can be rendered."""
     if not scenes or not all(1 <= len(scene) <= SLOTS for scene in scenes):
-        raise ValueError(f"pack: scenes of {sorted({len(s) for s in scenes})} shapes, expected at least one, each of 1 to {SLOTS}; drop "
-                         "the others")
+        raise ValueError(f"pack: scenes of {sorted({len(s) for s in scenes})} shapes, expected at least one, each of 1 to {SLOTS}; "
+                         "drop the others")
     rows = []
     for scene in scenes:
         objects = sorted((round(o.y * GRID), round(o.x * GRID), SHAPES.index(o.shape), COLOURS.index(o.colour), SIZES.index(o.size))
