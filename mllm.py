@@ -318,7 +318,7 @@ class Cache:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (RoPE): x (B, heads, T, d), angles (B or 1, 1, T, d). Channel i turns with i + d/2, as in Llama and Qwen."""
+    """Rotary position embedding (RoPE): x (B, heads, T, d), angles (B or 1, 1, T, d). Channel i turns with i + d/2, as in Llama."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
@@ -738,7 +738,7 @@ class DualMLLM(nn.Module):
         codes = batch.pictures[batch.learned].flatten(0, 1) if len(batch.learned) else batch.ids.new_zeros(0, len(self.config.streams), D)
         for stream, head in self.heads.items():
             s = self.config.streams.index(stream)
-            for rows, depths in ((batch.all_depths, D), (batch.first_depth, 1)):        # also empty ones: with FSDP, all ranks gather weights
+            for rows, depths in ((batch.all_depths, D), (batch.first_depth, 1)):     # also empty ones: FSDP gathers weights on all ranks
                 if rows is None:
                     continue
                 target = codes[rows, s, :depths]                                                        # (M, depths)
@@ -791,7 +791,7 @@ class DualMLLM(nn.Module):
             place.add_(1)
 
         def step():
-            """The codes of the last position are read, those of the next written: no new shapes, no look at the device, as a graph wants."""
+            """The codes of the last position are read, those of the next written: no new shapes, no look at values, as a graph wants."""
             x = self.project(new, painted)
             write_codes(self.llm.hidden(x.repeat(2, 1, 1) if guided else x, cache=cache)[:, -1])
         write_codes(h)

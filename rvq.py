@@ -2,8 +2,7 @@
 
 `ResidualVQ` codes a vector z by the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector
 (Lee et al. 2022, RQ-VAE). `MultiCodebookVQ` cuts z into D chunks and codes each by a table of its own (Ma et al. 2025, UniTok, whose
-release compares directions and learns its tables by gradient). In both the code vectors are running means of what they are chosen for, so
-no gradient ever touches them.
+release compares directions and learns its tables by gradient). In both the code vectors are running means of what they are chosen for.
 
     vq = ResidualVQ(dim=32, codebook_size=1024, depth=4)
     z_q, codes, commitment = vq(z)      # (B, N, E) -> (B, N, E) straight-through, (B, N, D) int64, scalar (paper Eq. 1)
@@ -15,8 +14,7 @@ in buffers until `update`); distances in bf16 flip codes (so autocast is off ins
 codes of a small run at every step (so the threshold is relative, with a grace period); every rank must restart the same codes with the same
 vectors (so they are drawn from the global batch by a seeded generator).
 
-Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B*N vectors, T tables (1 if shared over depths, else D),
-W numbers in a code vector.
+Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B*N vectors, T tables (1 or D), W numbers in a code vector.
 """
 
 import functools
@@ -40,8 +38,7 @@ CELLS = {"cpu": 2 ** 20}        # distances at once: on a CPU what fits a cache,
 
 def nearest(x: Tensor, table: Tensor, fused: bool = False) -> Tensor:
     """Index of the nearest row of table (K, E) for each row of x (M, E), by squared Euclidean distance in fp32: (M,) int64.
-    |x|^2 is the same for all rows and left out. The M x K distances exist only a chunk at a time. fused: by one kernel, in which they never
-    leave the chip."""
+    |x|^2 is the same for all rows and left out. Distances exist a chunk at a time. fused: by one kernel, on the chip."""
     norms, codes = table.square().sum(1), torch.empty(len(x), dtype=torch.int64, device=x.device)
     if fused:
         rows = 64
@@ -90,8 +87,7 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 def commitment_loss(z: Tensor, close: Tensor) -> Tensor:
-    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E), which has no
-    gradient."""
+    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E)."""
     return (z - close).square().mean()
 
 
@@ -101,8 +97,9 @@ class Quantizer(nn.Module):
 
     tables      how many, T, and `width`, W, the numbers in a code vector
     decay       of the EMA
-    threshold   a code is dead when its EMA count is below this share of the average count; it restarts at a random vector of the global
-    batch grace       updates that a restarted code has to find its place before it can be called dead again seed        of the restarts
+    threshold   a code is dead when its EMA count is below this share of the average count; it restarts at a random vector of the batch
+    grace       updates that a restarted code has to find its place before it can be called dead again
+    seed        of the restarts
     """
 
     shared = False      # one table for all depths?
@@ -135,8 +132,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1). Raises ValueError for
-        another E."""
+        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment (Eq. 1). ValueError: another E."""
         if z.shape[-1] != self.dim:
             name = type(self).__name__
             raise ValueError(f"{name}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; "
@@ -294,7 +290,6 @@ def histogram(codes: Tensor, codebook_size: int) -> Tensor:
 
 
 def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (..., K) -> share of codes that occur, and exp(entropy) of the distribution: the number of codes that are used as if evenly.
-    (...,) each."""
+    """Counts (..., K) -> share of codes that occur, and exp(entropy): the number of codes used as if evenly, (...,) each."""
     p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
     return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()

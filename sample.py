@@ -12,8 +12,7 @@
     python sample.py --fd out/painted photos                            # Frechet distance between two folders of pictures
 
 The last three also run under torchrun, each rank doing its share. Everything comes from the run folders (--tokenizer, --mllm), or, while
-there are none, from the weights that come with this code; pictures go to --out, and their paths are printed. The same --seed gives the same
-picture.
+there are none, from the weights that come with this code; pictures go to --out, and their paths are printed. A seed repeats a picture.
 """
 
 import argparse
@@ -42,7 +41,7 @@ from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, compile_parts, dige
                              teacher_of, to_picture)
 
 
-def flags(argv=None) -> argparse.Namespace:
+def _flags() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--paint", nargs="+", metavar="PROMPT", help="texts to paint")
     p.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="question about --image; none: a caption of it")
@@ -60,17 +59,17 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT to look into; default: "
                                                                   "the tokenizer's teacher, else its own ViT")
     p.add_argument("--other", default="", metavar="FOLDER", help="for --figure features: a second tokenizer to compare with")
-    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID (a program, "
-                                                                   "so from a source you trust)")
+    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID "
+                                                                   "(a program, so from a source you trust)")
     p.add_argument("--batch-size", type=int, default=16, help="pictures at a time, for --paint-file, --answer-file and --fd")
     p.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
     p.add_argument("--mllm", default="out/mllm", help="run folder of train_mllm.py, or of one of its stages")
     p.add_argument("--out", default="out/samples", help="folder for pictures")
-    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), scenes to reconstruct (0: "
-                                                    "eight), or pictures behind a figure (0: up to 256)")
+    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), "
+                                                    "or pictures behind a figure (0: up to 256)")
     p.add_argument("--eval-images", type=int, default=1024, help="size of the evaluation, as in training")
-    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; 1: "
-                                                                                "as trained, and twice as fast")
+    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; "
+                                                                                "1: as trained, and twice as fast")
     p.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of sampling; 0: always the likeliest code")
     p.add_argument("--top-k", type=int, default=SAMPLING["top_k"], help="sample among so many codes; 0: all")
     p.add_argument("--top-p", type=float, default=SAMPLING["top_p"],
@@ -81,6 +80,11 @@ def flags(argv=None) -> argparse.Namespace:
                    help="of the language model's weights and arithmetic; auto: bf16 on CUDA, else fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile transformer layers; on CUDA a position that is painted is then "
                                                           "one CUDA graph: for many pictures")
+    return p
+
+
+def flags(argv=None) -> argparse.Namespace:
+    p = _flags()
     args = p.parse_args(argv)
     names = ("paint", "ask", "edit", "reconstruct", "figure", "paint_file", "answer_file", "fd")
     wishes = [name.replace("_", "-") for name in names if getattr(args, name) is not None] + ["eval"] * args.eval
@@ -200,8 +204,7 @@ def batches(items: list, args, ranks: Ranks, what: str):
 
 @torch.no_grad()
 def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, how: dict):
-    """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those that are there are kept, so that a run that stopped goes
-    on."""
+    """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those that are there are kept, so a stopped run goes on."""
     os.makedirs(args.out, exist_ok=True)
     prompts, n = read_lines(args.paint_file), args.n or 1
     wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts)
@@ -223,8 +226,7 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
 
 @torch.no_grad()
 def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: Ranks):
-    """Every record with its answer, in order. A record without a readable image is left out, counted and named. Paths are relative to the
-    file."""
+    """Every record with its answer, in order. Those without a readable image are left out and named. Paths are relative to the file."""
     records, broken, done = [], [], {}
     for number, line in enumerate(read_lines(args.answer_file), 1):
         try:
@@ -334,8 +336,7 @@ def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
 
 
 def kmeans(x: Tensor, k: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
-    """Rows of x (B, C) -> each one's cluster (B,), the largest first, and distance to its centre (B,). Begins with always the row furthest
-    from those before."""
+    """Rows of x (B, C) -> each one's cluster (B,), the largest first, and distance to its centre (B,). Begins with the furthest rows."""
     centres = x[:1]
     while len(centres) < k:
         centres = torch.cat([centres, x[torch.cdist(x, centres).amin(1).argmax()][None]])
@@ -347,8 +348,7 @@ def kmeans(x: Tensor, k: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
 
 
 def draw_clusters(sheet, draw, args, tokenizer: DualTokenizer, device, clusters: int = 8, shown: int = 6, cell: int = 64):
-    """DualToken, Fig. 3 right and Fig. 8. What clusters follow: the share of pictures that are of their cluster's commonest kind; chance:
-    with the kinds shuffled."""
+    """DualToken, Fig. 3 right and Fig. 8. What clusters follow: the share of pictures of their cluster's commonest kind."""
     images, scenes, where = pictures_for(args, tokenizer.config.vision.image_size, clusters, device, single=1.0)
     thumbs, step, mixed = to_picture(images), cell + 3, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     kinds = {"colour": scenes.colour[:, 0], "shape": scenes.shape[:, 0], "ground": scenes.look[:, 1]} if scenes else {}
@@ -475,8 +475,7 @@ def figure(args, tokenizer: DualTokenizer, device):
 
 
 def or_weights(args, needed: tuple, say):
-    """Where no run was named, and there is none of one's own, the weights that come with this code, and that is said. A model and its
-    tokenizer come together."""
+    """Where no run was named, and there is none of one's own: the weights that come with this code, and that is said."""
     missing = [name for name in needed if not os.path.exists(os.path.join("out", name, "config.json"))]
     if missing and all(getattr(args, name) == f"out/{name}" for name in needed):
         for name in needed:

@@ -10,8 +10,7 @@
     vectors = tokenizer.embed(codes)            # (B, N, S*E), what a language model reads
     pooled = tokenizer.pool(images)             # (B, C), through the semantic codes
 
-That is the design `dual`. The others that the papers compare it with are rows of a table, DESIGNS: which features feed which stream, and
-which losses apply.
+That is the design `dual`. Those that the papers compare it with are rows of a table, DESIGNS: what feeds which stream, and the losses.
 
 Papers: DualToken (ICLR 2026) §3.2, Appendices B and F.4; SigLIP (Zhai et al. 2023); MUSE-VL (Xie et al. 2025). SigLIP's parameters have
 Hugging Face's names, the rest has the names of the authors' released checkpoints, so loading is nearly the identity. In SigLIP's place
@@ -52,8 +51,11 @@ ACTIVATIONS = {"gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"
 class Design:
     """Which features each stream's codes are made of, and which losses apply (names as in `losses.Weights`). The first stream is decoded to
     images where there is a loss of pixels; the last one becomes the deep state where there is a semantic loss. Features, of which several
-    are added at width C: shallow, deep   the ViT's patches after that layer encoder         those of a convolutional encoder of its own,
-    with no ViT teacher         patches after the deep layer of a frozen copy of the ViT
+    are added at width C:
+
+    shallow, deep   the ViT's patches after that layer
+    encoder         those of a convolutional encoder of its own, with no ViT
+    teacher         patches after the deep layer of a frozen copy of the ViT
     """
     streams: dict
     losses: tuple
@@ -129,11 +131,9 @@ class TowerConfig:
 class VisionConfig(TowerConfig):
     image_size: int = 224               # pixels a side
     patch_size: int = 16
-    class_token: bool = False           # CLIP: it stands before the patches and is pooled; with it come a norm before the layers, and
-                                        # patches without bias
+    class_token: bool = False           # CLIP: before the patches, and pooled; with it a norm before the layers, patches without bias
     projection_dim: int = 0             # CLIP: of the pooled embedding
-    pixel_mean: list = field(default_factory=lambda: [0.5] * 3)     # of pixels in [0, 1], as the ViT was trained: images in [-1, 1] are
-                                                                    # converted inside
+    pixel_mean: list = field(default_factory=lambda: [0.5] * 3)     # of pixels in [0, 1], as the ViT was trained
     pixel_std: list = field(default_factory=lambda: [0.5] * 3)
     timm: dict = field(default_factory=dict)    # arguments that rebuild a ViT of the timm package; empty: SigLIP or CLIP
 
@@ -208,8 +208,7 @@ class TokenizerConfig:
                 raise ValueError(f"there is no {name} layer {n}: the ViT has layers 1 to {layers}")
         if not 1 <= self.shallow_layer <= self.deep_layer <= layers or not 0 <= self.shortcut_layer <= self.deep_layer:
             raise ValueError(f"shallow layer {self.shallow_layer}, deep layer {self.deep_layer}, shortcut layer {self.shortcut_layer}: "
-                             "expected "
-                             f"1 <= shallow <= deep <= {layers} and 0 <= shortcut <= deep")
+                             f"expected 1 <= shallow <= deep <= {layers} and 0 <= shortcut <= deep")
         for name in ("codebook_size", "depth", "code_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -299,8 +298,7 @@ BYTES, PAD = 257, 256       # ids of a tower that reads UTF-8 bytes, and the one
 
 class TextVocabulary:
     """Captions to the ids that a text tower was trained on. A table of 257 rows reads UTF-8 bytes; any other goes with the tokenizer.json
-    of its folder, SigLIP's (Unigram), SigLIP2's (Gemma's) or CLIP's, read by the package tokenizers when a caption first comes. Nothing of
-    it is unpickled."""
+    of its folder, SigLIP's (Unigram), SigLIP2's (Gemma's) or CLIP's, read by the package tokenizers when a caption first comes."""
     # First, last and padding id as published, and what their processors do beforehand: big_vision trained SigLIP without capitals and
     # punctuation, SigLIP2 without capitals.
     KINDS = {"CLIP": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", str), "SigLIP2": ("", "<eos>", "<pad>", str.lower),
@@ -361,8 +359,8 @@ class TextVocabulary:
                              "expected the vocabulary of one of these")
         reader.no_padding(), reader.no_truncation()     # both are ours
         first, last, pad, prepare = found
-        return [table[first]] if first else [], [table[last]], table[pad], prepare, lambda text: reader.encode(text,
-            add_special_tokens=False).ids
+        ids_of = lambda text: reader.encode(text, add_special_tokens=False).ids
+        return [table[first]] if first else [], [table[last]], table[pad], prepare, ids_of
 
     def save(self, folder: str):
         """Copies its files, if any, each under a temporary name first."""
@@ -517,8 +515,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """ids (B, T) -> (B, C), through a linear head. SigLIP's: padded to the full length (there is no mask), the last position; CLIP's: the
-    end token, where there is one."""
+    """ids (B, T) -> (B, C), through a linear head. SigLIP's: padded (there is no mask), the last position; CLIP's: the end token."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -560,8 +557,8 @@ class SigLIP(nn.Module):
             self.logit_bias = nn.Parameter(torch.full(shape, -10.0))
         self.apply(_init)
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight)  # padding is most of a text: small differences would drown in it
-        self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):] = 0.5 * _waves(vision.grid,
-            vision.hidden_size)
+        places = self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):]
+        places.copy_(0.5 * _waves(vision.grid, vision.hidden_size))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
@@ -611,8 +608,8 @@ class SigLIP(nn.Module):
         own = int(vision.class_token)       # the class token's position stays as it is
         if resized.grid != vision.grid and name in weights and weights[name].dim() == 2 and len(weights[name]) == own + vision.grid ** 2:
             first, rest = weights[name].float().split([own, vision.grid ** 2])
-            grid = F.interpolate(rest.T.unflatten(1, (vision.grid, vision.grid))[None], (resized.grid, resized.grid), mode="bicubic",
-                                 align_corners=False)[0]
+            old, size = rest.T.unflatten(1, (vision.grid, vision.grid))[None], (resized.grid, resized.grid)
+            grid = F.interpolate(old, size, mode="bicubic", align_corners=False)[0]
             weights[name] = torch.cat([first, grid.flatten(1).T])
         model = built(lambda: cls(resized, text), weights, folder, bool(vision.timm))
         model.read_vocabulary(folder)
@@ -621,8 +618,7 @@ class SigLIP(nn.Module):
     @classmethod
     def from_timm(cls, name: str, image_size: int = 0, pretrained: bool = True) -> "SigLIP":
         """A ViT of the timm package by timm's name, such as "eva02_large_patch14_clip_224", "hf-hub:OWNER/NAME" or "local-dir:FOLDER", with
-        its pretrained weights or, if not pretrained, random ones. Raises ValueError where timm is missing, does not know it, or it is no
-        ViT."""
+        its pretrained weights or, if not pretrained, random ones. ValueError: timm is missing, does not know it, or it is no ViT."""
         tower = TimmTower.named(name, image_size, pretrained)
         return cls(tower.config, TextConfig(), tower)
 
@@ -675,8 +671,7 @@ def _init(module: nn.Module):
 
 
 def _waves(grid: int, width: int) -> Tensor:
-    """Sines and cosines of column and row, (grid^2, width): where learned positions start, since neighbours that look alike are found
-    sooner."""
+    """Sines and cosines of column and row, (grid^2, width): where learned positions start, so that neighbours are found sooner."""
     frequency = 100.0 ** -torch.linspace(0, 1, math.ceil(width / 4))
     angle = torch.arange(grid)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], 1)                                          # (grid, width / 2)
@@ -718,8 +713,7 @@ def recomputed(on: bool, function, x: Tensor) -> Tensor:
 # ViTs of the timm package: EVA-02, ViTamin, ...
 
 def timm_model(model_name: str, pretrained: bool, **more) -> nn.Module:
-    """timm.create_model without a classifier. Raises ValueError where timm cannot be imported, cannot make the model, or it is no ViT of
-    square images."""
+    """timm.create_model without a classifier. ValueError: timm is missing, or does not make a ViT of square images."""
     try:
         import timm
     except (ImportError, RuntimeError) as error:        # RuntimeError: a torchvision for another torch
@@ -790,8 +784,7 @@ class TimmTower(VisionTower):
 
 @torch.no_grad()
 def layer_similarity(vit: VisionTower, images: Tensor) -> Tensor:
-    """Eq. 8: cosine similarity between the layers, each averaged over positions, then over images (B, 3, H, W): (L, L), layer n in row n -
-    1."""
+    """Eq. 8: cosine similarity between the layers, averaged over positions, then images (B, 3, H, W): (L, L), layer n in row n - 1."""
     rows = []
     for part in images.split(16):
         x, means = vit.embeddings(part), []
@@ -805,8 +798,7 @@ def layer_similarity(vit: VisionTower, images: Tensor) -> Tensor:
 def split_layers(similarity: Tensor) -> tuple[int, int]:
     """Similarity (L, L) -> the last layers of the shallow and of the middle part. For the paper's bright squares: the three parts in which
     a layer is, on average over all layers, most similar to the others of its part. A layer that stands alone counts nothing, or the best
-    parts would be single layers; and since layers are counted, not pairs of them, no part wins by being long. Raises ValueError for fewer
-    than three layers."""
+    parts would be single layers; and since layers are counted, not pairs of them, no part wins by being long. ValueError: under three."""
     layers, others = len(similarity), similarity.double().cpu().clone().fill_diagonal_(0)
     if layers < 3:
         raise ValueError(f"{layers} layers cannot be split into shallow, middle and deep; expected at least 3")
@@ -852,8 +844,7 @@ class GeGLU(nn.Module):
 
 
 class Projection(nn.Module):
-    """Attention plus linear skip, then a gated MLP: (B, N, i) -> (B, N, o). C -> E before a quantizer, E -> C after it (release; not in the
-    paper)."""
+    """Attention plus linear skip, then a gated MLP: (B, N, i) -> (B, N, o). C -> E before a quantizer, E -> C after it (release)."""
 
     def __init__(self, i: int, o: int):
         super().__init__()
@@ -947,8 +938,7 @@ class Decoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g), g the side of the decoder's
-    input."""
+    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g), the decoder's input."""
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
@@ -1029,21 +1019,19 @@ class DualTokenizer(nn.Module):
                 p.requires_grad_(True)
 
     def checkpointing(self, on: bool = True):
-        """Trade compute for memory: recompute ViT layers and levels of the convolutions in the backward pass. Quantizers stay outside, so
-        they count once."""
+        """Trade compute for memory: recompute ViT layers and convolutions in the backward pass, not quantizers: they count once."""
         for part in (self.siglip_model.vision_model, self.decoder, self.encoder):
             if part is not None:
                 part.checkpointing = on
 
     def sources(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) -> the features that feed the streams, by the names that `Design` explains, (B, N, C) each. Raises ValueError
-        for another size."""
+        """Images (B, 3, H, W) -> the features that feed the streams, as `Design` names them, (B, N, C) each. ValueError: another size."""
         c, vit, side = self.config, self.siglip_model.vision_model, self.config.vision.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {side}, {side}): resize and crop them first")
         wanted, found = self.design.features | {"shortcut"}, {}
-        at = {name: n for name, n in (("shallow", c.shallow_layer), ("deep", c.deep_layer), ("shortcut", c.shortcut_layer)) if n
-              and name in wanted}
+        layers = {"shallow": c.shallow_layer, "deep": c.deep_layer, "shortcut": c.shortcut_layer}
+        at = {name: n for name, n in layers.items() if n and name in wanted}
         x, taken = vit.embeddings(images) if at else None, 0
         for n in sorted({*at.values()}):
             x, taken = vit.run(x, taken + 1, n), n
@@ -1083,8 +1071,8 @@ class DualTokenizer(nn.Module):
         quantized, codes, commitment = zip(*(quantizer(z) for quantizer, z in zip(self._of("quantizer"), self.latents(images))))
         features = [postquant(z_q) for postquant, z_q in zip(self._of("postquant"), quantized)]               # (B, N, C) each
         deep = self.semantic_decoder(features[-1]) if self.design.means else None
-        return Features(self._decode(features[0]) if self.design.paints else None, deep, self._pool(deep) if "pooled" in self.design.losses
-                        else None,
+        pooled = self._pool(deep) if "pooled" in self.design.losses else None
+        return Features(self._decode(features[0]) if self.design.paints else None, deep, pooled,
                         dict(zip(self.config.streams, commitment)), torch.stack(codes, 2))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -1092,8 +1080,7 @@ class DualTokenizer(nn.Module):
         return torch.stack([quantizer.encode(z) for quantizer, z in zip(self._of("quantizer"), self.latents(images))], 2)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, S, D) -> code vectors summed over depth, streams side by side: (B, N, S*E). Raises ValueError for other shapes or
-        codes."""
+        """Codes (B, N, S, D) -> code vectors summed over depth, streams side by side: (B, N, S*E). ValueError: other shapes or codes."""
         self._check(codes)
         return torch.cat([quantizer.embed(codes[:, :, s]) for s, quantizer in enumerate(self._of("quantizer"))], -1)
 
@@ -1107,8 +1094,7 @@ class DualTokenizer(nn.Module):
         return self._decode(self._of("postquant")[0](self._of("quantizer")[0].vectors(codes[:, :, 0])[:, :, :depth].sum(2))).clamp(-1, 1)
 
     def pool_codes(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised; only the last stream is looked at. Raises ValueError for a design
-        without a semantic loss."""
+        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised, from the last stream. ValueError: no semantic loss."""
         self._check(codes)
         if not self.design.means:
             raise ValueError(f"the design {self.config.design} learns no semantics, so that its codes are not pooled; "
@@ -1178,8 +1164,7 @@ class DualTokenizer(nn.Module):
 # files
 
 def _read_released(folder: str) -> dict[str, Tensor]:
-    """The weights in a folder of the release: weights.safetensors, model.safetensors or the one .pt, .pth or .bin file. Raises ValueError
-    for anything else."""
+    """The weights in a folder of the release: weights.safetensors, model.safetensors or the one .pt, .pth or .bin. ValueError: others."""
     for name in ("weights.safetensors", "model.safetensors"):
         if os.path.isfile(os.path.join(folder, name)):
             return read_weights(folder, name)
@@ -1228,8 +1213,7 @@ def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, 
 
 
 def save_model(folder: str, weights: dict[str, Tensor], config: dict):
-    """model.safetensors, then config.json, each under a temporary name first: where that fails, the files before them stay. Raises
-    OSError."""
+    """model.safetensors, then config.json, each under a temporary name first: where that fails (OSError), the old ones stay."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "model.safetensors")
     try:
@@ -1284,8 +1268,7 @@ def read_config(folder: str, name: str = "config.json") -> dict:
 
 
 def make_config(cls, values: dict, folder: str, defaults: dict = {}, given: dict = {}):
-    """A dataclass from the fields that it knows, `defaults` where they are left out or null, `given` in any case; fields that others added
-    are left alone."""
+    """A dataclass from the fields that it knows, `defaults` where they are left out or null, `given` in any case; others are ignored."""
     if not isinstance(values, dict):
         raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {brief(values)}, expected an object")
     try:

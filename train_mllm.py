@@ -60,8 +60,7 @@ from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System
 
 @dataclass(frozen=True)
 class Row:
-    """One stage: which parts train (`DualMLLM.parts`), how, and on what: shares of the kinds of sequences. Shares of kinds that the data
-    lacks are left out."""
+    """One stage: which parts train (`DualMLLM.parts`), how, and on which shares of the kinds of sequences, of those that the data has."""
     name: str
     trains: tuple
     lr: float
@@ -112,7 +111,7 @@ RELATIONS = 0.7  # share of the words painted from (and of the texts) that tell 
 SAMPLING = dict(guidance=3.0, temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; the paper's
 
 
-def flags(argv=None) -> argparse.Namespace:
+def _flags() -> Parser:
     p = Parser(__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and stages: {', '.join(STAGES)}")
@@ -148,9 +147,12 @@ def flags(argv=None) -> argparse.Namespace:
                    "the ranks of torchrun; an evaluation still needs all weights on each device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
     g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, "
-                                                             "other records that are longer are left out; "
-                                                             "0: the LLM's context, at most 2048")
-    args = p.parse_args(argv)
+                                                             "longer ones of other kinds are left out; 0: the LLM's context, at most 2048")
+    return p
+
+
+def flags(argv=None) -> argparse.Namespace:
+    args = _flags().parse_args(argv)
     check_shared(args, text_length=2, code_dim=0, max_tokens=0)
     if args.preset not in STAGES:
         raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}", [args.preset], STAGES))
@@ -167,8 +169,8 @@ def flags(argv=None) -> argparse.Namespace:
                                 ("--val-data", args.val_data, args.data != "none")):
         if given and not wanted:
             raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with "
-                             "--parameters or --dry-run, --vocabulary with an LLM from "
-                             "scratch, --image-folder and --max-tokens with --conversations or --documents, --val-data with images")
+                             "--parameters or --dry-run, --vocabulary with an LLM from scratch, "
+                             "--image-folder and --max-tokens with --conversations or --documents, --val-data with images")
     if args.streams_in == "continuous" and args.streams_out not in ("", "none"):
         raise ValueError(f"--streams-out is {args.streams_out!r}, but a model that reads continuous features paints nothing; leave it out")
     if args.data == "none" and not (args.conversations or args.documents or args.text_data):
@@ -187,8 +189,7 @@ CHUNK = 128             # pictures encoded at a time
 def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, "Texts"]:
     """Codes or features of `count` pictures, and what is said of them, kept in --out/codes/KEY, so that another tokenizer or other data
     never finds them. chunks(mine) yields (images, texts), CHUNK at a time, for a range of pictures: this rank's share, or what a stopped
-    extraction by as many ranks left of it. encode(images) -> (b, ...). -> memory map (count, ...), texts. For --bench the first stands for
-    all, and nothing is written."""
+    extraction by as many ranks left of it. encode(images) -> (b, ...). -> memory map (count, ...), texts. --bench: one stands for all."""
     if args.bench:
         images, texts = next(iter(chunks(range(min(count, CHUNK)))))
         values = kept_form(encode(images[:1].to(ranks.device)))
@@ -370,8 +371,7 @@ class Sequences(torch.utils.data.Dataset):
         return parts
 
     def batches(self, row: Row):
-        """-> function of a start step that yields this rank's micro-batches (batch on the device,) of each step of a stage, and no reports,
-        without end."""
+        """-> function of a start step that yields this rank's micro-batches (batch on the device,) of each step, and no reports."""
         check_batch(row.batch, self.ranks, self.args.accumulate)
         self.row, self.mixture = row, {kind: share for kind, share in row.mixture.items() if kind in self.kinds}
         if not self.mixture:
@@ -435,8 +435,7 @@ class WorldSequences(Sequences):
 
 
 class RecordSequences:
-    """Sequences of --conversations and --documents, kinds `question`, `edit` and `document`. What stays in memory: where each record is,
-    and which pictures it shows."""
+    """Sequences of --conversations and --documents, kinds `question`, `edit` and `document`. In memory: where each is, and its pictures."""
 
     def __init__(self, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, size: int, encode):
         context = config.llm.max_position_embeddings
@@ -457,8 +456,9 @@ class RecordSequences:
                                                  worker_init_fn=start_worker, generator=torch.Generator())
             for images, reasons in loader:
                 yield images.to(ranks.device).float() / 127.5 - 1, list(reasons)
-        self.pictures, said = extract(args, ranks, {**encode.key, **self.key, "limit": 0}, len(paths), chunks, encode) if paths else (None,
-            [])
+        self.pictures, said = None, []
+        if paths:
+            self.pictures, said = extract(args, ranks, {**encode.key, **self.key, "limit": 0}, len(paths), chunks, encode)
         self.key["files"] = sorted(state(path) for path, _ in self.records.sources)
         said = list(said)       # mostly ""
         number, rows, self.shown = {path: i for i, path in enumerate(paths)}, collections.defaultdict(list), []
@@ -486,8 +486,7 @@ class RecordSequences:
                                 if broken else ", expected at least one"))
 
     def read(self, ranks: Ranks) -> tuple[list, list]:
-        """All records once, each rank its share -> (record, kind, tokens, paths of pictures) of those that can be used, (record, reason) of
-        the others."""
+        """All records once, each rank its share -> (record, kind, tokens, paths of pictures), (record, reason) of unusable ones."""
         rows, nothing = {"good": [], "broken": []}, torch.zeros(self.positions)
         for i in tqdm(range(ranks.rank, len(self.records), ranks.count), "reading records", leave=False, disable=not ranks.first):
             try:
@@ -506,8 +505,7 @@ class RecordSequences:
         return sum(len(s.ids) if isinstance(s, Words) else self.positions + 2 for s in segments)
 
     def segments(self, kind: str, parts: list, codes, drop: bool = False) -> list:
-        """A record's parts, and the codes of its pictures in their order -> segments; drop: without an edit's words. ValueError if it does
-        not fit."""
+        """A record's parts, and the codes of its pictures in their order -> segments; drop: without an edit's words. ValueError: no fit."""
         picture = lambda image: Picture(next(codes), image.paint and self.paints, image.loss)
         if kind == "question":
             made = [s for asked, reply in parts
@@ -564,8 +562,8 @@ def fingerprint(data: ImageData) -> str:
     """SHA-256 of which images there are, and of the sizes and times of the files that hold them and their captions."""
     sha = hashlib.sha256(data.records.tobytes() + data.names)
     for source in data.files:
-        found = [source] if os.path.isfile(source) else sorted(os.path.join(root, name) for root, _, names in os.walk(source)
-                                                               for name in names)
+        below = (os.path.join(root, name) for root, _, names in os.walk(source) for name in names)
+        found = [source] if os.path.isfile(source) else sorted(below)
         for path in found:
             status = os.stat(path)
             sha.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
@@ -666,15 +664,14 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
             row["chance"].append(1 / len(usual[kind])), row["majority"].append(usual[kind].most_common(1)[0][0] == truth)
     right = [caption.strip() in {claim.text for claim in shapes.claims(val.scenes[i])} for i,
              caption in zip(rows["index"], rows["captions"])]
-    return {"understanding": {name: {"n": len(row["right"]), **{key: share(value) for key, value in row.items()}} for name,
-                              row in table.items()},
+    return {"understanding": {name: {"n": len(row["right"]), **{key: share(value) for key, value in row.items()}}
+                              for name, row in table.items()},
             "caption_exact": share(right)}
 
 
 def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, ranks: Ranks, grid: str, how: dict) -> dict:
     """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy is the same for the
-    tokenizer's own reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to those scenes in the pooled
-    features of `look`, a ViT."""
+    tokenizer's own reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to them in the ViT `look`."""
     shown = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
     mine, rows = range(ranks.rank, len(val.claims), ranks.count), collections.defaultdict(list)
     for i in tqdm(range(0, len(mine), 64), "painting", leave=False, disable=not ranks.first):
@@ -702,8 +699,7 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
 
 
 def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: int, group: int = 32) -> dict:
-    """Among the captions of `group` held-out pictures, the likeliest for each: by log p(caption | picture) minus its mean over those
-    pictures."""
+    """Among the captions of `group` held-out pictures, the likeliest for each: by log p(caption | picture) minus its mean over them."""
     told = [i for i, caption in enumerate(data.val_captions) if caption][:n]
     groups, right = [told[i:i + group] for i in range(0, len(told) - 1, group)], []
     for g in tqdm(groups[ranks.rank::ranks.count], "retrieving", leave=False, disable=not ranks.first):
@@ -716,8 +712,7 @@ def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: in
 
 @torch.no_grad()
 def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds) -> dict:
-    """Mean cross entropy over the held-out records of each kind: `text` a token that has a loss, `codes` a painted position (all streams
-    and depths)."""
+    """Mean cross entropy over the held-out records of each kind: `text` a token that has a loss, `codes` a painted position."""
     metrics = {}
     for kind in [kind for kind in records.kinds if kind in kinds and len(records.held[kind])]:
         mine, sums = records.held[kind][ranks.rank::ranks.count], torch.zeros(4)
@@ -740,8 +735,8 @@ class MLLMStage(Stage):
 
     def __init__(self, args, ranks: Ranks, row: Row, last: bool, model: DualMLLM, tokenizer: DualTokenizer, look, data: Sequences, encode):
         super().__init__(args, ranks)
-        self.name, self.row, self.model, self.tokenizer, self.look, self.data, self.encode = (f"stage-{row.name}", row, model, tokenizer,
-            look, data, encode)
+        self.name, self.row, self.model, self.tokenizer = f"stage-{row.name}", row, model, tokenizer
+        self.look, self.data, self.encode = look, data, encode
         self.design, self.streams = tokenizer.config.design, tokenizer.config.streams
         self.folder = args.out if last else os.path.join(args.out, self.name)
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, row.warmup
@@ -765,8 +760,8 @@ class MLLMStage(Stage):
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
-        counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.all_depths)] for part, in parts],
-                              dtype=torch.float32).sum(0)
+        counts = [(len(part.text_target), len(part.learned) * self.data.positions, len(part.all_depths)) for part, in parts]
+        counts = torch.tensor(counts, dtype=torch.float32).sum(0)
         self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device, non_blocking=True)).clamp(min=1)
 
     def after_step(self, bad):
@@ -833,15 +828,14 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
             made, real = tokenizer.decode(model.paint([data.val_captions[i] for i in shown],
                                                       **how)), tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
             rows = [images[i:i + 8] for i in range(0, len(shown), 8) for images in (real, made)]
-            save_grid(rows, grid, titles=[[data.val_captions[j] if row % 2 else "" for j in shown[row // 2 * 8:][:8]]
-                                          for row in range(len(rows))])
+            titles = [[data.val_captions[j] if row % 2 else "" for j in shown[row // 2 * 8:][:8]] for row in range(len(rows))]
+            save_grid(rows, grid, titles=titles)
     model.train(was_training)
     return metrics
 
 
 def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
-    """(part, parameters), counted as the paper's App. D.1 and RECIPES do: a head is its transformer over depth, without projector and
-    classifiers."""
+    """(part, parameters), counted as the paper's App. D.1 and RECIPES do: a head is its transformer over depth alone."""
     count = lambda parts: sum(p.numel() for p in parts)
     outside = lambda head: [head.depth, *head.code_in.parameters(), *head.norm.parameters(),
                             *(p for n, p in head.layers.named_parameters() if "norm" in n)]
@@ -877,8 +871,7 @@ def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: 
 
 
 def judge(tokenizer: DualTokenizer, folder: str, ranks: Ranks):
-    """The ViT that Frechet distances of what is painted are measured in: the tokenizer's teacher, or, where it is not there, and that is
-    said, the tokenizer's own."""
+    """The ViT that Frechet distances of what is painted are measured in: the tokenizer's teacher; where it is not there, its own (said)."""
     if teacher_of(folder):
         return load_teacher(folder, tokenizer.config.vision.image_size).to(ranks.device)
     ranks.say(f"Frechet distances are in the tokenizer's own ViT, since {folder} does not say where its teacher is")
@@ -922,8 +915,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
 
 
 def tables() -> dict[str, Table]:
-    """The tables of the papers that are about language models. Where only understanding is looked at, stage 2 is the last one, as in
-    LLaVA-1.5."""
+    """The tables of the papers that are about language models. For understanding alone, stage 2 is the last, as in LLaVA-1.5."""
     kinds = ("colour", "shape", "count", "existence", "relation", "comparison")
     asked = {"understanding.all.right": "questions right"} | {f"understanding.{kind}.right": kind for kind in kinds}
     painted = {f"painting.{skill}": skill for skill in ("all", *SKILLS)} | {"fd": "Frechet distance"}
@@ -975,8 +967,8 @@ def train_table(args):
         raise ValueError(f"--data is {args.data!r}, but these tables ask and mark by the built-in world; expected one of "
                          f"{', '.join(shapes.DIFFICULTIES)}")
     args.out = "out/tables" if args.out == "out/mllm" else args.out
-    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images",
-                                   str(args.eval_images),
+    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device,
+                                   "--eval-images", str(args.eval_images),
                                    *(f"--{name}" for name in ("compile", "checkpointing") if getattr(args, name))])
     trained = {}
 
@@ -1047,8 +1039,8 @@ def main(argv=None, args=None):
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     if args.bench in ("paint", "answer"):
-        return (bench_painting if args.bench == "paint" else bench_answering)(args, ranks, to_generate(model, args.precision, ranks.device),
-                                                                              tokenizer)
+        measured = bench_painting if args.bench == "paint" else bench_answering
+        return measured(args, ranks, to_generate(model, args.precision, ranks.device), tokenizer)
 
     # ---- data
     for row in chosen:
@@ -1117,8 +1109,7 @@ def tokenizer_preset(args) -> str:
 
 
 class DrySequences(Sequences):
-    """Sequences of the lengths that a dry run tells of: one picture and --text-length bytes, or the bytes alone. No edits, which are two
-    pictures long."""
+    """Sequences of the lengths that a dry run tells of: one picture and --text-length bytes, or the bytes alone."""
     kinds = ("caption", "question", "paint", "text")
 
     def sequence(self, kind, rng):
@@ -1129,8 +1120,7 @@ class DrySequences(Sequences):
 
 
 def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
-    """FLOPs of painting one image after so many words, without guidance, which does all of it twice -> (all, one position and its
-    codes)."""
+    """FLOPs of painting one image after so many words, without guidance, which doubles it -> (all, one position and its codes)."""
     c, counter = model.config, flop_counter()
     cache, codes = Cache(c.llm, 1, words + c.positions, "cpu", torch.float32), torch.zeros(1, 1, len(c.streams), c.depth, dtype=torch.int64)
     with torch.no_grad(), counter:

@@ -15,8 +15,7 @@
     python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run   # FLOPs, memory and time of a run; needs no data, no weights
 
 A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the
-same for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages,
-main.
+same for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages.
 """
 
 import argparse
@@ -125,12 +124,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {or_nearest(message, unknown, [*self._option_string_actions])} ({self.prog} --help lists all flags)\n")
 
 
-def flags(argv=None) -> argparse.Namespace:
+def _flags() -> Parser:
     p = Parser(__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and settings: {', '.join(PRESETS)}")
     g.add_argument("--out", default="out/tokenizer", help="run folder")
-    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; "
+    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards (cc12m/{00000..01242}.tar); "
                                               "default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
     g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, each time others, "
@@ -145,8 +144,7 @@ def flags(argv=None) -> argparse.Namespace:
                                                              "position embeddings are interpolated for another size")
     g = p.add_argument_group("model")
     g.add_argument("--design", default="", metavar="NAME", help=f"{', '.join(DESIGNS)}; default: dual. tokenizer.DESIGNS says what each is")
-    g.add_argument("--quantizer", default="", metavar="NAME", help="rvq (residual) or mcq (UniTok's: E in D chunks, a table each); "
-                                                                   "default: rvq")
+    g.add_argument("--quantizer", default="", metavar="NAME", help="rvq (residual; default) or mcq (UniTok's: E in D chunks, a table each)")
     g.add_argument("--codebook-size", type=int, default=0, help="K of each stream; 0: the preset's")
     g.add_argument("--depth", type=int, default=0, help="D, codes of a position and stream; 0: the preset's")
     g.add_argument("--code-dim", type=int, default=0, help="E; 0: the preset's")
@@ -181,9 +179,13 @@ def flags(argv=None) -> argparse.Namespace:
                    help="nearest codes by a kernel of our own (Triton, CUDA), for large codebooks")
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
-    args = p.parse_args(argv)
-    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, layers=0, codebook_size=0, depth=0,
-                 code_dim=0)
+    return p
+
+
+def flags(argv=None) -> argparse.Namespace:
+    args = _flags().parse_args(argv)
+    sizes = ("image_size", "deep_layer", "shortcut_layer", "layers", "codebook_size", "depth", "code_dim")
+    check_shared(args, siglip_steps=0, num_samples=0, **dict.fromkeys(sizes, 0))
     if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
         raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: "
                          "expected one of them, and --backbone as timm:NAME")
@@ -205,8 +207,7 @@ def flags(argv=None) -> argparse.Namespace:
 
 
 def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
-    """The flags of every training script, whose tables and measurements have these names -> the group of those about optimisation, to add
-    to."""
+    """Flags of every training script, whose tables and measurements have these names -> the group about optimisation, to add to."""
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, data order and crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -221,8 +222,8 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     g.add_argument("--log-every", type=int, default=20, help="steps between log lines")
     g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0: only at the end")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    g.add_argument("--keep-checkpoints", type=int, default=1, help="newest ones; with 2 or more, --resume goes on from an older one where "
-                                                                   "the newest is damaged")
+    g.add_argument("--keep-checkpoints", type=int, default=1, help="newest ones; of 2 or more, --resume takes "
+                                                                   "an older one where the newest is damaged")
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
     g.add_argument("--table", default="", help=f"run the rows of a table of the papers ({', '.join(tables)}), each in a folder of its own "
                                                "in --out (default: out/tables), and write the table there")
@@ -285,8 +286,7 @@ class Ranks:
                 raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: set "
                                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, "
                                  "so that each start has a store of its own, or leave out --max-restarts")
-            # Two hours: at the end of a long extraction or evaluation ranks wait for each other. A rank that died is noticed by torchrun,
-            # at once.
+            # Two hours: after a long extraction ranks wait for each other. A rank that died is noticed by torchrun, at once.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         self.first = self.rank == 0
         if self.count > 1 and self.device.type == "cuda" and Ranks.hosts is None:
@@ -306,17 +306,15 @@ class Ranks:
             print(*words, flush=True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """DDP where there are several ranks, unless they share the weights. Buffers are not broadcast: codebooks are equal because every
-        rank computes the same update."""
+        """DDP where there are several ranks, unless they share the weights. Buffers are not broadcast: all compute the same codebooks."""
         if self.count == 1 or hasattr(model, "reshard"):
             return model
-        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                                                   broadcast_buffers=False)
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def shard(self, model: nn.Module, parts: list[nn.Module]):
         """FSDP: every rank keeps a share of the weights, gradients and optimiser state; a part's weights are gathered when it computes,
-        what belongs to no part stays gathered from the forward to the backward pass. In fp32, as DDP would hold them, so that the results
-        are the same."""
+        what belongs to no part stays gathered from the forward to the backward pass. In fp32, as DDP holds them: the same results."""
         from torch.distributed.fsdp import fully_shard      # a second of importing, for those who need it
         from torch.distributed.tensor import Shard
 
@@ -333,8 +331,8 @@ class Ranks:
         if self.count > 1:
             parts = [None] * self.count
             dist.all_gather_object(parts, rows)
-        return {name: torch.cat([p[name] for p in parts]) if isinstance(value, Tensor) else sum((p[name] for p in parts), []) for name,
-                value in rows.items()}
+        return {name: torch.cat([p[name] for p in parts]) if isinstance(value, Tensor) else sum((p[name] for p in parts), [])
+                for name, value in rows.items()}
 
 
 def whole(x):
@@ -351,8 +349,7 @@ def share_of(x: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_state(state, first: bool):
-    """A state dict, or a part of one, as if there were one rank: on the CPU, and on the first rank alone. Tensor by tensor, so that the
-    device holds one of them."""
+    """A state dict, or a part of one, as if there were one rank: on the CPU, on the first rank alone, gathered tensor by tensor."""
     if isinstance(state, (dict, list)):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         gathered = {key: whole_state(value, first) for key, value in items}
@@ -362,8 +359,7 @@ def whole_state(state, first: bool):
 
 
 def load_part(part, state: dict, source: str):
-    """What `whole_state` made of a model, a module or an optimiser, back into it, shared or not. Raises ValueError where it does not
-    fit."""
+    """What `whole_state` made of a model, a module or an optimiser, back into it. Raises ValueError where it does not fit."""
     if isinstance(part, nn.Module):
         own = part.state_dict()
         return load_weights(part, {name: share_of(value, own.get(name)) for name, value in state.items()}, source)
@@ -395,8 +391,7 @@ def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float
 
 class Muon(torch.optim.Optimizer):
     """Steps of a matrix's momentum, made orthogonal (Jordan et al. 2024), in the size of AdamW's steps, so that its learning rates and
-    decay fit (Liu et al. 2025). For weight matrices (..., m, n). Unlike torch's: equal shapes go together, and a step can be skipped by a
-    flag on the device."""
+    decay fit (Liu et al. 2025). For weight matrices (..., m, n). Unlike torch's, it takes equal shapes together, and can skip a step."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -450,8 +445,7 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def precision(args, ranks: Ranks) -> str:
-    """bf16 or fp32. auto is bf16 on CUDA, and on a CPU that multiplies bf16 itself (AVX-512 BF16; torch may not say): elsewhere it is
-    slower."""
+    """bf16 or fp32. auto is bf16 on CUDA, and on a CPU that multiplies bf16 itself (AVX-512 BF16): elsewhere it is slower."""
     native = ranks.device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return args.precision if args.precision != "auto" else "bf16" if native else "fp32"
 
@@ -464,8 +458,7 @@ class Stage:
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
         self.precision, self.counted = precision(args, ranks), {}      # counted: numbers of its own since the last log line
-        keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights until the step ends: of shared weights, that would be
-                                                        # the whole model
+        keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights: of shared weights, they would be the whole model
         self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16,
                                                cache_enabled=keeps) if self.precision == "bf16" else contextlib.nullcontext()
 
@@ -500,8 +493,7 @@ class Stage:
 
 
 def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tensor]):
-    """Forward and backward of one step's micro-batches. Adds to `sums` a row (sum, finite values, others) for the loss and each of its
-    terms."""
+    """Forward and backward of one step's micro-batches. Adds to `sums` a row (sum, finite, others) for each term."""
     stage.before_step(parts)
     for n, part in enumerate(parts):
         # DDP averages at the last micro-batch alone; FSDP at each, since between them whole gradients would have to stay.
@@ -588,15 +580,14 @@ class Signals:
 
 
 def never_ending(batches, start: int, say):
-    """batches(start), begun anew at the step where a worker died, as of too little memory. Raises ValueError where one dies at that step
-    again."""
+    """batches(start), begun anew at the step where a worker died, as of too little memory. ValueError: one dies at that step again."""
     step, failed = start, None
     while True:
         try:
             for batch in batches(step):
                 if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would raise in the middle of a step; the loader
-                                                                        # itself notices too, within seconds
+                    # torch's handler would raise in the middle of a step; the loader itself notices too, within seconds
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 yield batch
                 step += 1
         except (RuntimeError, EOFError, ConnectionError) as error:      # the last two where it died in the middle of a batch
@@ -612,6 +603,12 @@ def never_ending(batches, start: int, say):
 LOW, LOW_STEPS = 0.1, 100       # a codebook of whose codes fewer than this share has been in use for so many steps has collapsed
 
 
+def means_of(sums: dict[str, Tensor]) -> dict:
+    """The terms' means over steps and ranks, from the rows of `gradients`; None where no value was finite."""
+    rows = {name: all_reduce(row) for name, row in sums.items()}
+    return {name: row[0].item() / row[1].item() if row[1] else None for name, row in rows.items()}
+
+
 def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: dict | None = None):
     """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the
     device; losses, bad steps and code usage are looked at when a log line is due. since_log: what a checkpoint kept of the steps since the
@@ -619,14 +616,12 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
     args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3), "low": {}, "counted": {}}
     stage.wrapped = ranks.wrap(stage.model)
     stream, waited, broken = never_ending(batches, start, lambda words: print(f"{words} (rank {ranks.rank})", flush=True)), 0.0, []
-    # Of the steps since the last log line: the sums of `gradients`; bad steps in a row, the longest such row, and all of them.
-    # each rank's own, in a checkpoint of as many
+    # Of the steps since the last log line: the sums of `gradients`, each rank's own; bad steps in a row, the longest such row, and all.
     mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first
     sums = {name: mine(rows).to(ranks.device) for name, rows in since_log["sums"].items()}
     streak, longest, skipped = since_log["bad"].to(ranks.device)
-    low = since_log["low"]      # streams, and since when they have used few codes
     stage.counted |= {name: value.to(ranks.device) for name, value in since_log["counted"].items()}
-    begun, since, seen, training = time.time() - elapsed, time.time(), start, 0.0
+    begun, since, seen, training, low = time.time() - elapsed, time.time(), start, 0.0, since_log["low"]    # low: streams, since what step
     evaluated = start and any(line["step"] == start and any(name.startswith("eval_") for name in line) for line in read_log(stage.folder))
     if ranks.agree(start == stage.steps or start and args.eval_every and start % args.eval_every == 0 and not evaluated):
         evaluate_and_log(stage, start, log=not evaluated)       # it died before it had, or before metrics.json
@@ -643,15 +638,11 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
 
             final = done == stage.steps
             if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
-                for row in sums.values():       # the term may have been another rank's; all ranks are here together
-                    all_reduce(row)
-                raise ValueError(f"stopped at step {done} of {stage.name}: "
-                                 f"{int(longest)} steps in a row were not finite ({not_finite(sums)}); "
-                                 f"the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
+                means_of(sums)      # the term may have been another rank's; all ranks are here together
+                raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite "
+                                 f"({not_finite(sums)}); the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
             if final or done % args.log_every == 0:
-                means = {name: row[0].item() / row[1].item() if row[1] else None for name,
-                         row in ((name, all_reduce(row)) for name, row in sums.items())}
-                line = {"step": done, **means, "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
+                line = {"step": done, **means_of(sums), "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
                 if skipped.item():
                     line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
                 last = step // args.log_every * args.log_every         # the step of the last log line
@@ -659,9 +650,8 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
                 if collapsed := [stream for stream, since_step in low.items() if done - since_step >= LOW_STEPS]:
                     line["collapsed"] = collapsed
                 now = time.time()
-                line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since), "waiting": waited / (now - since),
-                         "seconds": now - begun}
-                write_log(stage, line, broken)
+                speed, waiting = (done - seen) * stage.batch / (now - since), waited / (now - since)
+                write_log(stage, line | {f"{stage.unit}_per_second": speed, "waiting": waiting, "seconds": now - begun}, broken)
                 training += now - since
                 sums, waited, broken, since, seen = {}, 0.0, [], now, done
                 longest, skipped = torch.zeros_like(longest), torch.zeros_like(skipped)
@@ -669,9 +659,8 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
             asked = ranks.agree(signals.asked)
             before, due = time.time(), final or args.eval_every and done % args.eval_every == 0
             if asked or due or done % args.save_every == 0:     # before an evaluation too: it may be long, and nobody waits for its end
-                rows = ranks.gather_rows({name: row[None] for name, row in sums.items()})
-                save_state(stage, done, time.time() - begun, {"sums": rows, "bad": torch.stack([streak, longest, skipped]), "low": low,
-                                                              "counted": stage.counted})
+                rows, steps = ranks.gather_rows({name: row[None] for name, row in sums.items()}), torch.stack([streak, longest, skipped])
+                save_state(stage, done, time.time() - begun, {"sums": rows, "bad": steps, "low": low, "counted": stage.counted})
             if due and not asked:
                 evaluate_and_log(stage, done)
             since += time.time() - before       # evaluating and saving are not training
@@ -696,8 +685,9 @@ def not_finite(sums: dict[str, Tensor]) -> str:
 
 
 def show(value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and (abs(value) < 0.01 or abs(value) >= 1000) else f"{value:.3f}" if isinstance(value,
-        float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.3f}"
 
 
 def write_log(stage: Stage, line: dict, broken: list[str]):
@@ -736,8 +726,8 @@ def read_log(folder: str) -> list[dict]:
                     lines.append(json.loads(line))
                     lines[-1]["step"] += 0
                 except (ValueError, TypeError, KeyError, RecursionError):
-                    raise ValueError(f'{path}, line {number}: got {line[:60]!r}, expected an object with a "step"; take that line '
-                                     'out') from None
+                    raise ValueError(f'{path}, line {number}: got {line[:60]!r}, expected an object with a "step"; '
+                                     'take that line out') from None
     return lines
 
 
@@ -749,12 +739,11 @@ def checkpoints(folder: str) -> list[str]:
 
 
 def save_state(stage: Stage, step: int, seconds: float, since_log: dict):
-    """What others load, curves and samples; then state.pt, which holds the weights too. The same files whatever the number of ranks, and
-    whether they share the weights or not. Raises OSError on all ranks where the first could not write; the checkpoint before it is then
-    kept."""
+    """What others load, curves and samples; then state.pt, which holds the weights too. The same files whatever the number of ranks.
+    Raises OSError on all ranks where the first could not write; the checkpoint before it is then kept."""
     parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state(), "since_log": since_log}
-    state, failed = whole_state({name: part if isinstance(part, dict) else part.state_dict() for name, part in parts.items()},
-                                stage.ranks.first), None
+    states = {name: part if isinstance(part, dict) else part.state_dict() for name, part in parts.items()}
+    state, failed = whole_state(states, stage.ranks.first), None
     if stage.ranks.first:
         try:
             write_state(stage, {"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state})
@@ -859,8 +848,7 @@ def to_picture(images: Tensor) -> list[Image.Image]:
 
 
 def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[str]] | None = None):
-    """A PNG with one row of pictures per tensor (B, 3, H, W), each picture at least `cell` pixels wide, enlarged by a whole number, its
-    title below."""
+    """A PNG with a row of pictures per tensor (B, 3, H, W), each enlarged by a whole number to at least `cell` pixels, its title below."""
     pictures = [to_picture(row) for row in rows]
     side, cell = pictures[0][0].width, cell if titles is None else max(cell, 160)
     # one picture alone has no frame: it may be read again
@@ -884,8 +872,8 @@ def draw_curves(log: list[dict], path: str, width: int = 300, height: int = 150)
     skip = {"step", "seconds", "waiting", "skipped", "collapsed"}
     names = [name for name in dict.fromkeys(key for line in log for key in line) if name not in skip
              and not isinstance(log[0].get(name, 0.0), (list, str))]
-    series = {name: [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
-              for name in names}
+    series = {name: [(line["step"], line[name]) for line in log
+                     if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
@@ -1072,8 +1060,7 @@ def fake():
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors that are alive: `now`, and at the `peak`, where `gradients` of them were those of parameters, of which a rank
-    holds one of `shards`."""
+    """Bytes of all live tensors: `now`, and at the `peak`, where `gradients` were those of parameters, each rank holding 1/`shards`."""
 
     def __init__(self, tensors, shards: int = 1):
         super().__init__()
@@ -1206,8 +1193,7 @@ def print_parts(rows: list[tuple[str, int]]):
 
 @dataclass
 class System:
-    """A row: what it is, its run (folder, and flags by name), the paper's numbers by metric, and metrics that have another name in this
-    row."""
+    """A row: what it is, its run (folder, and flags by name), the paper's numbers by metric, and metrics with other names here."""
     label: str
     name: str
     changes: dict
@@ -1252,8 +1238,8 @@ def make_table(args, tables: dict[str, Table], measure):
     ranks = Ranks(args.device)
     if ranks.first:
         path = os.path.join(args.out, f"table-{args.table}")
-        write_json(path + ".json", {"table": table.title, "preset": args.preset, "seeds": [*seeds], "paper": table.source, **machine(ranks),
-                                    "rows": rows})
+        facts = {"table": table.title, "preset": args.preset, "seeds": [*seeds], "paper": table.source, **machine(ranks)}
+        write_json(path + ".json", {**facts, "rows": rows})
         devices = sorted({device for row in rows for device in row["devices"]})
         text = table_text(table, rows, f"preset {args.preset}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
                                        f"{' and '.join(devices)}, torch {torch.__version__}")
@@ -1280,8 +1266,8 @@ def table_text(table: Table, rows: list[dict], made: str) -> str:
         return words + (f" ({paper:g})" if paper is not None else "")
     head = ["", *(f"{what} {'↓' if name in table.lower else '↑'}" for name, what in table.columns.items())]
     lines = [head, ["---"] * len(head), *([row["label"], *(cell(row, column) for column in table.columns)] for row in rows)]
-    return f"**{table.title}**; in brackets the paper's numbers, {table.source}. {made}.\n\n" + "".join(f"| {' | '.join(line)} |\n"
-        for line in lines)
+    title = f"**{table.title}**; in brackets the paper's numbers, {table.source}. {made}.\n\n"
+    return title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: int = 20):
@@ -1311,8 +1297,7 @@ def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: 
 
 
 def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, height: int = 420):
-    """Two metrics against each other: a numbered dot for each row that has both, a line for one that has the first alone; the labels
-    below."""
+    """Two metrics against each other: a numbered dot for each row that has both, a line for one with the first alone; labels below."""
     across, up = table.curve
     have = [row for row in rows if across in row["ours"]]
     value = lambda row, name: row["ours"][name]["mean"] if name in row["ours"] else None
@@ -1372,8 +1357,8 @@ class Data:
             if val_source or args.num_samples:
                 raise ValueError(f"{f'--val-data {val_source!r}' if val_source else '--num-samples'} goes with images, and --data is the "
                                  f"built-in world {source!r}; leave it out")
-            self.train, self.val, self.captioned = shapes.World(source, size, args.seed), shapes.World(source, size, VALIDATION_SEED,
-                "val"), True
+            self.train, self.captioned = shapes.World(source, size, args.seed), True
+            self.val = shapes.World(source, size, VALIDATION_SEED, "val")
             return
         data = ImageData(source, size, train=True, seed=args.seed, num_samples=args.num_samples)
         self.train, self.val = (data, ImageData(val_source, size, train=False)) if val_source else data.split()
@@ -1384,10 +1369,9 @@ class Data:
             raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, "
                              "or 0 for all of them")
         epoch = args.num_samples or len(self.train)
+        epochs = ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items())
         ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; "
-                  f"{epoch:,} of {len(self.train):,} samples an epoch"
-                  + (", epochs in this run: " if runs else "") + ", ".join(f"{stage} {images / epoch:.2f}" for stage,
-                                                                           images in runs.items()))
+                  f"{epoch:,} of {len(self.train):,} samples an epoch" + (f", epochs in this run: {epochs}" if runs else ""))
         if len(self.val) < max(2, ranks.count):
             raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; "
                              "add images, or name some with --val-data")
@@ -1449,8 +1433,8 @@ def retrieval(image: Tensor, text: Tensor, captions: list[str], owner: list[int]
         return {}
     names = {caption: n for n, caption in enumerate(dict.fromkeys(captions))}
     label = [names[caption] for caption in captions]
-    right, best, nearest, i2t = set(zip(of.tolist(), label)), text.new_full((len(text),), -2.0), torch.zeros_like(text[:, 0],
-        dtype=torch.int64), 0
+    right, i2t = set(zip(of.tolist(), label)), 0
+    best, nearest = text.new_full((len(text),), -2.0), torch.zeros(len(text), dtype=torch.int64, device=text.device)
     for start in range(0, len(image), 1024):        # of 31,000 pictures and 155,000 captions, all likenesses at once would be 19 GB
         similar = image[start:start + 1024] @ text.T
         i2t += sum((start + n, label[k]) in right for n, k in enumerate(similar.argmax(1).tolist()))
@@ -1472,16 +1456,15 @@ def zero_shot(pool, siglip: SigLIP, data: Data, split: str) -> float:
     for i in range(0, len(mine), 128):
         scenes = world.scenes(mine[i:i + 128])
         label = torch.tensor([pairs.index((scene[0].colour, scene[0].shape)) for scene in scenes], device=data.ranks.device)
-        right += ((F.normalize(pool(shapes.render(scenes, data.size, data.ranks.device)).float(), dim=-1) @ text.T).argmax(1)
-                  == label).sum()
+        images = F.normalize(pool(shapes.render(scenes, data.size, data.ranks.device)).float(), dim=-1)
+        right += ((images @ text.T).argmax(1) == label).sum()
     total = torch.tensor([float(right), len(mine)], device=data.ranks.device)
     all_reduce(total)
     return (total[0] / total[1]).item()
 
 
 def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]:
-    """On single-shape validation scenes: the share that the reader reads right in the originals, and, of those, the share right in the
-    reconstructions."""
+    """Of single-shape validation scenes, the share that the reader reads right; of those, the share right in the reconstructions."""
     world = shapes.World(data.source, data.size, VALIDATION_SEED, "val", single=1.0)
     mine, counts = range(data.ranks.rank, data.args.eval_images // 2, data.ranks.count), torch.zeros(3, device=data.ranks.device)
     for i in range(0, len(mine), 128):
@@ -1489,8 +1472,8 @@ def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]
         images = shapes.render(scenes, data.size, data.ranks.device)
         sides = [shapes.read(x, data.source) for x in (images, tokenizer.decode(tokenizer.encode(images)))]
         original, rebuilt = ([shapes.same(a, b) for a, b in zip(scenes, side)] for side in sides)
-        counts += torch.tensor([len(scenes), sum(original), sum(a and b for a, b in zip(original, rebuilt))], dtype=torch.float32,
-                               device=counts.device)
+        both = sum(a and b for a, b in zip(original, rebuilt))
+        counts += torch.tensor([len(scenes), sum(original), both], dtype=torch.float32, device=counts.device)
     n, right, both = all_reduce(counts).tolist()
     return right / n, both / max(right, 1)
 
@@ -1528,8 +1511,8 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
         rows["real"].append(teacher(images, c.deep_layer)[1].float())
         if paints:
             rebuilt = tokenizer.decode(codes)
-            rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images)), rows["fake"].append(teacher(rebuilt,
-                c.deep_layer)[1].float())
+            rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images))
+            rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
         if reads:
             rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(),
                                              dim=-1)), rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
@@ -1576,8 +1559,7 @@ def told(path: str) -> list[str]:
 
 
 def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], list[int], list[list[str]]]:
-    """--zero-shot-data, --class-names, --templates -> the pictures' paths, their classes, and each class's prompts. Raises ValueError for
-    what does not fit."""
+    """--zero-shot-data, --class-names, --templates -> the pictures' paths, their classes, each class's prompts. ValueError: a bad file."""
     if not os.path.isdir(folder):
         raise ValueError(f"--zero-shot-data {folder!r} is no folder; expected one that holds a folder of pictures for each class")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
@@ -1632,8 +1614,7 @@ def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[in
 
 
 def text_vectors(siglip: SigLIP, groups: list[list[str]], ranks: Ranks, what: str) -> Tensor:
-    """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, made a unit vector again. Ranks take
-    turns."""
+    """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, made a unit vector again."""
     mine, step, rows = range(ranks.rank, len(groups), ranks.count), max(1, 256 // len(groups[0])), []
     for i in tqdm(range(0, len(mine), step), what, disable=not ranks.first):
         some = [groups[n] for n in mine[i:i + step]]
@@ -1701,8 +1682,7 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
 
 
 def compile_parts(*modules: nn.Module):
-    """torch.compile in place, region by region: transformer layers and decoder. Names of weights stay as they are; quantizers stay as they
-    are too."""
+    """torch.compile in place, region by region: transformer layers and decoder, not quantizers. Names of weights stay as they are."""
     for module in modules:
         for part in module.modules():
             if type(part).__name__ in ("Layer", "Decoder", "ConvEncoder", "LLMLayer", "DepthLayer"):
@@ -1747,8 +1727,8 @@ class SigLIPStage(Stage):
         self.steps, self.batch, self.lr, self.warmup = settings.siglip_steps, settings.siglip_batch, settings.siglip_lr, settings.warmup
         torch.manual_seed(args.seed)
         self.model = SigLIP(config.vision, config.text).to(ranks.device)
-        nn.init.constant_(self.model.logit_bias, -math.log(self.batch))     # the share of pairs that match, as a logit; SigLIP's -10 is for
-                                                                            # 32,768
+        # The share of pairs that match, as a logit; SigLIP's -10 is for a batch of 32,768.
+        nn.init.constant_(self.model.logit_bias, -math.log(self.batch))
         self.model.vision_model.checkpointing = args.checkpointing
         if args.compile:
             compile_parts(self.model)
@@ -1771,14 +1751,12 @@ class SigLIPStage(Stage):
 
 
 class TokenizerStage(Stage):
-    """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2). The text tower stays as it
-    is."""
+    """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2)."""
     name = "tokenizer"
 
     def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP, init: DualTokenizer | None = None,
                  files: tuple = ((), ())):
-        """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`. files: for `evaluate_files`, at the
-        end."""
+        """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`. files: for `evaluate_files`."""
         super().__init__(args, ranks)
         if siglip.vision_config != config.vision:
             raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, expected {config.vision}; train or name another SigLIP")
@@ -1851,8 +1829,8 @@ class TokenizerStage(Stage):
                  for s in range(len(self.streams)))
         skipped = self.counted["gan_skipped"].item()
         self.counted["gan_skipped"].zero_()
-        return {f"usage_{stream}": value for stream, value in zip(self.streams, usage)} | ({"discriminator_skipped": skipped}
-            if skipped else {})
+        line = {f"usage_{stream}": value for stream, value in zip(self.streams, usage)}
+        return line | ({"discriminator_skipped": skipped} if skipped else {})
 
     def evaluate(self):
         self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
@@ -1862,8 +1840,8 @@ class TokenizerStage(Stage):
         return evaluate_files(self.model, self.teacher, self.data, *self.files)
 
     def save(self, weights):
-        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data, teacher=self.args.siglip
-                                   or self.args.backbone)
+        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data,
+                                   teacher=self.args.siglip or self.args.backbone)
         if not self.model.design.paints:
             return
         if self.pictures is None:
@@ -1907,8 +1885,7 @@ def tell(path: str, metrics: dict, **more):
 
 
 def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP, data: Data, files: tuple):
-    """Evaluate a tokenizer against its teacher. metrics.json in --out keeps what it says of training; the numbers of its evaluation are
-    replaced, all of them."""
+    """Evaluate a tokenizer against its teacher. metrics.json in --out keeps what it says of training; its evaluation is replaced."""
     if siglip.vision_config != tokenizer.config.vision:
         raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {tokenizer.config.vision}; name the SigLIP that "
                          "it was trained from with --siglip")
@@ -1972,8 +1949,7 @@ def train_row(args, seed: int, name: str, changes: dict) -> dict:
 
 
 def main(argv=None, args=None, siglip_folder: str = ""):
-    """A run, or those of a table. args: in place of argv; siglip_folder: where the SigLIP that is trained first goes, by default into
-    --out."""
+    """A run, or those of a table. args: in place of argv; siglip_folder: of the SigLIP that is trained first, by default in --out."""
     args = args or flags(argv)
     if args.preset not in SETTINGS:
         raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}", [args.preset], SETTINGS))
@@ -1982,8 +1958,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
     # ---- settings: the preset's, and what was given by hand
     s = SETTINGS[args.preset]
-    s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, siglip_batch=args.batch_size
-                or s.siglip_batch,
+    s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch,
+                siglip_batch=args.batch_size or s.siglip_batch,
                 lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
                 gan_start=s.gan_start if args.gan_start < 0 else args.gan_start, shared_gradient=s.shared_gradient
                 if args.shared_gradient < 0 else args.shared_gradient)
@@ -2103,8 +2079,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
 
 def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
-    """The tables of the paper that are about tokenizers. 7 and 9 have ViTs of so many layers each, by default the preset's and twice as
-    many, which are trained here."""
+    """The tables of the paper that are about tokenizers. 7 and 9 train ViTs of so many layers, by default the preset's and twice them."""
     every = dict(zero_shot="zero-shot accuracy", fd="Frechet distance", psnr="PSNR, dB", ssim="SSIM")
     some, lower = {name: every[name] for name in ("zero_shot", "fd", "psnr")}, ("fd",)
     own, usual = PRESETS[preset]["vision"]["num_hidden_layers"], preset_config(preset).shallow_layer
@@ -2164,8 +2139,7 @@ def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
 
 
 def estimate(args, s: Settings, config):
-    """What the stages of a preset cost; with --siglip, which is not read, the tokenizer's alone; with --vgg, which is not read either,
-    LPIPS too."""
+    """What the stages of a preset cost; with --siglip, the tokenizer's alone; with --vgg, LPIPS too. Neither is read."""
     vgg, args.vgg, ranks, count, side = args.vgg, "", Ranks("cpu"), args.ranks or (8
                                                                                    if args.preset in PAPER else 1), config.vision.image_size
     data = argparse.Namespace(source=s.data, drawn=s.data)
@@ -2210,8 +2184,7 @@ def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
 
 
 def teacher_of(folder: str) -> str:
-    """Where the SigLIP is that a tokenizer of ours was trained from: a folder, a name on the hub, or timm:NAME; "" where its config.json
-    does not say."""
+    """The SigLIP that a tokenizer of ours was trained from: a folder, a name on the hub, or timm:NAME; "" where config.json has none."""
     told = read_config(folder).get("teacher", "")
     if not isinstance(told, str):
         raise ValueError(f"{folder}/config.json has the teacher {brief(told)}, expected a folder or a name; correct that, or take it out")
@@ -2226,14 +2199,13 @@ def load_teacher(folder: str, image_size: int, name: str = "") -> nn.Module:
 
 
 def load_init(args, changes: dict) -> DualTokenizer:
-    """The tokenizer of --init (of --eval, by default that in --out). Its teacher is --siglip or --backbone, by default the SigLIP that lies
-    beside a tokenizer of ours."""
+    """The tokenizer of --init (of --eval, by default that in --out). Its teacher: --siglip, --backbone, or the SigLIP beside it."""
     if changes or args.image_size:
         raise ValueError(f"--image-size, the design, its sizes and layers are those of the tokenizer in --init {args.init}; "
                          "leave these flags out")
     ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
-    if args.eval and os.path.realpath(args.init) != os.path.realpath(args.out) and os.path.exists(os.path.join(args.out,
-            "model.safetensors")):
+    elsewhere = os.path.realpath(args.init) != os.path.realpath(args.out)
+    if args.eval and elsewhere and os.path.exists(os.path.join(args.out, "model.safetensors")):
         raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; "
                          "name another --out")
     if ours and not teacher:
@@ -2259,8 +2231,8 @@ def train(stage: Stage, batches):
     if stage.ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(stage.ranks.device)
     lock(stage.folder, stage.ranks)
-    old = checkpoints(stage.folder) + [path for path in (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl"))
-                                       if os.path.exists(path)]
+    others = (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl"))
+    old = checkpoints(stage.folder) + [path for path in others if os.path.exists(path)]
     if stage.args.resume and checkpoints(stage.folder):
         begun = load_state(stage)
     elif old:
@@ -2278,8 +2250,7 @@ def run(main, trains: bool = True):
     then = "--resume goes on from the last checkpoint" if trains else "start it again"
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")       # the name of a broken file may be no UTF-8, or nothing that this
-                                                                    # terminal can write
+            sys.stdout.reconfigure(errors="backslashreplace")       # a broken file's name may be nothing that this terminal can write
         main()
         if dist.is_initialized():
             dist.barrier()      # a rank that leaves while others work may be taken for one that died

@@ -5,8 +5,7 @@ A checkpoint by its folder or by its name on the Hugging Face hub:
     folder("google/siglip-so400m-patch14-384")          in Hugging Face's cache; else in torch's, downloaded once
 
 What is downloaded: config.json, the weights as safetensors (one file, or an index and its shards), the vocabulary, and the pixels' mean and
-deviation. A file gets its name only when it is whole, so that a broken connection leaves nothing that looks finished; what is whole is not
-fetched again.
+deviation. A file gets its name only when it is whole, so a broken connection leaves nothing that looks finished; what is whole stays.
 """
 import json
 import os

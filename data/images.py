@@ -10,14 +10,12 @@ Real images with captions, from a few pictures in a folder to collections like C
     for images, captions, broken in train.load(batch_size=256, start=step, workers=8):      # (B, 3, 256, 256) uint8, lists of str
 
 The scan notes where everything is (about 50 bytes per sample, and its name); from then on any sample can be read by its number. What it
-finds in a shard is kept in torch's cache, or in the folder NANODUALTOKEN_INDEX (empty: nowhere), for as long as the shard's size and time
-stay.
+finds in a shard is kept in torch's cache, or in the folder NANODUALTOKEN_INDEX (empty: nowhere), while the shard's size and time stay.
 
 Which image a training sample is, and which crop, follows from `seed` and its position in an endless stream, not from the number of ranks or
 workers: one integer in a checkpoint is enough to go on exactly. Each epoch shuffles anew: everything at once where that is single files or
 fits the buffer; else the shards, which are then read SHARDS at a time, by pieces in random order, through windows of a buffer's size. An
-epoch may end inside a batch: nothing is dropped or comes twice. A broken sample is replaced by another one and reported: never fatal, never
-silent.
+epoch may end inside a batch: nothing is dropped or comes twice. A broken sample is replaced by another one and reported.
 """
 import contextlib
 import copy
@@ -92,8 +90,7 @@ def decode(source, name=None, near=None):
 
 
 def _check_file(path, name):
-    """Raises ValueError for what is no file, such as a link to a device, which may have no end, or is larger than a picture; OSError where
-    there is nothing."""
+    """ValueError: no file, such as a link to a device, which may have no end, or larger than a picture; OSError: nothing is there."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
         got = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "a folder, a pipe or a device"
@@ -150,8 +147,7 @@ def random_crop(image, size, rng):
 # ---- the scan: source -> files, records, names ----------------------------------------------------------------------
 
 def _braces(pattern):
-    """"a{08..10}.tar" -> ["a08.tar", "a09.tar", "a10.tar"]; also lists such as {0..3,7}, and several braces. An empty range is a
-    ValueError."""
+    """"a{08..10}.tar" -> ["a08.tar", "a09.tar", "a10.tar"]; also lists such as {0..3,7}, and several braces. Empty: ValueError."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -236,8 +232,7 @@ def _scan_tar(path):
 
 
 def _kept(path, stamp):
-    """File of the cache -> RECORD array, names, [], as `_scan_tar` found them; None where it is missing, damaged, or of another state of
-    the shard."""
+    """File of the cache -> RECORD array, names, [], as `_scan_tar` found them; None where it is missing, damaged, or out of date."""
     with contextlib.suppress(Exception):        # numpy and zipfile raise nearly anything on damaged bytes; then the shard itself is asked
         with np.load(path, allow_pickle=False) as kept:     # a zip file, which checks its sums
             records, names = kept["records"], kept["names"].tobytes()
@@ -370,8 +365,7 @@ class ImageData:
         self._hold(records, train)
 
     def _hold(self, records, train):
-        """Takes these records. `starts` and `sizes`: of the shards' runs among them; `loose`: indices of those that are shuffled as a
-        whole."""
+        """Takes these records. `starts` and `sizes`: of the shards' runs among them; `loose`: indices of those shuffled as a whole."""
         starts = np.flatnonzero(np.r_[True, records["file"][1:] != records["file"][:-1]])
         sizes, tar = np.diff(starts, append=len(records)), records["image"][starts] >= 0
         tar &= len(records) > self.buffer
@@ -410,8 +404,7 @@ class ImageData:
         return int(self.rows[place - self.edges[group]])
 
     def _deal(self, epoch):
-        """Epoch -> its groups: at most SHARDS shards (their numbers) and a share of the loose samples (their indices) each; the place where
-        each begins."""
+        """Epoch -> its groups: at most SHARDS shards (their numbers) and a share of the loose samples (indices) each; where each begins."""
         rng = np.random.default_rng([self.seed, 0, epoch])
         loose, shards = rng.permutation(self.loose), rng.permutation(len(self.starts))      # 4 bytes a loose sample in each worker
         count = max(1, math.ceil(len(shards) / SHARDS))
@@ -419,8 +412,7 @@ class ImageData:
         return groups, np.cumsum([0] + [self.sizes[shards].sum() + len(loose) for shards, loose in groups])[:-1]
 
     def _shuffled(self, epoch, group):
-        """A group's indices in their order: its shards in pieces, SHARDS of which make a window, the pieces and then each window
-        shuffled."""
+        """A group's indices in their order: its shards in pieces, SHARDS of which make a window, both shuffled."""
         shards, loose = self.groups[group]
         if not len(shards):
             return loose
@@ -454,8 +446,8 @@ class ImageData:
             except (OSError, ValueError, AttributeError, RecursionError) as error:     # AttributeError: other JSON than {"caption": "text"}
                 caption = ""
                 broken.append(f"{name}: its caption cannot be read ({type(error).__name__}: {error}) and is taken as empty")
-            crop = random_crop(image, self.size, np.random.default_rng([self.seed, 1, position])) if self.train else centre_crop(image,
-                self.size)
+            rng = np.random.default_rng([self.seed, 1, position])
+            crop = random_crop(image, self.size, rng) if self.train else centre_crop(image, self.size)
             return crop, caption, list(dict.fromkeys(broken))
         raise ValueError(f"nothing readable at position {position}: {len(broken)} samples tried are broken, the first: {broken[0]}")
 
@@ -464,8 +456,7 @@ class ImageData:
     def load(self, batch_size, start=0, stop=None, rank=0, ranks=1, workers=0, pin=False):
         """-> DataLoader of (images (b, 3, size, size) uint8, captions, reports): this rank's b = batch_size / ranks samples of each global
         batch, from step `start` to before `stop`. In training step t has positions t * batch_size and on, a block per rank, without end
-        unless `stop` is given. Evaluation goes once over the data, a rank over positions rank, rank + ranks, ...; its last batch may be
-        smaller."""
+        unless `stop` is given. Evaluation goes once over the data, a rank over positions rank, rank + ranks, ..."""
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(f"got a batch of {batch_size} for {ranks} ranks, expected a positive multiple of the number of ranks")
         local, mine = batch_size // ranks, range(rank, len(self), ranks)

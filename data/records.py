@@ -5,14 +5,12 @@ Conversations, edits and interleaved documents from JSON files, of any size: onl
                     [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. <image> is where a
                     picture stands; "user" and "assistant" are heard too. The replies are learned.
     documents.jsonl one list a line, of {"text": words} and {"image": path}, in reading order. "paint": true for a picture to learn to
-    paint,
-                    "loss": false for what is not to be learned (a picture that is only read has no loss).
+                    paint, "loss": false for what is not to be learned (a picture that is only read has no loss).
                     An edit is told by its shape: pictures that are read, one text with "loss": false, one picture to paint:
                     [{"image": "a.png"}, {"text": "make it blue", "loss": false}, {"image": "b.png", "paint": true}]
 
     records = Records([("chats.json", conversation), ("documents.jsonl", document)])
-    kind, parts = records[7]        # ("question", [([Image("a.jpg"), "What is this?"], ["A cat."])]), or a ValueError that says what is
-    wrong
+    kind, parts = records[7]        # ("question", [([Image("a.jpg"), "What is this?"], ["A cat."])]), or a ValueError
 """
 import io
 import json
@@ -39,8 +37,7 @@ class Image(NamedTuple):
 
 
 class Records:
-    """Record i of several files, read when it is asked for: `parse(record, folder)` of its file. folder: of the images, if not each file's
-    own."""
+    """Record i of several files, read when it is asked for: `parse(record, folder)` of its file. folder: of images, if not the file's."""
 
     def __init__(self, sources: list, folder: str = ""):
         """sources: (path, `conversation` or `document`). Raises ValueError for a file that cannot be read."""
@@ -74,8 +71,7 @@ class Records:
 
 
 def _spans(path: str, lists: bool):
-    """File -> (first byte, bytes) of each record: its lines that are not empty; or, where it begins with [ and its lines are not to be
-    lists, that list's items."""
+    """File -> (first byte, bytes) of each record: lines that are not empty; or, where it begins with [ and they are no lists, its items."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else io.BytesIO() as data:
         if lists or isinstance(data, io.BytesIO) or not re.match(rb"(?:\xef\xbb\xbf)?\s*\[", data):
             begin = 0
@@ -146,8 +142,8 @@ def document(record, folder: str) -> tuple[str, list]:
         words, path, loss = part.get("text"), part.get("image"), part.get("loss", True)
         _check(isinstance(words if "text" in part else path, str), f"{str(part)[:40]!r} is neither words nor a path")
         parts.append(Text(words, loss) if "text" in part else Image(os.path.join(folder, path), part.get("paint", False), loss))
-    edit = len(parts) > 2 and isinstance(parts[-2], Text) and not parts[-2].loss and all(isinstance(p, Image) for p in parts[:-2]
-                                                                                         + parts[-1:])
+    pictures = all(isinstance(p, Image) for p in parts[:-2] + parts[-1:])
+    edit = len(parts) > 2 and isinstance(parts[-2], Text) and not parts[-2].loss and pictures
     edit = edit and [p.paint for p in parts[:-2] + parts[-1:]] == [False] * (len(parts) - 2) + [True]
     _check(learned(parts), "nothing in it has a loss")
     return "edit" if edit else "document", parts

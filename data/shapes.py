@@ -70,8 +70,7 @@ class Object(NamedTuple):
 
 
 class Scene(tuple):
-    """A tuple of `Object`s, from top to bottom. `look` are the integers behind ground and shading (see `_look`); they take no part in
-    equality."""
+    """A tuple of `Object`s, from top to bottom. `look` are the integers behind ground and shading (see `_look`), not compared."""
 
     def __new__(cls, objects, look=(0,) * 9):
         self = super().__new__(cls, objects)
@@ -136,8 +135,7 @@ def _draw(key: Tensor, n: int) -> Tensor:
 
 
 def _residue(scenes: Scenes) -> Tensor:
-    """(B,) in 0..7: a hash of all objects, without the lowest three bits of the first one's x. Grounds take no part: new paint makes no new
-    scene."""
+    """(B,) in 0..7: a hash of all objects, without the lowest three bits of the first one's x. Grounds take no part."""
     x, y = scenes.xy.unbind(2)
     code = (((scenes.shape * 8 + scenes.colour) * 2 + scenes.size) * GRID + x) * GRID + y + 1
     code[:, 0] -= x[:, 0] % 8 * GRID
@@ -149,15 +147,13 @@ def _residue(scenes: Scenes) -> Tensor:
 
 
 def is_validation(scenes: Scenes) -> Tensor:
-    """(B,) bool. A scene is for validation iff the lowest three bits of its first x equal a hash of the rest. No training scene is, for any
-    seed."""
+    """(B,) bool. A scene is for validation iff the lowest three bits of its first x equal a hash of the rest."""
     return scenes.xy[:, 0, 0] % 8 == _residue(scenes)
 
 
 def _place(bits: Tensor, radius: Tensor, present: Tensor) -> Tensor:
     """Centres (B, 4, 2) such that no two shapes come near each other; bits (B, 9), radius (B, 4) in image sides. Random places are pulled
-    towards the image's corners, each to its own, until none overlap. That takes at most eleven steps, all tried at once: there is nothing
-    to reject."""
+    towards the image's corners, each to its own, until none overlap. That takes at most eleven steps, all tried at once."""
     corner = torch.tensor([[0, 0], [1, 1], [1, 0], [0, 1]])[(torch.arange(SLOTS) + bits[:, 8:]) % 4]       # (B, 4, 2)
     pull = torch.linspace(0, 1, 12)[:, None, None, None]
     unit = (1 - pull) * (bits[:, :8].unflatten(1, (SLOTS, 2)) % 4096 / 4096) + pull * corner               # (12, B, 4, 2)
@@ -245,8 +241,7 @@ class World:
 # ---------------------------------------------------------------- drawing
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points: folded into one tenth of the circle, a star is the side of one straight line, from its outer corner (1, 0) to an inner
-    one."""
+    """Five points: folded into a tenth of the circle, a star is the side of one line, from an outer corner (1, 0) to an inner one."""
     turn = math.pi / 5
     angle = (torch.atan2(x, -y).abs() + turn) % (2 * turn) - turn
     r, inner = torch.hypot(x, y), 0.46
@@ -547,8 +542,7 @@ def _components(solid: Tensor) -> Tensor:
 
 
 def _regions(ids: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """(image, region number) of all regions of at least so many pixels, (O,) each, in images with one to four of them and hardly any
-    crumbs."""
+    """(image, region number) of all regions of at least so many pixels, (O,) each, in images of one to four and few crumbs."""
     cells = ids.shape[1] * ids.shape[2] + 1
     area = torch.zeros(len(ids), cells, device=ids.device).scatter_add_(1, ids.flatten(1),
                                                                         torch.ones_like(ids, dtype=torch.float32).flatten(1))
