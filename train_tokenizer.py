@@ -14,8 +14,8 @@
         --class-names names.txt --retrieval-data flickr8k/captions.txt
     python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run   # FLOPs, memory and time of a run; needs no data, no weights
 
-A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png, and the
-same for the SigLIP stage in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages.
+A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png; the
+SigLIP stage's are in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages, main.
 """
 
 import argparse
@@ -124,24 +124,53 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {or_nearest(message, unknown, [*self._option_string_actions])} ({self.prog} --help lists all flags)\n")
 
 
-def _flags() -> Parser:
+def flags(argv=None) -> argparse.Namespace:
     p = Parser(__doc__)
+    own_flags(p)
+    g = shared_flags(p, tables("nano"), ("quantizer", "growth"))
+    g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
+    g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
+    g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
+    g.add_argument("--semantic-weight", type=float, default=1.0, help="times the preset's weights of the semantic terms")
+    g.add_argument("--shared-gradient", type=float, default=-1.0,
+                   help="share of the semantic gradient that enters layers which feed the pixel stream too; -1: the preset's (paper: 1)")
+    g.add_argument("--fast-vq", action=argparse.BooleanOptionalAction, default=False, help="our Triton kernel, for large codebooks (CUDA)")
+    g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
+    g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
+    args = p.parse_args(argv)
+    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, layers=0, codebook_size=0, depth=0,
+                 code_dim=0, semantic_weight=0)
+    if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
+        raise ValueError(f"--backbone is {args.backbone!r}, --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
+    if bool(args.vgg) != bool(args.lpips):
+        raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
+    for name in ("gan_start", "shared_gradient"):
+        if not (getattr(args, name) == -1 or 0 <= getattr(args, name) <= 1):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a share from 0 to 1, or -1")
+    if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
+        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data")
+    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile",
+                              "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
+    if idle:
+        raise ValueError(f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
+    return args
+
+
+def own_flags(p: argparse.ArgumentParser):
+    """What train_mllm.py does not share: data, model, evaluation."""
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and settings: {', '.join(PRESETS)}")
     g.add_argument("--out", default="out/tokenizer", help="run folder")
-    g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards (cc12m/{00000..01242}.tar); "
-                                              "default: the preset's")
+    g.add_argument("--data", default="",
+                   help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
-    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, each time others, "
-                                                              "drawn by shards where --data has many; 0: all")
+    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, others each time, by shards if there are many; 0: all")
     g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, SigLIP2 (fixed resolution) or CLIP in Hugging Face's "
                                                 "layout, or its name on the hub; default: train one first")
-    g.add_argument("--backbone", default="", help="timm:NAME, a pretrained ViT of the package timm by timm's name, in place of --siglip; "
-                                                  "it has no text tower, so there is no zero-shot")
-    g.add_argument("--init", default="", help="folder of a tokenizer to start from, of ours or in the authors' released layout; "
-                                              "its sizes, not the preset's, count")
-    g.add_argument("--image-size", type=int, default=0, help="pixels a side; 0: the preset's, or that of --siglip or --backbone, whose "
-                                                             "position embeddings are interpolated for another size")
+    g.add_argument("--backbone", default="", help="timm:NAME, a pretrained ViT of timm's in place of --siglip; no text tower: no zero-shot")
+    g.add_argument("--init", default="", help="folder of a tokenizer, ours or as released, to start from; its sizes replace the preset's")
+    g.add_argument("--image-size", type=int, default=0,
+                   help="pixels a side, to which position embeddings are interpolated; 0: those of --siglip or --backbone, or the preset's")
     g = p.add_argument_group("model")
     g.add_argument("--design", default="", metavar="NAME", help=f"{', '.join(DESIGNS)}; default: dual. tokenizer.DESIGNS says what each is")
     g.add_argument("--quantizer", default="", metavar="NAME", help="rvq (residual; default) or mcq (UniTok's: E in D chunks, a table each)")
@@ -153,77 +182,33 @@ def _flags() -> Parser:
                    help="layer the pixel stream leaves after; quarter: a quarter of all; split: the last shallow one by the similarity of "
                         "the layers; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
-    g.add_argument("--shortcut-layer", type=int, default=0,
-                   help="layer added, times 0.6, to the pixel stream before quantising (release: 4); 0: none")
+    g.add_argument("--shortcut-layer", type=int, default=0, help="layer added x 0.6 to the unquantised pixel stream (release: 4); 0: none")
     g = p.add_argument_group("evaluation at the end, on all of other data")
-    g.add_argument("--eval", action="store_true", help="only evaluate the tokenizer in --init, or else in --out; "
-                                                       "metrics.json in --out keeps what it says of training")
-    g.add_argument("--zero-shot-data", default="", help="folder with a folder of pictures per class, as ImageNet's: "
-                                                        "zero_shot is then measured on it")
+    g.add_argument("--eval", action="store_true", help="only evaluate --init, else --out; metrics.json keeps what it says of training")
+    g.add_argument("--zero-shot-data", default="", help="a folder of pictures per class, as ImageNet's, to measure zero_shot on")
     g.add_argument("--class-names", default="", help="file with a line per class, in the order of the sorted folders; of several names, "
                                                      "after commas, the first counts. Default: the folders' names")
-    g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, whose vectors are averaged; "
-                                                   "default: a photo of a {}.")
-    g.add_argument("--retrieval-data", default="", help="captions as Flickr8k has them, image,caption or image#number TAB caption: "
-                                                        "retrieval is then measured on them")
-    g.add_argument("--retrieval-images", default="",
-                   help="folder of their images; default: Images or images beside the file, else its own folder")
-    g = shared_flags(p, tables("nano"), ("quantizer", "growth"))
-    g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
-    g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
-    g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
-    g.add_argument("--semantic-weight", type=float, default=1.0, help="times the preset's weights of the semantic terms")
-    g.add_argument("--shared-gradient", type=float, default=-1.0, help="share, 0 to 1, of the semantic losses' gradient that enters the "
-                   "layers which feed the pixel stream too; -1: the preset's, and in the paper 1")
-    g.add_argument("--fast-vq", action=argparse.BooleanOptionalAction, default=False,
-                   help="nearest codes by a kernel of our own (Triton, CUDA), for large codebooks")
-    g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
-    g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
-    return p
-
-
-def flags(argv=None) -> argparse.Namespace:
-    args = _flags().parse_args(argv)
-    sizes = ("image_size", "deep_layer", "shortcut_layer", "layers", "codebook_size", "depth", "code_dim")
-    check_shared(args, siglip_steps=0, num_samples=0, **dict.fromkeys(sizes, 0))
-    if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
-        raise ValueError(f"--backbone is {args.backbone!r} and --siglip is {args.siglip!r}: "
-                         "expected one of them, and --backbone as timm:NAME")
-    if bool(args.vgg) != bool(args.lpips):
-        raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
-    for name in ("gan_start", "shared_gradient"):
-        if not (getattr(args, name) == -1 or 0 <= getattr(args, name) <= 1):
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a share from 0 to 1, or -1")
-    if not args.semantic_weight >= 0:
-        raise ValueError(f"--semantic-weight is {args.semantic_weight}, expected at least 0")
-    if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
-        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data; "
-                         "add that, or leave them out")
-    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile",
-                              "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
-    if idle:
-        raise ValueError(f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
-    return args
+    g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, to average; default: a photo of a {}.")
+    g.add_argument("--retrieval-data", default="", help="captions as Flickr8k's, image,caption or image#number TAB caption, for retrieval")
+    g.add_argument("--retrieval-images", default="", help="folder of their images; default: Images or images beside the file, or its own")
 
 
 def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
-    """Flags of every training script, whose tables and measurements have these names -> the group about optimisation, to add to."""
+    """The flags of every training script, whose tables and measurements have these names -> the group on optimisation, to add to."""
     g = p.add_argument_group("machine")
     g.add_argument("--seed", type=int, default=0, help="of weights, data order and crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                    help="auto: bf16 autocast on CUDA and on a CPU with AVX-512 BF16, else fp32; quantizers are always fp32")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile transformer layers and decoder")
-    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
-                   help="recompute activations in the backward pass to save memory")
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations to save memory")
     g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
     g = p.add_argument_group("run")
     g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from the state in --out")
     g.add_argument("--log-every", type=int, default=20, help="steps between log lines")
     g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations; 0: only at the end")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    g.add_argument("--keep-checkpoints", type=int, default=1, help="newest ones; of 2 or more, --resume takes "
-                                                                   "an older one where the newest is damaged")
+    g.add_argument("--keep-checkpoints", type=int, default=1, help="newest ones; --resume takes an older one where the newest is damaged")
     g.add_argument("--eval-images", type=int, default=1024, help="images, at most, of an evaluation")
     g.add_argument("--table", default="", help=f"run the rows of a table of the papers ({', '.join(tables)}), each in a folder of its own "
                                                "in --out (default: out/tables), and write the table there")
@@ -231,16 +216,15 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     g.add_argument("--bench", nargs="?", const="steps", default="", choices=("steps", *benches),
                    help="time 20 steps of each stage, or something else, and write nothing")
     g = p.add_argument_group("dry run: what a run would cost, before there are data, weights or a GPU")
-    g.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and time of each stage, with and without "
-                                                          "--checkpointing; train and write nothing")
+    g.add_argument("--dry-run", action="store_true",
+                   help="only print parameters, FLOPs, memory and time of each stage, with and without --checkpointing")
     g.add_argument("--ranks", type=int, default=0, help="GPUs that it is for; 0: 8 in the paper's presets, 1 in ours")
     g.add_argument("--utilisation", type=float, default=0.4, help="share of an H100's dense bf16 FLOP/s that is reached")
     g = p.add_argument_group("optimisation (0: the preset's)")
     g.add_argument("--steps", type=int, default=0, help="steps of the tokenizer stage, or of the --stage that is named")
     g.add_argument("--batch-size", type=int, default=0, help="samples a step over all ranks")
     g.add_argument("--lr", type=float, default=0.0, help="peak learning rate of the tokenizer stage, or of the --stage that is named")
-    g.add_argument("--accumulate", type=int, default=1,
-                   help="micro-batches that a rank's share of a step is split into, where memory is short")
+    g.add_argument("--accumulate", type=int, default=1, help="micro-batches of a rank's share of a step, where memory is short")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     g.add_argument("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row whose gradient is not finite")
     return g
@@ -283,10 +267,9 @@ class Ranks:
                              "expected auto, cpu, or a device that this torch sees") from None
         if "RANK" in os.environ and not dist.is_initialized():
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: set "
-                                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, "
-                                 "so that each start has a store of its own, or leave out --max-restarts")
-            # Two hours: after a long extraction ranks wait for each other. A rank that died is noticed by torchrun, at once.
+                raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: give each start its "
+                                 "own, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or leave out --max-restarts")
+            # Two hours: after a long extraction or evaluation ranks wait for each other. That one died, torchrun notices at once.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         self.first = self.rank == 0
         if self.count > 1 and self.device.type == "cuda" and Ranks.hosts is None:
@@ -306,15 +289,15 @@ class Ranks:
             print(*words, flush=True)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """DDP where there are several ranks, unless they share the weights. Buffers are not broadcast: all compute the same codebooks."""
+        """DDP where there are several ranks, unless they share the weights. No buffer is broadcast: all compute equal codebooks."""
         if self.count == 1 or hasattr(model, "reshard"):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def shard(self, model: nn.Module, parts: list[nn.Module]):
-        """FSDP: every rank keeps a share of the weights, gradients and optimiser state; a part's weights are gathered when it computes,
-        what belongs to no part stays gathered from the forward to the backward pass. In fp32, as DDP holds them: the same results."""
+        """FSDP: every rank keeps a share of weights, gradients and optimiser state; a part's weights are gathered when it computes, what
+        is in no part from the forward to the backward pass. In fp32, as in DDP, so that the results are the same."""
         from torch.distributed.fsdp import fully_shard      # a second of importing, for those who need it
         from torch.distributed.tensor import Shard
 
@@ -349,7 +332,7 @@ def share_of(x: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_state(state, first: bool):
-    """A state dict, or a part of one, as if there were one rank: on the CPU, on the first rank alone, gathered tensor by tensor."""
+    """A state dict, or a part of one, as of one rank: on the CPU of the first alone, by single tensors, as the device may not hold all."""
     if isinstance(state, (dict, list)):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         gathered = {key: whole_state(value, first) for key, value in items}
@@ -359,7 +342,7 @@ def whole_state(state, first: bool):
 
 
 def load_part(part, state: dict, source: str):
-    """What `whole_state` made of a model, a module or an optimiser, back into it. Raises ValueError where it does not fit."""
+    """What `whole_state` made of a module or an optimiser, back into it, shared or not. Raises ValueError where it does not fit."""
     if isinstance(part, nn.Module):
         own = part.state_dict()
         return load_weights(part, {name: share_of(value, own.get(name)) for name, value in state.items()}, source)
@@ -367,8 +350,7 @@ def load_part(part, state: dict, source: str):
     names, rows = {"momentum"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}, state["state"]
     for i, row in rows.items():     # torch looks at none of this before it steps
         shapes = (parameters[i].shape, torch.Size())
-        if row.keys() != names or not all(value.is_floating_point() and value.shape == shapes[name == "step"] for name,
-                                          value in row.items()):
+        if row.keys() != names or not all(x.is_floating_point() and x.shape == shapes[name == "step"] for name, x in row.items()):
             raise ValueError(f"{source} holds the state of another optimiser ({brief(', '.join(map(str, row)))} for parameter {i} of shape "
                              f"{tuple(shapes[0])}); start anew, or take an older copy of it")
     if missing := [i for i, p in enumerate(parameters) if p in part.state and i not in rows]:
@@ -390,8 +372,8 @@ def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of a matrix's momentum, made orthogonal (Jordan et al. 2024), in the size of AdamW's steps, so that its learning rates and
-    decay fit (Liu et al. 2025). For weight matrices (..., m, n). Unlike torch's, it takes equal shapes together, and can skip a step."""
+    """Steps of a matrix's momentum, made orthogonal (Jordan et al. 2024), of the size of AdamW's, so that its learning rates and decay
+    fit (Liu et al. 2025). For weights (..., m, n). Unlike torch's: equal shapes go together, and a flag on the device can skip a step."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -445,7 +427,7 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def precision(args, ranks: Ranks) -> str:
-    """bf16 or fp32. auto is bf16 on CUDA, and on a CPU that multiplies bf16 itself (AVX-512 BF16): elsewhere it is slower."""
+    """bf16 or fp32. auto is bf16 on CUDA and on a CPU that multiplies it (AVX-512 BF16; torch may not say): elsewhere it is slower."""
     native = ranks.device.type == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return args.precision if args.precision != "auto" else "bf16" if native else "fp32"
 
@@ -458,9 +440,9 @@ class Stage:
     def __init__(self, args, ranks: Ranks):
         self.args, self.ranks = args, ranks
         self.precision, self.counted = precision(args, ranks), {}      # counted: numbers of its own since the last log line
-        keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights: of shared weights, they would be the whole model
-        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16,
-                                               cache_enabled=keeps) if self.precision == "bf16" else contextlib.nullcontext()
+        keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights until the step ends: of shared ones, the whole model
+        self.autocast = lambda: (torch.autocast(ranks.device.type, torch.bfloat16, cache_enabled=keeps)
+                                 if self.precision == "bf16" else contextlib.nullcontext())
 
     def before_step(self, parts: list[tuple]):
         """Before the first micro-batch of a step; parts are all of this rank's."""
@@ -493,7 +475,7 @@ class Stage:
 
 
 def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tensor]):
-    """Forward and backward of one step's micro-batches. Adds to `sums` a row (sum, finite, others) for each term."""
+    """Forward and backward of a step's micro-batches. Adds to `sums` a row (sum, finite values, others) for the loss and each term."""
     stage.before_step(parts)
     for n, part in enumerate(parts):
         # DDP averages at the last micro-batch alone; FSDP at each, since between them whole gradients would have to stay.
@@ -508,8 +490,7 @@ def gradients(stage: Stage, parts: list[tuple], step: int, sums: dict[str, Tenso
 
 
 def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
-    """Clip, step unless the gradient is not finite, and what comes after: -> the gradient's norm, and whether it was bad. Both are the same
-    on all ranks, since gradients are averaged, and both stay on the device."""
+    """Clip, step where the gradient is finite, and what comes after -> its norm, and if it was bad; equal on all ranks, not waited for."""
     norm = whole(nn.utils.clip_grad_norm_([p for p in stage.model.parameters() if p.requires_grad], stage.args.clip))
     bad = ~norm.isfinite()
     step_or_skip(stage.optimizer, lr, bad)
@@ -580,14 +561,13 @@ class Signals:
 
 
 def never_ending(batches, start: int, say):
-    """batches(start), begun anew at the step where a worker died, as of too little memory. ValueError: one dies at that step again."""
+    """batches(start), begun anew at the step where a worker died, as of too little memory. Raises ValueError where one dies there again."""
     step, failed = start, None
     while True:
         try:
             for batch in batches(step):
                 if threading.current_thread() is threading.main_thread():
-                    # torch's handler would raise in the middle of a step; the loader itself notices too, within seconds
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's raises in mid-step; the loader notices too, in seconds
                 yield batch
                 step += 1
         except (RuntimeError, EOFError, ConnectionError) as error:      # the last two where it died in the middle of a batch
@@ -603,25 +583,20 @@ def never_ending(batches, start: int, say):
 LOW, LOW_STEPS = 0.1, 100       # a codebook of whose codes fewer than this share has been in use for so many steps has collapsed
 
 
-def means_of(sums: dict[str, Tensor]) -> dict:
-    """The terms' means over steps and ranks, from the rows of `gradients`; None where no value was finite."""
-    rows = {name: all_reduce(row) for name, row in sums.items()}
-    return {name: row[0].item() / row[1].item() if row[1] else None for name, row in rows.items()}
-
-
 def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: dict | None = None):
     """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the
-    device; losses, bad steps and code usage are looked at when a log line is due. since_log: what a checkpoint kept of the steps since the
-    last one. Raises Stopped after SIGINT or SIGTERM, once it has saved."""
+    device: losses, bad steps and code usage are looked at when a log line is due. since_log: what a checkpoint kept of the steps since.
+    Raises Stopped after SIGINT or SIGTERM, once it has saved."""
     args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3), "low": {}, "counted": {}}
     stage.wrapped = ranks.wrap(stage.model)
     stream, waited, broken = never_ending(batches, start, lambda words: print(f"{words} (rank {ranks.rank})", flush=True)), 0.0, []
-    # Of the steps since the last log line: the sums of `gradients`, each rank's own; bad steps in a row, the longest such row, and all.
-    mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first
+    # Of the steps since the last log line: the sums of `gradients`; bad steps in a row, the longest such row, and all of them.
+    mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first     # the ranks may be others now
     sums = {name: mine(rows).to(ranks.device) for name, rows in since_log["sums"].items()}
     streak, longest, skipped = since_log["bad"].to(ranks.device)
+    low = since_log["low"]      # streams, and since when they have used few codes
     stage.counted |= {name: value.to(ranks.device) for name, value in since_log["counted"].items()}
-    begun, since, seen, training, low = time.time() - elapsed, time.time(), start, 0.0, since_log["low"]    # low: streams, since what step
+    begun, since, seen, training = time.time() - elapsed, time.time(), start, 0.0
     evaluated = start and any(line["step"] == start and any(name.startswith("eval_") for name in line) for line in read_log(stage.folder))
     if ranks.agree(start == stage.steps or start and args.eval_every and start % args.eval_every == 0 and not evaluated):
         evaluate_and_log(stage, start, log=not evaluated)       # it died before it had, or before metrics.json
@@ -638,20 +613,16 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
 
             final = done == stage.steps
             if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
-                means_of(sums)      # the term may have been another rank's; all ranks are here together
+                for row in sums.values():       # the term may have been another rank's; all ranks are here together
+                    all_reduce(row)
                 raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite "
                                  f"({not_finite(sums)}); the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
             if final or done % args.log_every == 0:
-                line = {"step": done, **means_of(sums), "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
-                if skipped.item():
-                    line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
-                last = step // args.log_every * args.log_every         # the step of the last log line
-                low = {name[6:]: low.get(name[6:], last) for name, value in line.items() if name.startswith("usage_") and value < LOW}
-                if collapsed := [stream for stream, since_step in low.items() if done - since_step >= LOW_STEPS]:
-                    line["collapsed"] = collapsed
+                line, low = summary(stage, done, sums, skipped, norm, lr, low)
                 now = time.time()
-                speed, waiting = (done - seen) * stage.batch / (now - since), waited / (now - since)
-                write_log(stage, line | {f"{stage.unit}_per_second": speed, "waiting": waiting, "seconds": now - begun}, broken)
+                line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since)}
+                line |= {"waiting": waited / (now - since), "seconds": now - begun}
+                write_log(stage, line, broken)
                 training += now - since
                 sums, waited, broken, since, seen = {}, 0.0, [], now, done
                 longest, skipped = torch.zeros_like(longest), torch.zeros_like(skipped)
@@ -659,8 +630,9 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
             asked = ranks.agree(signals.asked)
             before, due = time.time(), final or args.eval_every and done % args.eval_every == 0
             if asked or due or done % args.save_every == 0:     # before an evaluation too: it may be long, and nobody waits for its end
-                rows, steps = ranks.gather_rows({name: row[None] for name, row in sums.items()}), torch.stack([streak, longest, skipped])
-                save_state(stage, done, time.time() - begun, {"sums": rows, "bad": steps, "low": low, "counted": stage.counted})
+                rows = ranks.gather_rows({name: row[None] for name, row in sums.items()})
+                since_log = {"sums": rows, "bad": torch.stack([streak, longest, skipped]), "low": low, "counted": stage.counted}
+                save_state(stage, done, time.time() - begun, since_log)
             if due and not asked:
                 evaluate_and_log(stage, done)
             since += time.time() - before       # evaluating and saving are not training
@@ -671,10 +643,23 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
     stage.seconds, stage.per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
 
 
+def summary(stage: Stage, done: int, sums: dict[str, Tensor], skipped: Tensor, norm: Tensor, lr: float, low: dict) -> tuple[dict, dict]:
+    """The log line of `fit` but its times: means of the terms where they were finite, and what went wrong; and `low` as it is now."""
+    sums = {name: all_reduce(row) for name, row in sums.items()}
+    means = {name: row[0].item() / row[1].item() if row[1] else None for name, row in sums.items()}
+    line = {"step": done, **means, "norm": norm.item() if norm.isfinite() else None, "lr": lr, **stage.log()}
+    if skipped.item():
+        line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
+    last = (done - 1) // stage.args.log_every * stage.args.log_every        # the step of the last log line
+    low = {name[6:]: low.get(name[6:], last) for name, value in line.items() if name.startswith("usage_") and value < LOW}
+    if collapsed := [stream for stream, since in low.items() if done - since >= LOW_STEPS]:
+        line["collapsed"] = collapsed
+    return line, low
+
+
 def evaluate_and_log(stage: Stage, step: int, log: bool = True):
     metrics = {name: value for name, value in stage.evaluate().items() if isinstance(value, float)}
-    stage.ranks.say(f"{stage.name} {step}/{stage.steps}  evaluated: "
-                    + "  ".join(f"{name} {show(value)}" for name, value in metrics.items()))
+    stage.ranks.say(f"{stage.name} {step}/{stage.steps}  evaluated: " + "  ".join(f"{name} {show(x)}" for name, x in metrics.items()))
     if stage.ranks.first and log:
         append_log(stage.folder, {"step": step, **{f"eval_{name}": value for name, value in metrics.items()}})
 
@@ -687,7 +672,7 @@ def not_finite(sums: dict[str, Tensor]) -> str:
 def show(value) -> str:
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.3g}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.3f}"
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 def write_log(stage: Stage, line: dict, broken: list[str]):
@@ -695,8 +680,7 @@ def write_log(stage: Stage, line: dict, broken: list[str]):
     if not stage.ranks.first:
         return
     left = (stage.steps - line["step"]) * stage.batch / line[f"{stage.unit}_per_second"]
-    words = [f"{name} {show(value)}" for name, value in line.items()
-             if name not in ("step", "seconds", "not_finite", "waiting", "collapsed")]
+    words = [f"{name} {show(x)}" for name, x in line.items() if name not in ("step", "seconds", "not_finite", "waiting", "collapsed")]
     print(f"{stage.name} {line['step']}/{stage.steps}  " + "  ".join(words) + f"  left {left / 60:.1f} min", flush=True)
     if "skipped" in line:
         print(f"  {line['skipped']} steps skipped, not finite: {line['not_finite']}", flush=True)
@@ -726,24 +710,23 @@ def read_log(folder: str) -> list[dict]:
                     lines.append(json.loads(line))
                     lines[-1]["step"] += 0
                 except (ValueError, TypeError, KeyError, RecursionError):
-                    raise ValueError(f'{path}, line {number}: got {line[:60]!r}, expected an object with a "step"; '
-                                     'take that line out') from None
+                    raise ValueError(f'{path}, line {number}: got {line[:60]!r}, expected an object with a "step"; take it out') from None
     return lines
 
 
 def checkpoints(folder: str) -> list[str]:
     """state.pt, and those before it that were kept, state-1.pt, ...: the newest first."""
-    older = sorted((int(name[6:-3]), name) for name in os.listdir(folder)
-                   if re.fullmatch(r"state-\d+\.pt", name)) if os.path.isdir(folder) else []
-    return [path for path in (os.path.join(folder, name) for name in ("state.pt", *(name for _, name in older))) if os.path.exists(path)]
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    older = sorted((name for name in names if re.fullmatch(r"state-\d+\.pt", name)), key=lambda name: int(name[6:-3]))
+    return [path for name in ("state.pt", *older) if os.path.exists(path := os.path.join(folder, name))]
 
 
 def save_state(stage: Stage, step: int, seconds: float, since_log: dict):
-    """What others load, curves and samples; then state.pt, which holds the weights too. The same files whatever the number of ranks.
-    Raises OSError on all ranks where the first could not write; the checkpoint before it is then kept."""
-    parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state(), "since_log": since_log}
-    states = {name: part if isinstance(part, dict) else part.state_dict() for name, part in parts.items()}
-    state, failed = whole_state(states, stage.ranks.first), None
+    """What others load, curves and samples; then state.pt, which holds the weights too: the same files whatever the ranks, and whether
+    they share the weights. Raises OSError on all ranks where the first could not write; the checkpoint before it is then kept."""
+    parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}
+    state = {**{name: part.state_dict() for name, part in parts.items()}, "since_log": since_log}
+    state, failed = whole_state(state, stage.ranks.first), None
     if stage.ranks.first:
         try:
             write_state(stage, {"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state})
@@ -768,32 +751,31 @@ def write_state(stage: Stage, state: dict):
     except OSError as error:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); the checkpoint before it is kept: "
-                      "make room, then --resume") from None
-    older = [os.path.join(stage.folder, f"state-{n}.pt") for n in range(keep)]       # of which the first is never there
+        raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); "
+                      "the checkpoint before it is kept: make room, then --resume") from None
+    copies = [path, *(os.path.join(stage.folder, f"state-{n}.pt") for n in range(1, keep))]
     for n in range(keep - 1, 0, -1):
-        if os.path.exists(before := older[n - 1] if n > 1 else path):
-            os.replace(before, older[n])
+        if os.path.exists(copies[n - 1]):
+            os.replace(copies[n - 1], copies[n])
     os.replace(path + ".tmp", path)
 
 
 def load_state(stage: Stage) -> tuple[int, float, dict | None]:
-    """Back to where `save_state` was: -> step, seconds, and what it knew since the last log line. Of several checkpoints the newest that
-    can be read. The log loses what came after. Raises ValueError for damaged files or other settings."""
-    damaged = []
+    """Back to where `save_state` was, by the newest checkpoint that can be read -> step, seconds, and what it knew since the last log
+    line. The log loses what came after. Raises ValueError for damaged files or other settings."""
+    damaged, shapes = [], lambda counted: {name: value.shape for name, value in counted.items()}
     for path in checkpoints(stage.folder):
         try:
             # read where it is needed: ranks may share what none could hold
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            changed, step, seconds, since_log = differences(state["settings"],
-                                                            stage.settings), state["step"], state["seconds"], state.get("since_log")
+            changed = differences(state["settings"], stage.settings)
+            step, seconds, since_log = state["step"], state["seconds"], state.get("since_log")
             if type(step) is not int or not 0 <= step <= stage.steps or not isinstance(seconds, (int, float)):
                 raise ValueError(f"step {step} of {stage.steps} after {seconds} seconds")
             if since_log and not (all(rows.shape[1:] == (3,) and rows.isfinite().all()
                                       for rows in (*since_log["sums"].values(), since_log["bad"][None]))
                                   and all(type(value) is int for value in since_log["low"].values())
-                                  and {name: value.shape for name, value in since_log["counted"].items()} == {name: value.shape for name,
-                    value in stage.counted.items()}):
+                                  and shapes(since_log["counted"]) == shapes(stage.counted)):
                 raise ValueError("what it knew since the last log line is damaged")
             break
         except Exception as error:      # torch.load raises nearly anything on damaged bytes
@@ -804,9 +786,8 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
         raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; "
                          "look at the disk, and start them again")
     if changed:
-        raise ValueError(f"{path} comes from a run with other settings "
-                         f"({'; '.join(changed[:4])}{f'; {len(changed) - 4} more' if len(changed) > 4 else ''}); "
-                         "resume with the same ones, or start anew in another --out")
+        words = "; ".join([*changed[:4], *([f"{len(changed) - 4} more"] if len(changed) > 4 else [])])
+        raise ValueError(f"{path} is of a run with other settings ({words}); resume with the same ones, or start anew in another --out")
     try:
         for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
             load_part(part, state[name], path)
@@ -848,7 +829,7 @@ def to_picture(images: Tensor) -> list[Image.Image]:
 
 
 def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[str]] | None = None):
-    """A PNG with a row of pictures per tensor (B, 3, H, W), each enlarged by a whole number to at least `cell` pixels, its title below."""
+    """A PNG with a row of pictures per tensor (B, 3, H, W), each at least `cell` wide, enlarged by a whole number, its title below."""
     pictures = [to_picture(row) for row in rows]
     side, cell = pictures[0][0].width, cell if titles is None else max(cell, 160)
     # one picture alone has no frame: it may be read again
@@ -869,11 +850,9 @@ def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[s
 
 def draw_curves(log: list[dict], path: str, width: int = 300, height: int = 150):
     """A PNG with one small panel per number in the log, over steps."""
-    skip = {"step", "seconds", "waiting", "skipped", "collapsed"}
-    names = [name for name in dict.fromkeys(key for line in log for key in line) if name not in skip
-             and not isinstance(log[0].get(name, 0.0), (list, str))]
-    series = {name: [(line["step"], line[name]) for line in log
-                     if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}
+    names = dict.fromkeys(name for line in log for name in line if name not in ("step", "seconds", "waiting", "skipped"))
+    series = {name: [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
+              for name in names}
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
@@ -883,8 +862,8 @@ def draw_curves(log: list[dict], path: str, width: int = 300, height: int = 150)
     for n, (name, points) in enumerate(series.items()):
         left, top = n % columns * width + 10, n // columns * height + 22
         w, h = width - 20, height - 42
-        (low, high), last = (f(v for _, v in points) for f in (min, max)), points[-1][0]
-        first = points[0][0]
+        first, last = points[0][0], points[-1][0]
+        low, high = (f(v for _, v in points) for f in (min, max))
         line = [(left + w * (s - first) / max(1, last - first), top + h - h * (v - low) / ((high - low) or 1)) for s, v in points]
         draw.rectangle((left, top, left + w, top + h), outline=(220, 220, 220))
         draw.line(line, fill=(40, 90, 200), width=2)
@@ -905,9 +884,8 @@ def peak_memory_gib(device: torch.device) -> float:
 def commit() -> str:
     """The commit of this code, or "unknown"."""
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True,
-                              text=True,
-                              check=True).stdout.strip()
+        return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                                       stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -916,8 +894,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's, which does not know the attention that runs on a CPU. Causal attention counts as if nothing were masked. Not by module: that
-    would hold on to recomputed activations."""
+    """torch's, with a CPU's attention; what is masked counts too. Not by module: that would hold on to recomputed activations."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker.__enter__ = counter.mod_tracker.__exit__ = lambda: None
     for way in ("", "_backward"):
@@ -962,9 +939,8 @@ def bench(stage: Stage, batches, what: str = ""):
     peak = next((flops for name, flops in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     used = f", {counter.get_total_flops() / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""
     stage.ranks.say(f"{stage.name}{what}: {seconds:.4f} s a step of {stage.batch}, {stage.batch / seconds:.1f} {stage.unit}/s, "
-                    f"{counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank"
-                    f"{used}, {statistics.mean(waited[-20:]) / seconds:.2%} of it waiting for data, peak memory "
-                    f"{peak_memory_gib(device):.2f} GiB")
+                    f"{counter.get_total_flops() / 1e9:.1f} GFLOP a step and rank{used}, "
+                    f"{statistics.mean(waited[-20:]) / seconds:.2%} of it waiting for data, peak memory {peak_memory_gib(device):.2f} GiB")
 
 
 def bench_quantizer(args, ranks: Ranks):
@@ -973,8 +949,7 @@ def bench_quantizer(args, ranks: Ranks):
     cuda = ranks.device.type == "cuda"
     M, K, E, D = (32 * 729, 16_384, 32, 8) if cuda else (4096, 1024, 32, 4)
 
-    def z(M):
-        return torch.randn(1, M, E, generator=torch.Generator().manual_seed(args.seed)).to(ranks.device)
+    z = lambda M: torch.randn(1, M, E, generator=torch.Generator().manual_seed(args.seed)).to(ranks.device)
 
     def ours(M, K, D):
         vq, x = ResidualVQ(E, K, D).to(ranks.device), z(M)
@@ -982,8 +957,8 @@ def bench_quantizer(args, ranks: Ranks):
         return vq, lambda: (vq(x), vq.training and vq.update())
     rows = {"ours" + ", --fast-vq" * args.fast_vq: ours(M, K, D)}
     try:
-        peer, x = importlib.import_module("vector_quantize_pytorch").ResidualVQ(dim=E, codebook_size=K, num_quantizers=D,
-                                                                                shared_codebook=True, decay=0.99).to(ranks.device), z(M)
+        package, x = importlib.import_module("vector_quantize_pytorch"), z(M)
+        peer = package.ResidualVQ(dim=E, codebook_size=K, num_quantizers=D, shared_codebook=True, decay=0.99).to(ranks.device)
         rows["vector-quantize-pytorch"] = peer, lambda: peer(x)
     except ImportError:
         ranks.say("vector-quantize-pytorch is not installed, so there is no peer to compare with")
@@ -1003,8 +978,8 @@ def bench_quantizer(args, ranks: Ranks):
             for d in range(D):
                 distances = torch.cdist(left, vq.table(d).double())
                 nearest, left = distances.min(1), left - vq.table(d)[chosen[:, d]].double()
-                wrong, ours_left, least_left = wrong + (nearest.indices != chosen[:,
-                    d]).sum(), ours_left + left.square().sum(), least_left + nearest.values.square().sum()
+                wrong = wrong + (nearest.indices != chosen[:, d]).sum()
+                ours_left, least_left = ours_left + left.square().sum(), least_left + nearest.values.square().sum()
         ranks.say(f"  {1 - wrong / codes.numel():.4%} of the codes are the nearest in float64; what they leave is "
                   f"{ours_left / least_left - 1:.1e} more than the least")
         for name, sizes in (("vectors", [(M * n, K, D) for n in (1, 2, 4)]), ("codebook size", [(M, K * n, D) for n in (1, 2, 4)]),
@@ -1023,21 +998,21 @@ def exponent(sizes, values) -> float:
 def bench_growth(ranks: Ranks, axes: dict, make):
     """How a step's time and memory grow. axes: {what: sizes}; make(what, size) -> (stage, micro-batches). Memory is the device's peak on
     CUDA, else what the dry run counts."""
+    cuda, listed = ranks.device.type == "cuda", lambda numbers: ", ".join(f"{x:.3f}" for x in numbers)
     for what, sizes in axes.items():
         rows = []
         for size in sizes:
             stage = parts = None        # that of the size before
             gc.collect()
             stage, parts = make(what, size)
-            if ranks.device.type == "cuda":
+            if cuda:
                 torch.cuda.reset_peak_memory_stats()
             stage.wrapped = ranks.wrap(stage.model)
             seconds = seconds_of(lambda: whole_step(stage, parts), ranks.device, rounds=3)
-            rows.append((seconds, peak_memory_gib(ranks.device) if ranks.device.type == "cuda" else measure(stage, parts).memory / 2 ** 30))
+            rows.append((seconds, peak_memory_gib(ranks.device) if cuda else measure(stage, parts).memory / 2 ** 30))
         seconds, memory = zip(*rows)
-        ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {', '.join(f'{x:.3f}' for x in seconds)} s a step, exponent "
-                  f"{exponent(sizes, seconds):.2f}; "
-                  f"{', '.join(f'{x:.3f}' for x in memory)} GiB, exponent {exponent(sizes, memory):.2f}")
+        ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {listed(seconds)} s a step, exponent "
+                  f"{exponent(sizes, seconds):.2f}; {listed(memory)} GiB, exponent {exponent(sizes, memory):.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1060,7 +1035,7 @@ def fake():
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all live tensors: `now`, and at the `peak`, where `gradients` were those of parameters, each rank holding 1/`shards`."""
+    """Bytes of all tensors alive: `now`, and at the `peak`, `gradients` of them those of parameters, of which a rank holds 1 / `shards`."""
 
     def __init__(self, tensors, shards: int = 1):
         super().__init__()
@@ -1139,13 +1114,11 @@ def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False
         layers = [sum(p.nbytes for p in x.parameters()) for x in model.modules() if type(x).__name__ in ("Layer", "LLMLayer", "VisualHead")]
         reduced, divisor = own - sum(layers) + 2 * max(layers), ranks
     return Cost(sum(p.numel() for p in trained), repeat * (sum(marks[1::2]) - sum(marks[::2])), repeat * counter.get_total_flops(),
-                weights - own + own / divisor,
-                live.gradients, state / divisor, reduced, live.peak - weights - live.gradients)
+                weights - own + own / divisor, live.gradients, state / divisor, reduced, live.peak - weights - live.gradients)
 
 
 def as_on_cuda(stage: Stage):
-    """Fake tensors lie on a CPU; this makes autocast there keep what CUDA's keeps: norms in fp32. fp16 has the bytes of bf16, and the
-    kernel of attention that CUDA has."""
+    """Makes autocast on a CPU, where fake tensors lie, keep norms in fp32 as CUDA's does. fp16 has bf16's bytes, and CUDA's attention."""
     if stage.precision == "bf16":
         stage.autocast = lambda: torch.autocast("cpu", torch.float16)
         for module in [m for x in vars(stage).values() if isinstance(x, nn.Module) for m in x.modules()]:
@@ -1158,8 +1131,8 @@ def dry_run(args, makers: list, ranks: int, unit: str):
     args.precision = "bf16" if args.precision == "auto" else args.precision
     fsdp, peak = getattr(args, "fsdp", False), PEAK["H100"] * args.utilisation
     print(f"\na rank of {ranks}, {args.precision}{', FSDP' if fsdp else ', DDP' if ranks > 1 else ''}; GFLOP per {unit}, GiB a rank at the "
-          f"peak of a step; time at {args.utilisation:.0%} "
-          f"of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s" + (", which fp32 has not: no time" if args.precision == "fp32" else ""))
+          f"peak of a step; time at {args.utilisation:.0%} of an H100's {PEAK['H100'] / 1e12:.0f} TFLOP/s"
+          + ", which fp32 has not: no time" * (args.precision == "fp32"))
     names = ("trained M", "forward", "step", "weights", "gradients", "optimiser", "gathered" if fsdp else "DDP's", "activations", "sum",
              "80 GB", "s/step", f"{unit}s/s", "hours")
     print(f"  {'stage':35}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in names))
@@ -1172,12 +1145,11 @@ def dry_run(args, makers: list, ranks: int, unit: str):
             gib = [x / 2 ** 30 for x in (cost.weights, cost.gradients, cost.optimiser, cost.reduced, cost.activations, cost.memory)]
             # of the 79 GiB that such a device has, a tenth for what is not counted
             fits = "fits" if gib[-1] < 0.9 * 79 else "tight" if gib[-1] < 79 else "no"
-            row = [f"{cost.trained / 1e6:.1f}", *(f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)), *(f"{x:.2f}" for x in gib),
-                   fits]
-            row += ["-"] * 3 if args.precision == "fp32" else [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}",
-                                                               f"{stage.steps * seconds / 3600:.3g}"]
-            title = (f"{stage.name}, "
-                     f"{share}{f' in {args.accumulate}' if args.accumulate > 1 else ''}{', checkpointing' if args.checkpointing else ''}")
+            flops = [f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)]
+            times = [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}", f"{stage.steps * seconds / 3600:.3g}"]
+            times = ["-"] * 3 if args.precision == "fp32" else times
+            row = [f"{cost.trained / 1e6:.1f}", *flops, *(f"{x:.2f}" for x in gib), fits, *times]
+            title = f"{stage.name}, {share}" + f" in {args.accumulate}" * (args.accumulate > 1) + ", checkpointing" * args.checkpointing
             print(f"  {title:35}" + "".join(f"{x:>{max(9, len(name) + 2)}}" for x, name in zip(row, names)), flush=True)
     print("not counted: fragmentation, workspaces of kernels, NCCL's buffers, waiting for data and for other ranks, evaluation")
 
@@ -1193,7 +1165,7 @@ def print_parts(rows: list[tuple[str, int]]):
 
 @dataclass
 class System:
-    """A row: what it is, its run (folder, and flags by name), the paper's numbers by metric, and metrics with other names here."""
+    """A row: what it is, its run (folder, flags by name), the paper's numbers by metric, and metrics that have another name here."""
     label: str
     name: str
     changes: dict
@@ -1219,27 +1191,27 @@ def make_table(args, tables: dict[str, Table], measure):
     if args.table not in tables:
         raise ValueError(f"--table is {args.table!r}, expected one of {', '.join(tables)}")
     table, seeds, begun = tables[args.table], range(args.seed, args.seed + args.seeds), time.time()
-    found, rows = [{seed: measure(seed, system) for seed in seeds} for system in table.systems], []
-    for system, by_seed in zip(table.systems, found):
+    found, rows = [[measure(seed, system) for seed in seeds] for system in table.systems], []
+    for system, runs in zip(table.systems, found):
         ours = {}
         for column in table.columns:
-            values = [metrics for metrics in by_seed.values()]
+            values = runs
             for key in system.rename.get(column, column).split("."):
                 values = [value.get(key) if isinstance(value, dict) else None for value in values]
             if None not in values:
                 ours[column] = {"mean": sum(values) / len(values), "spread": max(values) - min(values), "values": values}
         rows.append({"label": system.label, "run": system.name, "ours": ours,
                      "paper": {name: value for name, value in system.paper.items() if value is not None},
-                     "seconds": [metrics["seconds"] for metrics in by_seed.values()],
-                     **{f"{what}s": sorted({metrics[what] for metrics in by_seed.values()}) for what in ("commit", "device")}})
-    if len(counts := {metrics["images"] for by_seed in found for metrics in by_seed.values() if "images" in metrics}) > 1:
+                     "seconds": [metrics["seconds"] for metrics in runs],
+                     **{f"{what}s": sorted({metrics[what] for metrics in runs}) for what in ("commit", "device")}})
+    if len(counts := {metrics["images"] for runs in found for metrics in runs if "images" in metrics}) > 1:
         raise ValueError(f"the rows of --table {args.table} were evaluated on {' and '.join(map(str, sorted(counts)))} images; name one "
                          "--eval-images, and another --out, or delete those of the others")
     ranks = Ranks(args.device)
     if ranks.first:
         path = os.path.join(args.out, f"table-{args.table}")
-        facts = {"table": table.title, "preset": args.preset, "seeds": [*seeds], "paper": table.source, **machine(ranks)}
-        write_json(path + ".json", {**facts, "rows": rows})
+        write_json(path + ".json", {"table": table.title, "preset": args.preset, "seeds": [*seeds], "paper": table.source,
+                                    **machine(ranks), "rows": rows})
         devices = sorted({device for row in rows for device in row["devices"]})
         text = table_text(table, rows, f"preset {args.preset}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
                                        f"{' and '.join(devices)}, torch {torch.__version__}")
@@ -1266,8 +1238,8 @@ def table_text(table: Table, rows: list[dict], made: str) -> str:
         return words + (f" ({paper:g})" if paper is not None else "")
     head = ["", *(f"{what} {'↓' if name in table.lower else '↑'}" for name, what in table.columns.items())]
     lines = [head, ["---"] * len(head), *([row["label"], *(cell(row, column) for column in table.columns)] for row in rows)]
-    title = f"**{table.title}**; in brackets the paper's numbers, {table.source}. {made}.\n\n"
-    return title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"**{table.title}**; in brackets the paper's numbers, {table.source}. {made}.\n\n{body}"
 
 
 def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: int = 20):
@@ -1289,8 +1261,8 @@ def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: 
             if ours:
                 draw.rectangle((left, high + 1, at(ours["mean"]), high + line - 6), fill=(90, 130, 210))
                 draw.line((at(min(ours["values"])), high + line // 2 - 3, at(max(ours["values"])), high + line // 2 - 3), fill="black")
-            draw.text((at(max(ours["values"])) + 5 if ours else left, high), show(ours["mean"]) if ours else "-", fill="black",
-                      font_size=12)
+            end = at(max(ours["values"])) + 5 if ours else left
+            draw.text((end, high), show(ours["mean"]) if ours else "-", fill="black", font_size=12)
             draw.text((left + room + 70, high), "" if paper is None else f"{paper:g}", fill=(130, 130, 130), font_size=12)
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
@@ -1300,11 +1272,10 @@ def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, heig
     """Two metrics against each other: a numbered dot for each row that has both, a line for one with the first alone; labels below."""
     across, up = table.curve
     have = [row for row in rows if across in row["ours"]]
-    value = lambda row, name: row["ours"][name]["mean"] if name in row["ours"] else None
-    ends = {name: (min(v for row in have if (v := value(row, name)) is not None),
-                   max(v for row in have if (v := value(row, name)) is not None)) for name in table.curve}
-    margin = {name: 0.08 * (high - low) or 1.0 for name, (low, high) in ends.items()}
-    low, high = ({name: pair[end] + (2 * end - 1) * margin[name] for name, pair in ends.items()} for end in (0, 1))
+    values = {name: [row["ours"][name]["mean"] for row in have if name in row["ours"]] for name in table.curve}
+    margin = {name: 0.08 * (max(means) - min(means)) or 1.0 for name, means in values.items()}
+    low = {name: min(means) - margin[name] for name, means in values.items()}
+    high = {name: max(means) + margin[name] for name, means in values.items()}
     left, top, right, bottom = 70, 40, width - 20, height - 50
     x = lambda v: left + (right - left) * (v - low[across]) / (high[across] - low[across])
     y = lambda v: bottom - (bottom - top) * (v - low[up]) / (high[up] - low[up])
@@ -1313,20 +1284,21 @@ def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, heig
     draw.text((8, 8), table.title, fill="black", font_size=14)
     draw.rectangle((left, top, right, bottom), outline=(180, 180, 180))
     for part in range(5):
-        v, w = (low[name] + part / 4 * (high[name] - low[name]) for name in (across, up))
+        v, w = (low[name] + part / 4 * (high[name] - low[name]) for name in table.curve)
         draw.text((x(v), bottom + 6), f"{v:.2f}", fill="black", font_size=11, anchor="mt")
         draw.text((left - 6, y(w)), f"{w:.3f}", fill="black", font_size=11, anchor="rm")
     draw.text(((left + right) / 2, bottom + 26), table.columns[across], fill="black", font_size=12, anchor="mt")
     draw.text((left + 8, top + 6), f"up: {table.columns[up]}", fill="black", font_size=12)
     for n, row in enumerate(have, 1):
-        a, b = value(row, across), value(row, up)
-        if b is None:
-            draw.line((x(a), top, x(a), bottom), fill=(200, 60, 60), width=2)
+        a, b, label = x(row["ours"][across]["mean"]), top + 18, f"{n}  {row['label']}"
+        if up in row["ours"]:
+            b = y(row["ours"][up]["mean"])
+            draw.ellipse((a - 4, b - 4, a + 4, b + 4), fill=(40, 90, 200))
         else:
-            draw.ellipse((x(a) - 4, y(b) - 4, x(a) + 4, y(b) + 4), fill=(40, 90, 200))
-        draw.text((x(a) + 7, y(b) - 14 if b is not None else top + 4), str(n), fill="black", font_size=13)
-        draw.text((left, height + 20 * (n - 1)), f"{n}  {row['label']}" + (" (a line: it has no semantics)" if b is None else ""),
-                  fill="black", font_size=12)
+            draw.line((a, top, a, bottom), fill=(200, 60, 60), width=2)
+            label += " (a line: it has no semantics)"
+        draw.text((a + 7, b - 14), str(n), fill="black", font_size=13)
+        draw.text((left, height + 20 * (n - 1)), label, fill="black", font_size=12)
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
@@ -1351,12 +1323,13 @@ class Data:
     def __init__(self, source: str, val_source: str, size: int, args, ranks: Ranks, runs: dict[str, int]):
         self.source, self.size, self.args, self.ranks, self.worlds = source, size, args, ranks, source in shapes.DIFFICULTIES
         self.drawn = source + f" ({args.num_samples:,} an epoch)" * bool(args.num_samples)        # what a resumed run must share
-        if args.eval_images < max(2, ranks.count):
-            raise ValueError(f"--eval-images is {args.eval_images}, expected at least {max(2, ranks.count)}")
+        least = max(2, ranks.count)
+        if args.eval_images < least:
+            raise ValueError(f"--eval-images is {args.eval_images}, expected at least {least}")
         if self.worlds:
             if val_source or args.num_samples:
-                raise ValueError(f"{f'--val-data {val_source!r}' if val_source else '--num-samples'} goes with images, and --data is the "
-                                 f"built-in world {source!r}; leave it out")
+                flag = "--val-data" if val_source else "--num-samples"
+                raise ValueError(f"{flag} goes with images, and --data is the built-in world {source!r}; leave it out")
             self.train, self.captioned = shapes.World(source, size, args.seed), True
             self.val = shapes.World(source, size, VALIDATION_SEED, "val")
             return
@@ -1365,16 +1338,13 @@ class Data:
         self.captioned = bool((data.records["text_size"] > 0).any())
         for report in dict.fromkeys(self.train.broken + self.val.broken):
             ranks.say(f"  {report}")
-        if args.num_samples > len(self.train):
-            raise ValueError(f"--num-samples is {args.num_samples:,}, expected at most the {len(self.train):,} images to train on, "
-                             "or 0 for all of them")
-        epoch = args.num_samples or len(self.train)
-        epochs = ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items())
-        ranks.say(f"data: {len(self.train):,} images to train on, {len(self.val):,} held out; "
-                  f"{epoch:,} of {len(self.train):,} samples an epoch" + (f", epochs in this run: {epochs}" if runs else ""))
-        if len(self.val) < max(2, ranks.count):
-            raise ValueError(f"{len(self.val)} images to evaluate on, expected at least {max(2, ranks.count)}; "
-                             "add images, or name some with --val-data")
+        n, held_out, epoch = len(self.train), len(self.val), args.num_samples or len(self.train)
+        if epoch > n:
+            raise ValueError(f"--num-samples is {epoch:,}, expected at most the {n:,} images to train on, or 0 for all of them")
+        epochs = ", epochs in this run: " * bool(runs) + ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items())
+        ranks.say(f"data: {n:,} images to train on, {held_out:,} held out; {epoch:,} of {n:,} samples an epoch{epochs}")
+        if held_out < least:
+            raise ValueError(f"{held_out} images to evaluate on, expected at least {least}; add images, or name some with --val-data")
 
     def batches(self, batch: int):
         """-> function of a start step that yields this rank's part of each global batch, without end: micro-batches (images (b, 3, H, W) on
@@ -1404,16 +1374,15 @@ class Data:
 
     def validation(self, batch: int = 64):
         """Yields (images, captions), this rank's share of the first --eval-images held-out samples."""
-        n = self.args.eval_images
+        rank, ranks, n = self.ranks.rank, self.ranks.count, self.args.eval_images
         if self.worlds:
-            mine = range(self.ranks.rank, n, self.ranks.count)
+            mine = range(rank, n, ranks)
             for i in range(0, len(mine), batch):
                 yield self.val.batch(mine[i:i + batch], self.ranks.device)
             return
-        local = max(1, min(batch, len(self.val) // self.ranks.count))
-        stop, seen = math.ceil(math.ceil(n / self.ranks.count) / local), set()
-        for images, captions, reports in self.val.load(local * self.ranks.count, stop=stop, rank=self.ranks.rank, ranks=self.ranks.count,
-                                                       workers=self.args.workers):
+        local = max(1, min(batch, len(self.val) // ranks))
+        stop, seen = math.ceil(math.ceil(n / ranks) / local), set()
+        for images, captions, reports in self.val.load(local * ranks, stop=stop, rank=rank, ranks=ranks, workers=self.args.workers):
             for report in first_time(reports, seen):
                 print(f"  {report}", flush=True)
             yield self._signed(images), captions
@@ -1431,17 +1400,15 @@ def retrieval(image: Tensor, text: Tensor, captions: list[str], owner: list[int]
     image, text, captions = image[pictures], text[told], [captions[k] for k in told]
     if len(set(captions)) < 2:
         return {}
-    names = {caption: n for n, caption in enumerate(dict.fromkeys(captions))}
-    label = [names[caption] for caption in captions]
-    right, i2t = set(zip(of.tolist(), label)), 0
-    best, nearest = text.new_full((len(text),), -2.0), torch.zeros(len(text), dtype=torch.int64, device=text.device)
+    right, i2t = set(zip(of.tolist(), captions)), 0
+    best, nearest = text.new_full((len(text),), -2.0), torch.zeros_like(text[:, 0], dtype=torch.int64)
     for start in range(0, len(image), 1024):        # of 31,000 pictures and 155,000 captions, all likenesses at once would be 19 GB
         similar = image[start:start + 1024] @ text.T
-        i2t += sum((start + n, label[k]) in right for n, k in enumerate(similar.argmax(1).tolist()))
+        i2t += sum((start + n, captions[k]) in right for n, k in enumerate(similar.argmax(1).tolist()))
         rows = similar.argmax(0)
         value = similar.gather(0, rows[None])[0]
         nearest, best = torch.where(value > best, rows + start, nearest), torch.maximum(value, best)
-    t2i = sum((n, label[k]) in right for k, n in enumerate(nearest.tolist()))
+    t2i = sum((n, captions[k]) in right for k, n in enumerate(nearest.tolist()))
     return {"i2t": i2t / len(image), "t2i": t2i / len(text)}
 
 
@@ -1456,15 +1423,14 @@ def zero_shot(pool, siglip: SigLIP, data: Data, split: str) -> float:
     for i in range(0, len(mine), 128):
         scenes = world.scenes(mine[i:i + 128])
         label = torch.tensor([pairs.index((scene[0].colour, scene[0].shape)) for scene in scenes], device=data.ranks.device)
-        images = F.normalize(pool(shapes.render(scenes, data.size, data.ranks.device)).float(), dim=-1)
-        right += ((images @ text.T).argmax(1) == label).sum()
-    total = torch.tensor([float(right), len(mine)], device=data.ranks.device)
-    all_reduce(total)
+        image = F.normalize(pool(shapes.render(scenes, data.size, data.ranks.device)).float(), dim=-1)
+        right += ((image @ text.T).argmax(1) == label).sum()
+    total = all_reduce(torch.tensor([float(right), len(mine)], device=data.ranks.device))
     return (total[0] / total[1]).item()
 
 
 def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]:
-    """Of single-shape validation scenes, the share that the reader reads right; of those, the share right in the reconstructions."""
+    """On single-shape validation scenes: the share that the reader reads right, and the share of those right in reconstructions too."""
     world = shapes.World(data.source, data.size, VALIDATION_SEED, "val", single=1.0)
     mine, counts = range(data.ranks.rank, data.args.eval_images // 2, data.ranks.count), torch.zeros(3, device=data.ranks.device)
     for i in range(0, len(mine), 128):
@@ -1472,8 +1438,7 @@ def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]
         images = shapes.render(scenes, data.size, data.ranks.device)
         sides = [shapes.read(x, data.source) for x in (images, tokenizer.decode(tokenizer.encode(images)))]
         original, rebuilt = ([shapes.same(a, b) for a, b in zip(scenes, side)] for side in sides)
-        both = sum(a and b for a, b in zip(original, rebuilt))
-        counts += torch.tensor([len(scenes), sum(original), both], dtype=torch.float32, device=counts.device)
+        counts += torch.tensor([len(scenes), sum(original), sum(a and b for a, b in zip(original, rebuilt))], device=counts.device)
     n, right, both = all_reduce(counts).tolist()
     return right / n, both / max(right, 1)
 
@@ -1514,8 +1479,8 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
             rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images))
             rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
         if reads:
-            rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(),
-                                             dim=-1)), rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
+            rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(), dim=-1))
+            rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
         words += captions
         for s, stream in enumerate(streams):
             counts[stream] += histogram(codes[:, :, s], c.codebook_size)
@@ -1525,11 +1490,12 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
     metrics |= {"psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(),
                 "fd": frechet_distance(rows["fake"], rows["real"])} if paints else {}
     metrics["images"] = len(rows["captions"])
+    counts = {s: all_reduce(count) for s, count in counts.items()}
     for what, index in (("usage", 0), ("perplexity", 1)):
-        by_depth = {s: usage_and_perplexity(all_reduce(counts[s].clone()))[index].tolist() for s in streams}
-        over_all = {s: usage_and_perplexity(all_reduce(counts[s].clone()).sum(0))[index].item() for s in streams}
-        metrics |= {what: over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()},
-                    f"{what}_by_depth": by_depth}
+        by_depth = {s: usage_and_perplexity(count)[index].tolist() for s, count in counts.items()}
+        over_all = {s: usage_and_perplexity(count.sum(0))[index].item() for s, count in counts.items()}
+        metrics[what] = over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()}
+        metrics[f"{what}_by_depth"] = by_depth
     if data.worlds and reads:
         metrics |= {"zero_shot": zero_shot(tokenizer.pool, siglip, data, "val"),
                     "teacher_zero_shot": zero_shot(lambda x: teacher(x)[1], siglip, data, "val"),
@@ -1559,7 +1525,7 @@ def told(path: str) -> list[str]:
 
 
 def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], list[int], list[list[str]]]:
-    """--zero-shot-data, --class-names, --templates -> the pictures' paths, their classes, each class's prompts. ValueError: a bad file."""
+    """--zero-shot-data, --class-names, --templates -> paths of pictures, their classes, each class's prompts; or ValueError."""
     if not os.path.isdir(folder):
         raise ValueError(f"--zero-shot-data {folder!r} is no folder; expected one that holds a folder of pictures for each class")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
@@ -1608,13 +1574,12 @@ def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[in
     if len(there) < 2:
         raise ValueError(f"of the {len(names)} images that {path} names, {len(there)} are in {folder or '.'}; "
                          "name their folder with --retrieval-images")
-    rows = [row for row in rows if row[0] in there]
-    return [os.path.join(folder, name) for name in there], [words for _, words in rows], [there[name] for name, _ in rows], [name
-        for name in names if name not in there]
+    rows, missing = [row for row in rows if row[0] in there], [name for name in names if name not in there]
+    return [os.path.join(folder, name) for name in there], [words for _, words in rows], [there[name] for name, _ in rows], missing
 
 
 def text_vectors(siglip: SigLIP, groups: list[list[str]], ranks: Ranks, what: str) -> Tensor:
-    """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, made a unit vector again."""
+    """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, normalised again. Ranks take turns."""
     mine, step, rows = range(ranks.rank, len(groups), ranks.count), max(1, 256 // len(groups[0])), []
     for i in tqdm(range(0, len(mine), step), what, disable=not ranks.first):
         some = [groups[n] for n in mine[i:i + step]]
@@ -1636,8 +1601,8 @@ def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, 
     for numbers, (images, reports) in zip(mine.split(64), tqdm(loader, what, disable=not ranks.first)):
         good, images = torch.tensor([not report for report in reports]), data._signed(images)
         broken += filter(None, reports)
-        rows.append(keep(numbers[good],
-                         *(F.normalize(pool(images).float(), dim=-1).cpu()[good] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))))
+        vectors = (F.normalize(pool(images).float(), dim=-1).cpu()[good] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))
+        rows.append(keep(numbers[good], *vectors))
     rows = ranks.gather_rows({**{name: torch.cat([row[name] for row in rows]) for name in rows[0]}, "broken": broken})
     for report in rows["broken"]:
         ranks.say(f"  left out: {report}")
@@ -1649,7 +1614,7 @@ def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, 
 @torch.no_grad()
 def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, classes: tuple, captions: tuple) -> dict:
     """zero_shot on what `read_classes` returned, retrieval on what `read_captions` did, each through the codes and by the teacher."""
-    was_training, siglip, metrics = tokenizer.training, tokenizer.siglip_model, {}
+    was_training, siglip, device, metrics = tokenizer.training, tokenizer.siglip_model, data.ranks.device, {}
     tokenizer.eval()
     if classes:
         paths, labels, prompts = classes
@@ -1666,20 +1631,18 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
         place = {picture: n for n, picture in enumerate(rows["picture"].tolist())}
         kept = [k for k, picture in enumerate(owner) if picture in place]      # not the captions of broken pictures
         for name in ("retrieval", "teacher_retrieval"):
-            metrics[name] = retrieval(rows[name].to(data.ranks.device), text[kept].to(data.ranks.device), [words[k] for k in kept],
-                                      [place[owner[k]] for k in kept])
+            vectors = rows[name].to(device), text[kept].to(device)
+            metrics[name] = retrieval(*vectors, [words[k] for k in kept], [place[owner[k]] for k in kept])
         for name in missing:
             data.ranks.say(f"  left out: {name} is not there")
-        metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept), "retrieval_missing": len(missing),
-                    "retrieval_broken": rows["broken"]}
+        metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept),
+                    "retrieval_missing": len(missing), "retrieval_broken": rows["broken"]}
     tokenizer.train(was_training)
     return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the two stages
-
-
 
 def compile_parts(*modules: nn.Module):
     """torch.compile in place, region by region: transformer layers and decoder, not quantizers. Names of weights stay as they are."""
@@ -1721,26 +1684,23 @@ class SigLIPStage(Stage):
     name = "siglip"
 
     def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, folder: str = ""):
-        """folder: by default that of --out."""
         super().__init__(args, ranks)
         self.folder, self.data = folder or os.path.join(args.out, "siglip"), data
         self.steps, self.batch, self.lr, self.warmup = settings.siglip_steps, settings.siglip_batch, settings.siglip_lr, settings.warmup
         torch.manual_seed(args.seed)
         self.model = SigLIP(config.vision, config.text).to(ranks.device)
-        # The share of pairs that match, as a logit; SigLIP's -10 is for a batch of 32,768.
-        nn.init.constant_(self.model.logit_bias, -math.log(self.batch))
+        nn.init.constant_(self.model.logit_bias, -math.log(self.batch))     # the share of pairs that match; SigLIP's -10 is for 32,768
         self.model.vision_model.checkpointing = args.checkpointing
         if args.compile:
             compile_parts(self.model)
         self.optimizer = adamw([self.model], self.lr, (0.9, 0.95), settings.weight_decay)
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
-                         "batch": self.batch, "lr": self.lr,
-                         "vision": asdict(config.vision), "text": asdict(config.text), **common(args, ranks)}
+                         "batch": self.batch, "lr": self.lr, "vision": asdict(config.vision),
+                         "text": asdict(config.text), **common(args, ranks)}
 
     def loss(self, images, captions, *, step):
         ids = self.model.text_ids(captions).to(images.device, non_blocking=True)
-        loss = sigmoid_contrastive(*self.wrapped(images, ids))
-        return loss, {"scale": self.model.logit_scale[0].exp(), "bias": self.model.logit_bias[0]}
+        return sigmoid_contrastive(*self.wrapped(images, ids)), {"scale": self.model.logit_scale[0].exp(), "bias": self.model.logit_bias[0]}
 
     def evaluate(self):
         self.metrics = evaluate_siglip(self.model, self.data)
@@ -1751,19 +1711,16 @@ class SigLIPStage(Stage):
 
 
 class TokenizerStage(Stage):
-    """Both codebooks, their projections, the decoder and the ViT, against a frozen copy of the ViT (paper §3.2)."""
+    """Codebooks, projections, decoder and ViT, against a frozen copy of the ViT (paper §3.2). The text tower stays as it is."""
     name = "tokenizer"
 
     def __init__(self, args, ranks: Ranks, settings: Settings, config, data: Data, siglip: SigLIP, init: DualTokenizer | None = None,
                  files: tuple = ((), ())):
-        """siglip: the teacher, and where the tokenizer starts from too, unless it does from `init`. files: for `evaluate_files`."""
+        """siglip: the teacher, and where the tokenizer starts too, unless it does from `init`. files: for `evaluate_files`, at the end."""
         super().__init__(args, ranks)
-        if siglip.vision_config != config.vision:
-            raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, expected {config.vision}; train or name another SigLIP")
         self.folder, self.data, self.weights, self.files = args.out, data, settings.weights, files
         self.steps, self.batch, self.lr, self.warmup = settings.steps, settings.batch, settings.lr, settings.warmup
         torch.manual_seed(args.seed)
-        started = {"init": digest(init)} if init else {}
         self.model = (init or DualTokenizer(config, siglip)).to(ranks.device).train()
         own = None if init else self.model.teacher      # sde has one already
         self.teacher = (own or copy.deepcopy(siglip.vision_model)).eval().requires_grad_(False).to(ranks.device)
@@ -1785,11 +1742,11 @@ class TokenizerStage(Stage):
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.gan_steps, self.codes, self.pictures, self.counted = 0, None, None, {"gan_skipped": torch.zeros((), device=ranks.device)}
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
-                         "batch": self.batch,
-                         "lr": self.lr, "weights": asdict(settings.weights), "shared_gradient": self.model.shared_gradient, "gan": gan,
-                         "gan_start": settings.gan_start, "config": json.loads(json.dumps(asdict(config))),
-                         "teacher": digest(self.teacher), **started, **({"perceptual": digest(self.perceptual)} if self.perceptual else {}),
-                         **common(args, ranks)}
+                         "batch": self.batch, "lr": self.lr, "weights": asdict(settings.weights),
+                         "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start,
+                         "config": json.loads(json.dumps(asdict(config))), "teacher": digest(self.teacher),
+                         **({"init": digest(init)} if init else {}),
+                         **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args, ranks)}
 
     def loss(self, images, captions, *, step):
         features = self.wrapped(images)
@@ -1824,13 +1781,12 @@ class TokenizerStage(Stage):
         return {"discriminator": self.discriminator, "gan_optimizer": self.gan_optimizer} if self.gan_from <= self.steps else {}
 
     def log(self):
-        c = self.model.config
-        usage = (usage_and_perplexity(all_reduce(histogram(self.codes[:, :, s], c.codebook_size).sum(0)))[0].item()
-                 for s in range(len(self.streams)))
-        skipped = self.counted["gan_skipped"].item()
-        self.counted["gan_skipped"].zero_()
-        line = {f"usage_{stream}": value for stream, value in zip(self.streams, usage)}
-        return line | ({"discriminator_skipped": skipped} if skipped else {})
+        counts = (all_reduce(histogram(codes, self.model.config.codebook_size).sum(0)) for codes in self.codes.unbind(2))
+        line = {f"usage_{stream}": usage_and_perplexity(count)[0].item() for stream, count in zip(self.streams, counts)}
+        if skipped := self.counted["gan_skipped"].item():
+            line["discriminator_skipped"] = skipped
+            self.counted["gan_skipped"].zero_()
+        return line
 
     def evaluate(self):
         self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
@@ -1840,8 +1796,8 @@ class TokenizerStage(Stage):
         return evaluate_files(self.model, self.teacher, self.data, *self.files)
 
     def save(self, weights):
-        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data,
-                                   teacher=self.args.siglip or self.args.backbone)
+        teacher = self.args.siglip or self.args.backbone
+        self.model.save_pretrained(self.folder, data=self.data.source, val_data=self.args.val_data, teacher=teacher)
         if not self.model.design.paints:
             return
         if self.pictures is None:
@@ -1861,17 +1817,15 @@ FACTS = ("preset", "design", "streams", "steps", "seed", "data", "device", "rank
 
 def machine(ranks: Ranks) -> dict:
     """What a number was computed on, and by which code."""
-    return {"device": torch.cuda.get_device_name(ranks.device)
-            if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads", "ranks": ranks.count,
-            "torch": torch.__version__, "commit": commit()}
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return {"device": name, "ranks": ranks.count, "torch": torch.__version__, "commit": commit()}
 
 
 def finish(stage: Stage):
     """metrics.json of a run, and a table on the screen. Of training it says FACTS, the rest is evaluation."""
     args, ranks = stage.args, stage.ranks
     about = {"preset": args.preset, "design": stage.design, "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed,
-             "data": stage.data.source,
-             "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
+             "data": stage.data.source, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
              f"{stage.unit}_per_second": round(stage.per_second, 1), **machine(ranks), **stage.about()}
     if ranks.first:
         tell(os.path.join(stage.folder, "metrics.json"), {**stage.metrics, **about}, settings=stage.settings)
@@ -1885,24 +1839,20 @@ def tell(path: str, metrics: dict, **more):
 
 
 def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP, data: Data, files: tuple):
-    """Evaluate a tokenizer against its teacher. metrics.json in --out keeps what it says of training; its evaluation is replaced."""
-    if siglip.vision_config != tokenizer.config.vision:
-        raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {tokenizer.config.vision}; name the SigLIP that "
-                         "it was trained from with --siglip")
-    begun, path, facts = time.time(), os.path.join(args.out, "metrics.json"), {"preset": tokenizer.config.preset,
-        "design": tokenizer.config.design, "streams": list(tokenizer.config.streams)}
+    """A tokenizer against its teacher. metrics.json in --out keeps what it says of training; all numbers of evaluation are replaced."""
+    begun, path, c = time.time(), os.path.join(args.out, "metrics.json"), tokenizer.config
+    facts = {"preset": c.preset, "design": c.design, "streams": list(c.streams)}
     if os.path.exists(path):
         try:
             facts = {name: value for name, value in read_json(path).items() if name in FACTS}
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no JSON object ({error}), so that what it says of training cannot be kept; "
-                             "mend or delete it") from None
+            raise ValueError(f"{path} is no JSON object ({error}): what it says of training cannot be kept; mend or delete it") from None
     tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
     for quantizer in tokenizer.quantizers.values():
         quantizer.fused = args.fast_vq
     metrics = {**evaluate_tokenizer(tokenizer, teacher, data), **evaluate_files(tokenizer, teacher, data, *files)}
-    about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data, "seconds": round(time.time() - begun, 1),
-             **machine(ranks)}
+    about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data,
+             "seconds": round(time.time() - begun, 1), **machine(ranks)}
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
         tell(path, metrics, **facts, evaluated=about)
@@ -1920,11 +1870,10 @@ def report(metrics: dict):
 
 
 def train_table(args):
-    """The tokenizers of --table."""
-    # not sizes, which are those of all rows
+    """The tokenizers of --table. Its rows have their designs from it, and the sizes that flags give all of them."""
     taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]
-    taken += [name for name, default in (("semantic_weight", 1), ("shared_gradient", -1)) if args.table == "trade"
-              and getattr(args, name) != default]
+    if args.table == "trade":
+        taken += [name for name, default in (("semantic_weight", 1), ("shared_gradient", -1)) if getattr(args, name) != default]
     if taken:
         raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
     if args.backbone and args.table in ("7", "9"):
@@ -1934,22 +1883,26 @@ def train_table(args):
     make_table(args, tables(args.preset, layers), lambda seed, system: train_row(args, seed, system.name, system.changes))
 
 
+def idle_flags(name: str) -> dict:
+    """The flags that say nothing to a design, with their defaults."""
+    design, files = DESIGNS[name], ("zero_shot_data", "class_names", "templates", "retrieval_data", "retrieval_images")
+    return {**({} if "shallow" in design.features else {"shallow_layer": 0}), **({} if name == "dual" else {"shared_gradient": -1.0}),
+            **({} if design.means else {"semantic_weight": 1.0, **dict.fromkeys(files, "")}),
+            **({} if design.paints else {"gan": None, "vgg": "", "lpips": ""})}
+
+
 def train_row(args, seed: int, name: str, changes: dict) -> dict:
     """A tokenizer of a table, unless it is there, in a folder of --out that other tables look into too; rows of one seed share its SigLIP.
     Flags that say nothing to its design are left out. -> its metrics."""
-    home, design = os.path.join(args.out, f"seed-{seed}"), DESIGNS[changes["design"]]
-    idle = {} if design.means else dict(semantic_weight=1.0, zero_shot_data="", class_names="", templates="", retrieval_data="",
-                                        retrieval_images="")
-    idle |= ({} if design.paints else dict(vgg="", lpips="", gan=None)) | ({}
-                                                                           if changes["design"] == "dual" else dict(shared_gradient=-1.0))
-    row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "", **idle,
-                                **changes})
+    home = os.path.join(args.out, f"seed-{seed}")
+    row = argparse.Namespace(**{**vars(args), "seed": seed, "out": os.path.join(home, name), "resume": True, "table": "",
+                                **idle_flags(changes["design"]), **changes})
     main(args=row, siglip_folder=os.path.join(home, f"siglip-{row.layers}" if row.layers else "siglip"))
     return metrics_of(row.out)
 
 
 def main(argv=None, args=None, siglip_folder: str = ""):
-    """A run, or those of a table. args: in place of argv; siglip_folder: of the SigLIP that is trained first, by default in --out."""
+    """A run, or those of a table. args: in place of argv; siglip_folder: where a SigLIP trained first goes, by default into --out."""
     args = args or flags(argv)
     if args.preset not in SETTINGS:
         raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}", [args.preset], SETTINGS))
@@ -1958,13 +1911,12 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
     # ---- settings: the preset's, and what was given by hand
     s = SETTINGS[args.preset]
-    s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch,
-                siglip_batch=args.batch_size or s.siglip_batch,
-                lr=args.lr or s.lr, siglip_steps=args.siglip_steps or s.siglip_steps, gan=s.gan if args.gan is None else args.gan,
-                gan_start=s.gan_start if args.gan_start < 0 else args.gan_start, shared_gradient=s.shared_gradient
-                if args.shared_gradient < 0 else args.shared_gradient)
-    s = replace(s,
-        weights=replace(s.weights, **{name: args.semantic_weight * getattr(s.weights, name) for name in ("deep", "pooled", "cosine")}))
+    semantic = {name: args.semantic_weight * getattr(s.weights, name) for name in ("deep", "pooled", "cosine")}
+    s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, lr=args.lr or s.lr,
+                siglip_steps=args.siglip_steps or s.siglip_steps, siglip_batch=args.batch_size or s.siglip_batch,
+                gan=s.gan if args.gan is None else args.gan, gan_start=s.gan_start if args.gan_start < 0 else args.gan_start,
+                shared_gradient=s.shared_gradient if args.shared_gradient < 0 else args.shared_gradient,
+                weights=replace(s.weights, **semantic))
     changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer",
                                                       "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer in ("quarter", "split") else {}
@@ -1972,8 +1924,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
         raise ValueError(f"--layers {args.layers} is of a ViT that is trained here, and there is one already; leave it out")
     if args.dry_run:
         if args.init or args.backbone or args.shallow_layer == "split":
-            raise ValueError("--dry-run is of a preset's sizes, and --init, --backbone and --shallow-layer split bring their own; "
-                             "leave them out")
+            raise ValueError("--dry-run is of a preset's sizes; --init, --backbone and --shallow-layer split bring others; leave them out")
         config = preset_config(args.preset, args.image_size, args.layers, **changes)
         config.text.vocab_size = config.text.vocab_size if args.siglip else BYTES
         with fake():
@@ -1986,46 +1937,38 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     args.siglip, args.init = args.siglip and hub.folder(args.siglip), args.init or (args.out if args.eval else "")
     init = load_init(args, changes) if args.init else None
     side = init.config.vision.image_size if init else args.image_size
-    siglip = SigLIP.from_pretrained(args.siglip, side) if args.siglip else SigLIP.from_timm(args.backbone[5:], side,
-        not args.bench) if args.backbone else None
+    siglip = (SigLIP.from_pretrained(args.siglip, side) if args.siglip else
+              SigLIP.from_timm(args.backbone[5:], side, not args.bench) if args.backbone else None)
     if siglip:
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
+    if init and siglip.vision_config != init.config.vision:
+        raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {init.config.vision}; "
+                         "name the SigLIP that it was trained from with --siglip")
     config = init.config if init else preset_config(args.preset, args.image_size, args.layers, **changes)
-    design = DESIGNS[config.design]
-    idle = {"shallow_layer": "shallow" in design.features, "shared_gradient": config.design == "dual",
-            **dict.fromkeys(("semantic_weight", "zero_shot_data", "retrieval_data"), design.means),
-            **dict.fromkeys(("gan", "vgg"), design.paints)}
-    idle = [name for name, does in idle.items() if not does
-            and getattr(args, name) != dict(shallow_layer=0, shared_gradient=-1.0, semantic_weight=1.0, gan=None).get(name, "")]
-    if idle:
-        raise ValueError(f"the design {config.design} has nothing that --{', --'.join(idle).replace('_', '-')} could change; "
-                         "leave that out")
+    if idle := [name for name, default in idle_flags(config.design).items() if getattr(args, name) != default]:
+        words = f"--{', --'.join(idle)}".replace("_", "-")
+        raise ValueError(f"the design {config.design} has nothing that {words} could change; leave that out")
     if not siglip:
         config.text.vocab_size = BYTES      # a SigLIP of its own reads bytes, whatever the preset's pretrained one reads
     if args.eval:
-        trained = read_config(args.init)
-        s, args.val_data = replace(s, data=args.data or trained.get("data") or s.data), args.val_data or (""
-            if args.data else trained.get("val_data", ""))
+        trained = {} if args.data else read_config(args.init)
+        s, args.val_data = replace(s, data=trained.get("data") or s.data), args.val_data or trained.get("val_data", "")
     files = (read_classes(args.zero_shot_data, args.class_names, args.templates) if args.zero_shot_data else (),
              read_captions(args.retrieval_data, args.retrieval_images) if args.retrieval_data else ())
 
     # ---- data
+    side = config.vision.image_size
     if ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True       # one image size per run
     runs = {} if args.eval else {**({} if siglip else {"siglip": s.siglip_steps * s.siglip_batch}), "tokenizer": s.steps * s.batch}
-    data = Data(s.data, args.val_data, config.vision.image_size, args, ranks, runs)
+    data = Data(s.data, args.val_data, side, args, ranks, runs)
     for batch in () if args.eval else (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
-    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, "
-              f"{precision(args, ranks)} (quantizers fp32), "
-              f"data {s.data} at {config.vision.image_size} px, out {args.out}")
-
-    trained_for = read_config(args.siglip)["vision_config"].get("image_size",
-                                                                VisionConfig.image_size) if args.siglip else config.vision.image_size
-    if trained_for != config.vision.image_size:
-        ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: "
-                  f"its position embeddings are interpolated for {config.vision.image_size}")
-
+    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers "
+              f"fp32), data {s.data} at {side} px, out {args.out}")
+    trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if args.siglip else side
+    if trained_for != side:
+        ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {side}")
     if siglip:
         reader = init.siglip_model if init else siglip
         if reader.vocabulary.lacking and (args.zero_shot_data or args.retrieval_data):
@@ -2041,7 +1984,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     if not siglip:
         if not data.captioned:
             raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; "
-                             "add .txt files or a metadata.jsonl, or give --siglip FOLDER")
+                             "add some (.txt files or a metadata.jsonl), or give --siglip FOLDER")
         stage = SigLIPStage(args, ranks, s, config, data, siglip_folder)
         if args.bench:
             bench(stage, data.batches(stage.batch))
@@ -2057,17 +2000,16 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     if args.shallow_layer == "split":
         alike = layer_similarity(siglip.vision_model.to(ranks.device), next(iter(data.validation(max(1, 256 // ranks.count))))[0])
         config = replace(config, shallow_layer=split_layers(all_reduce(alike) / ranks.count)[0])
-        ranks.say(f"the pixel stream leaves after layer {config.shallow_layer} of {config.vision.num_hidden_layers}, "
-                  "where the shallow layers end")
+        ranks.say(f"the pixel stream leaves after the last shallow layer, {config.shallow_layer} of {config.vision.num_hidden_layers}")
     if not args.vgg:
         ranks.say("the perceptual term is off: it needs --vgg and --lpips")
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
     if args.bench:
         bench(stage, data.batches(stage.batch))
-        without, on = "", {"adversarial term": stage.gan_from <= stage.steps, "LPIPS": stage.perceptual is not None}
-        for term, off in (("adversarial term", dict(gan_from=stage.steps + 1)), ("LPIPS", dict(perceptual=None))):
-            if on[term]:
-                vars(stage).update(off)
+        without = ""
+        for term, name, off in (("adversarial term", "gan_from", stage.steps + 1), ("LPIPS", "perceptual", None)):
+            if getattr(stage, name) != off:
+                setattr(stage, name, off)
                 without += f", without {term}"
                 bench(stage, data.batches(stage.batch), without)
     elif args.resume and kept(stage) and not any(files):
@@ -2079,7 +2021,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
 
 def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
-    """The tables of the paper that are about tokenizers. 7 and 9 train ViTs of so many layers, by default the preset's and twice them."""
+    """The tables of the paper that are about tokenizers. 7 and 9 have ViTs of so many layers each, by default the preset's and twice as
+    many, which are trained here."""
     every = dict(zero_shot="zero-shot accuracy", fd="Frechet distance", psnr="PSNR, dB", ssim="SSIM")
     some, lower = {name: every[name] for name in ("zero_shot", "fd", "psnr")}, ("fd",)
     own, usual = PRESETS[preset]["vision"]["num_hidden_layers"], preset_config(preset).shallow_layer
@@ -2130,24 +2073,22 @@ def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
     """(part, parameters) of a tokenizer; code tables are no parameters, and come last."""
     count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
     siglip, projections = model.siglip_model, [x for name, x in model.named_children() if name.split("_")[0] in ("prequant", "postquant")]
-    other = [("convolutional encoder", model.encoder), ("semantic decoder", model.semantic_decoder),
-             ("ViT once more, frozen", model.teacher)]
+    other = {"convolutional encoder": model.encoder, "semantic decoder": model.semantic_decoder, "ViT once more, frozen": model.teacher}
     return [("ViT" + ", frozen" * (not model.design.vit), count(siglip.vision_model)), ("text tower, frozen", count(siglip.text_model)),
             ("scale and bias, frozen", 2), ("projections", count(*projections)),
-            ("decoder", count(*filter(None, (model.post_quant_conv, model.decoder)))), *((name, count(part)) for name, part in other
-        if part), ("code tables, not by gradient", sum(x.codebook.numel() for x in model.quantizers.values()))]
+            ("decoder", count(*filter(None, (model.post_quant_conv, model.decoder)))),
+            *((name, count(part)) for name, part in other.items() if part),
+            ("code tables, not by gradient", sum(x.codebook.numel() for x in model.quantizers.values()))]
 
 
 def estimate(args, s: Settings, config):
-    """What the stages of a preset cost; with --siglip, the tokenizer's alone; with --vgg, LPIPS too. Neither is read."""
-    vgg, args.vgg, ranks, count, side = args.vgg, "", Ranks("cpu"), args.ranks or (8
-                                                                                   if args.preset in PAPER else 1), config.vision.image_size
-    data = argparse.Namespace(source=s.data, drawn=s.data)
+    """What the stages of a preset cost; with --siglip the tokenizer's alone, with --vgg LPIPS too, neither of which is read."""
+    vgg, args.vgg = args.vgg, ""
+    ranks, count, side = Ranks("cpu"), args.ranks or (8 if args.preset in PAPER else 1), config.vision.image_size
+    data = argparse.Namespace(drawn=s.data)
 
     def parts(batch):
-        many = copy.copy(ranks)
-        many.count = count
-        check_batch(batch, many, args.accumulate)
+        check_batch(batch, argparse.Namespace(count=count), args.accumulate)
         size = batch // count // args.accumulate
         return [(torch.empty(size, 3, side, side), [""] * size) for _ in range(args.accumulate)]
 
@@ -2171,11 +2112,9 @@ def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
     usual = preset_config(args.preset, args.image_size, args.layers, **changes)
 
     def make(what, size):
-        image_size = size if what == "image size" else args.image_size
-        config = preset_config(args.preset, image_size, args.layers,
-                               **changes | {"codebook size": dict(codebook_size=size), "depth": dict(depth=size)}.get(what, {}))
-        stage = TokenizerStage(args, ranks, s, config, argparse.Namespace(source="random", drawn="random"),
-                               SigLIP(config.vision, config.text))
+        sizes = {"image_size": args.image_size, "layers": args.layers, **changes, what.replace(" ", "_"): size}
+        config = preset_config(args.preset, **sizes)
+        stage = TokenizerStage(args, ranks, s, config, argparse.Namespace(drawn="random"), SigLIP(config.vision, config.text))
         side, share = config.vision.image_size, s.batch // (args.accumulate * ranks.count)
         return stage, [(torch.randn(share, 3, side, side, device=ranks.device).clamp(-1, 1), [""] * share) for _ in range(args.accumulate)]
     bench_growth(ranks, {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)],
@@ -2184,7 +2123,7 @@ def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
 
 
 def teacher_of(folder: str) -> str:
-    """The SigLIP that a tokenizer of ours was trained from: a folder, a name on the hub, or timm:NAME; "" where config.json has none."""
+    """Where the SigLIP is that a tokenizer of ours was trained from: a folder, a name on the hub, timm:NAME, or "" if it does not say."""
     told = read_config(folder).get("teacher", "")
     if not isinstance(told, str):
         raise ValueError(f"{folder}/config.json has the teacher {brief(told)}, expected a folder or a name; correct that, or take it out")
@@ -2199,15 +2138,13 @@ def load_teacher(folder: str, image_size: int, name: str = "") -> nn.Module:
 
 
 def load_init(args, changes: dict) -> DualTokenizer:
-    """The tokenizer of --init (of --eval, by default that in --out). Its teacher: --siglip, --backbone, or the SigLIP beside it."""
+    """The tokenizer of --init. Its teacher is --siglip or --backbone, by default the SigLIP that a tokenizer of ours was trained from."""
     if changes or args.image_size:
-        raise ValueError(f"--image-size, the design, its sizes and layers are those of the tokenizer in --init {args.init}; "
-                         "leave these flags out")
+        raise ValueError(f"--image-size, the design, its sizes and layers are those of --init {args.init}; leave these flags out")
     ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
     elsewhere = os.path.realpath(args.init) != os.path.realpath(args.out)
     if args.eval and elsewhere and os.path.exists(os.path.join(args.out, "model.safetensors")):
-        raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and metrics.json would be of both; "
-                         "name another --out")
+        raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and its metrics.json; name another --out")
     if ours and not teacher:
         teacher = teacher_of(args.init)
         args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
@@ -2218,10 +2155,8 @@ def load_init(args, changes: dict) -> DualTokenizer:
 
 def kept(stage: Stage) -> bool:
     """Whether a finished stage with the same settings lies in its folder. Called on all ranks, before anyone writes."""
-    path = os.path.join(stage.folder, "metrics.json")
-    if not os.path.exists(path) or not os.path.exists(os.path.join(stage.folder, "model.safetensors")):
-        return False
-    metrics = read_json(path)
+    path, weights = (os.path.join(stage.folder, name) for name in ("metrics.json", "model.safetensors"))
+    metrics = read_json(path) if os.path.exists(path) and os.path.exists(weights) else None
     return isinstance(metrics, dict) and metrics.get("settings") == stage.settings
 
 
@@ -2231,8 +2166,8 @@ def train(stage: Stage, batches):
     if stage.ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(stage.ranks.device)
     lock(stage.folder, stage.ranks)
-    others = (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl"))
-    old = checkpoints(stage.folder) + [path for path in others if os.path.exists(path)]
+    besides = (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl"))
+    old = checkpoints(stage.folder) + [path for path in besides if os.path.exists(path)]
     if stage.args.resume and checkpoints(stage.folder):
         begun = load_state(stage)
     elif old:
@@ -2250,7 +2185,7 @@ def run(main, trains: bool = True):
     then = "--resume goes on from the last checkpoint" if trains else "start it again"
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")       # a broken file's name may be nothing that this terminal can write
+            sys.stdout.reconfigure(errors="backslashreplace")       # a broken file's name may be more than this terminal can write
         main()
         if dist.is_initialized():
             dist.barrier()      # a rank that leaves while others work may be taken for one that died
