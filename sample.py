@@ -11,8 +11,8 @@
     python sample.py --answer-file questions.jsonl                      # lines {"image": path, "question": words} -> the same with "answer"
     python sample.py --fd out/painted photos                            # Frechet distance between two folders of pictures
 
-The last three also run under torchrun, each rank doing its share. Everything comes from the run folders (--tokenizer, --mllm), or, while
-there are none, from the weights that come with this code; pictures go to --out, and their paths are printed. A seed repeats a picture.
+The last three also run under torchrun, each rank doing its share. Everything comes from the run folders (--tokenizer, --mllm), or else
+from the weights that come with this code; pictures go to --out, and their paths are printed. The same --seed gives the same picture.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, compile_parts, dige
                              teacher_of, to_picture)
 
 
-def _flags() -> Parser:
+def flags(argv=None) -> argparse.Namespace:
     p = Parser(__doc__)
     p.add_argument("--paint", nargs="+", metavar="PROMPT", help="texts to paint")
     p.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="question about --image; none: a caption of it")
@@ -50,26 +50,22 @@ def _flags() -> Parser:
     p.add_argument("--eval", action="store_true", help="understanding and painting on held-out data, as at the end of training")
     p.add_argument("--reconstruct", nargs="*", metavar="IMAGE", help="images to encode and decode; none: scenes of the built-in world")
     p.add_argument("--paint-file", metavar="FILE", help="texts to paint, one a line, each picture in a file of its own")
-    p.add_argument("--answer-file", metavar="FILE", help='questions, as JSON lines {"image": path, "question": words}; answers go to '
-                                                         '--out/answers.jsonl')
-    p.add_argument("--fd", nargs=2, metavar="FOLDER", help="two folders of pictures to compare: "
-                                                           "Frechet distance in the tokenizer's ViT, or in --inception")
+    p.add_argument("--answer-file", metavar="FILE", help='JSON lines {"image": path, "question": words}; answers go to OUT/answers.jsonl')
+    p.add_argument("--fd", nargs=2, metavar="FOLDER", help="Frechet distance of two folders, in the tokenizer's ViT or in --inception")
     p.add_argument("--figure", choices=("layers", "clusters", "features", "codes", "depth"), help="drawn to OUT/figure-NAME.png")
     p.add_argument("--images", default="", metavar="FOLDER", help="for --figure: pictures to draw it from")
-    p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT to look into; default: "
-                                                                  "the tokenizer's teacher, else its own ViT")
+    p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT; else the tokenizer's teacher, or its own")
     p.add_argument("--other", default="", metavar="FOLDER", help="for --figure features: a second tokenizer to compare with")
-    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: the TorchScript Inception of the usual FID "
-                                                                   "(a program, so from a source you trust)")
+    p.add_argument("--inception", default="", metavar="FILE",
+                   help="for --fd: the TorchScript Inception of the usual FID (a program, so from a source you trust)")
     p.add_argument("--batch-size", type=int, default=16, help="pictures at a time, for --paint-file, --answer-file and --fd")
     p.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
     p.add_argument("--mllm", default="out/mllm", help="run folder of train_mllm.py, or of one of its stages")
     p.add_argument("--out", default="out/samples", help="folder for pictures")
-    p.add_argument("--n", type=int, default=0, help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), "
-                                                    "or pictures behind a figure (0: up to 256)")
+    p.add_argument("--n", type=int, default=0,
+                   help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), or behind a figure (0: up to 256)")
     p.add_argument("--eval-images", type=int, default=1024, help="size of the evaluation, as in training")
-    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="how strongly to follow the words; "
-                                                                                "1: as trained, and twice as fast")
+    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="weight of the words; 1: as trained, and twice as fast")
     p.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of sampling; 0: always the likeliest code")
     p.add_argument("--top-k", type=int, default=SAMPLING["top_k"], help="sample among so many codes; 0: all")
     p.add_argument("--top-p", type=float, default=SAMPLING["top_p"],
@@ -78,13 +74,7 @@ def _flags() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                    help="of the language model's weights and arithmetic; auto: bf16 on CUDA, else fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile transformer layers; on CUDA a position that is painted is then "
-                                                          "one CUDA graph: for many pictures")
-    return p
-
-
-def flags(argv=None) -> argparse.Namespace:
-    p = _flags()
+    p.add_argument("--compile", action="store_true", help="torch.compile layers; on CUDA, paint a position as one graph: for many pictures")
     args = p.parse_args(argv)
     names = ("paint", "ask", "edit", "reconstruct", "figure", "paint_file", "answer_file", "fd")
     wishes = [name.replace("_", "-") for name in names if getattr(args, name) is not None] + ["eval"] * args.eval
@@ -95,13 +85,12 @@ def flags(argv=None) -> argparse.Namespace:
         p.error(f"expected one of --eval, --{', --'.join(names).replace('_', '-')}, got {', '.join('--' + w for w in wishes) or 'none'}")
     if wishes[0] in ("ask", "edit") and not args.image:
         p.error(f"--{wishes[0]} is about an image, and there is none; add --image IMAGE")
-    if args.image and wishes[0] not in ("ask", "edit"):
-        p.error(f"--image goes with --ask or --edit, not with --{wishes[0]}")
+    for flag, goes in (("image", ("ask", "edit")), ("inception", ("fd",))):
+        if getattr(args, flag) and wishes[0] not in goes:
+            p.error(f"--{flag} goes with --{' or --'.join(goes)}, not with --{wishes[0]}")
     for flag, only in (("images", ""), ("siglip", "layers"), ("other", "features")):
         if getattr(args, flag) and (wishes[0] != "figure" or only not in ("", args.figure)):
             p.error(f"--{flag} goes with --figure {only or 'alone'}, not with --{wishes[0]} {args.figure or ''}")
-    if args.inception and wishes[0] != "fd":
-        p.error(f"--inception goes with --fd, not with --{wishes[0]}")
     if args.batch_size < 1:
         p.error(f"--batch-size is {args.batch_size}, expected at least 1")
     if args.n < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.eval_images < 2:
@@ -110,9 +99,8 @@ def flags(argv=None) -> argparse.Namespace:
     return args
 
 
-def read_images(paths: list[str], size: int) -> torch.Tensor:
-    """Images of any size, resized by the short side and cropped in the middle, as in evaluation: (B, 3, size, size) in [-1, 1].
-    Raises ValueError for one that cannot be read."""
+def read_images(paths: list[str], size: int) -> Tensor:
+    """Images of any size, the middle square of each: (B, 3, size, size) in [-1, 1]. Raises ValueError for one that cannot be read."""
     def load(path):
         try:
             return centre_crop(decode(path, near=size), size).float() / 127.5 - 1
@@ -204,14 +192,14 @@ def batches(items: list, args, ranks: Ranks, what: str):
 
 @torch.no_grad()
 def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, how: dict):
-    """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those that are there are kept, so a stopped run goes on."""
+    """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those there are kept, so a run that stopped goes on."""
     os.makedirs(args.out, exist_ok=True)
     prompts, n = read_lines(args.paint_file), args.n or 1
     wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts)
               if prompt.strip() for k in range(n)]
     missing = [item for item in wanted if not os.path.exists(item[2])]
-    path, asked = os.path.join(args.out, "asked.json"), {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model),
-                                                         **{name: value for name, value in how.items() if name != "graph"}}
+    path, sampling = os.path.join(args.out, "asked.json"), {name: value for name, value in how.items() if name != "graph"}
+    asked = {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model), **sampling}
     if os.path.exists(path) and read_json(path) != asked:
         raise ValueError(f"{args.out} holds pictures of other prompts, or of another model, seed or sampling; name another --out")
     if ranks.first:
@@ -226,13 +214,13 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
 
 @torch.no_grad()
 def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: Ranks):
-    """Every record with its answer, in order. Those without a readable image are left out and named. Paths are relative to the file."""
+    """Every record with its answer, in order; one without a readable image is left out, counted and named. Paths: relative to the file."""
     records, broken, done = [], [], {}
     for number, line in enumerate(read_lines(args.answer_file), 1):
         try:
             record = json.loads(line)
-            records.append((number, record, os.path.join(os.path.dirname(args.answer_file), record["image"]),
-                            str(record.get("question", ""))))
+            path, question = os.path.join(os.path.dirname(args.answer_file), record["image"]), str(record.get("question", ""))
+            records.append((number, record, path, question))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken.append(f"line {number} is no record with an image: {line[:60]!r}") if line.strip() and ranks.first else None
     for part in batches(records, args, ranks, "answering"):
@@ -253,8 +241,7 @@ def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: 
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
         path = os.path.join(args.out, "answers.jsonl")
-        # half a letter stays as JSON writes it, "\ud800"
-        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:     # half a letter stays: "\ud800"
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for _, record in sorted(rows["done"], key=lambda row: row[0]))
         os.replace(path + ".tmp", path)
         print(f"{path}: {len(rows['done'])} answers, {len(rows['broken'])} records left out", *rows["broken"][:10], sep="\n  ")
@@ -272,12 +259,11 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
         look = lambda images: inception(images, return_features=True)
     else:
         look = lambda images: tokenizer.siglip_model.vision_model(images.float() / 127.5 - 1)[1]
-    # both, before one is read
-    both, sides, broken = [ImageData(folder, tokenizer.config.vision.image_size, train=False) for folder in args.fd], [], []
+    both = [ImageData(folder, tokenizer.config.vision.image_size, train=False) for folder in args.fd]       # before one is read
+    sides, broken = [], both[0].broken + both[1].broken
     for folder, data in zip(args.fd, both):
-        moments, broken = None, broken + data.broken
-        for images, _, reports in tqdm(data.load(args.batch_size * ranks.count, rank=ranks.rank, ranks=ranks.count), folder,
-                                       disable=not ranks.first):
+        moments, loader = None, data.load(args.batch_size * ranks.count, rank=ranks.rank, ranks=ranks.count)
+        for images, _, reports in tqdm(loader, folder, disable=not ranks.first):
             broken += reports
             features = look(images.to(ranks.device))
             moments = moments or Moments(features.shape[1], ranks.device)
@@ -323,20 +309,19 @@ def draw_layers(sheet, draw, args, tokenizer: DualTokenizer, device):
         draw.text((left - 6, at), str(i), fill="black", font_size=11, anchor="rm")
         draw.text((left + at, side + 6), str(i), fill="black", font_size=11, anchor="mt")
         for j, value in enumerate(row if cell >= 40 else []):
-            draw.text((left + (j + 0.5) * cell, at), f"{value:.2f}", fill="black" if value > (1 + low) / 2 else "white", font_size=12,
-                      anchor="mm")
+            pen = "black" if value > (1 + low) / 2 else "white"
+            draw.text((left + (j + 0.5) * cell, at), f"{value:.2f}", fill=pen, font_size=12, anchor="mm")
     draw.text((left + side / 2, side + 24), "layer of the ViT, counted from 1", fill="black", font_size=12, anchor="mt")
     for part, first, last in (("shallow", 0, shallow), ("middle", shallow, middle), ("deep", middle, layers)):
         draw.rectangle((left + first * cell, first * cell, left + last * cell - 1, last * cell - 1), outline="red", width=3)
-        draw.text((left - 26, (first + last) / 2 * cell), f"{part}\n{first + 1} to {last}", fill="red", font_size=13, anchor="rm",
-                  align="right")
+        draw.text((left - 26, (first + last) / 2 * cell), f"{part}\n{first + 1} to {last}", "red", font_size=13, anchor="rm", align="right")
     vit = name or args.tokenizer + ", as the tokenizer trained it, since its teacher is not there"
-    return ("How alike are the layers?", f"Cosine similarity of the layers' features, each averaged over positions; mean over {where}. "
-            f"ViT: {vit}. Red: the split that is found.")
+    return ("How alike are the layers?", f"Cosine similarity of the layers' features, each averaged over positions; "
+            f"mean over {where}. ViT: {vit}. Red: the split that is found.")
 
 
 def kmeans(x: Tensor, k: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
-    """Rows of x (B, C) -> each one's cluster (B,), the largest first, and distance to its centre (B,). Begins with the furthest rows."""
+    """Rows of x (B, C) -> each one's cluster (B,), the largest first, and distance to its centre. Starts at the furthest rows."""
     centres = x[:1]
     while len(centres) < k:
         centres = torch.cat([centres, x[torch.cdist(x, centres).amin(1).argmax()][None]])
@@ -348,7 +333,7 @@ def kmeans(x: Tensor, k: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
 
 
 def draw_clusters(sheet, draw, args, tokenizer: DualTokenizer, device, clusters: int = 8, shown: int = 6, cell: int = 64):
-    """DualToken, Fig. 3 right and Fig. 8. What clusters follow: the share of pictures of their cluster's commonest kind."""
+    """DualToken, Fig. 3 right and Fig. 8. Told: the share of pictures of their cluster's commonest kind; chance: kinds shuffled."""
     images, scenes, where = pictures_for(args, tokenizer.config.vision.image_size, clusters, device, single=1.0)
     thumbs, step, mixed = to_picture(images), cell + 3, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     kinds = {"colour": scenes.colour[:, 0], "shape": scenes.shape[:, 0], "ground": scenes.look[:, 1]} if scenes else {}
@@ -356,22 +341,21 @@ def draw_clusters(sheet, draw, args, tokenizer: DualTokenizer, device, clusters:
         left, (cluster, distance) = 10 + half * (110 + shown * step), kmeans(x, clusters)
         purity = lambda kind: (F.one_hot(cluster).T @ F.one_hot(kind)).amax(1).sum().item() / len(kind)
         told = ", ".join(f"{kind} {purity(x):.0%} (chance {purity(x[mixed]):.0%})" for kind, x in kinds.items())
-        draw.text((left, 4), f"FEATURES OF THE {name.upper()}\n" + f"Pictures that agree with most of their cluster in\n{told}"
-                  * bool(kinds), fill="black", font_size=13)
+        told = f"Pictures that agree with most of their cluster in\n{told}" if kinds else ""
+        draw.text((left, 4), f"FEATURES OF THE {name.upper()}\n{told}", fill="black", font_size=13)
         for k in range(clusters):
             members, y = (cluster == k).nonzero()[:, 0], 66 + k * step
             draw.text((left, y + cell / 2), f"cluster {k + 1}\n{len(members)} pictures", fill="black", font_size=12, anchor="lm")
             for n, i in enumerate(members[distance[members].argsort()][:shown].tolist()):
                 sheet.paste(thumbs[i].resize((cell, cell), Image.Resampling.BOX), (left + 76 + n * step, y))
-    return ("What do shallow and deep features tell apart?", f"k-means of features averaged over positions, of {where}. A row: the "
-                                                             "pictures nearest to a cluster's centre.")
+    return ("What do shallow and deep features tell apart?",
+            f"k-means of features averaged over positions, of {where}. A row: the pictures nearest to a cluster's centre.")
 
 
 def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int = 400, top: int = 40):
     """DualToken, Fig. 6, with principal components in place of UMAP."""
-    tokenizers = [(args.tokenizer, tokenizer)] + ([(args.other, DualTokenizer.from_pretrained(args.other).to(device))]
-                                                  if args.other else [])
-    for panel, (folder, model) in enumerate(tokenizers):
+    models = [(args.tokenizer, tokenizer)] + ([(args.other, DualTokenizer.from_pretrained(args.other).to(device))] if args.other else [])
+    for panel, (folder, model) in enumerate(models):
         images, _, where = pictures_for(args, model.config.vision.image_size, 3, device)
         sets, left = features_of(model, images), 20 + panel * (side + 20)
         sets = {name: F.adaptive_avg_pool1d(x, min(x.shape[1] for x in sets.values())) for name, x in sets.items()}
@@ -384,9 +368,8 @@ def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int
         for x, y, pen in ((x, y, pen) for part, pen in zip(parts, PENS) for x, y in part.tolist()):
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=pen)
         for n, (name, part, pen) in enumerate(zip(sets, parts, PENS)):      # one name above its dots, the next below
-            at = part[:, 0].mean().clamp(left + 60, left + side - 60).item(), (part[:, 1].amax() + 10
-                                                                               if n % 2 else part[:, 1].amin() - 10).item()
-            draw.text(at, name, fill=pen, font_size=14, anchor="mm", stroke_width=3, stroke_fill="white")
+            x, y = part[:, 0].mean().clamp(left + 60, left + side - 60), part[:, 1].amax() + 10 if n % 2 else part[:, 1].amin() - 10
+            draw.text((x.item(), y.item()), name, fill=pen, font_size=14, anchor="mm", stroke_width=3, stroke_fill="white")
         draw.text((left, top + side + 6), f"to the right: first component, {share[0]:.0%} of the variance; up: second, {share[1]:.0%}",
                   fill="black", font_size=13)
         words = f"\ndistance of the means: {(centres[0] - centres[-1]).norm() / spread:.2f} spreads (below 1: they overlap)"
@@ -434,11 +417,11 @@ def draw_codes(sheet, draw, args, tokenizer: DualTokenizer, device, columns: int
     cell, pens = max(224, 12 * c.grid), dict(zip(chosen, PENS))
     for n, (i, picture) in enumerate(zip(order, to_picture(images[order]))):
         left, top = 8 + n % columns * (cell + 8), n // columns * (cell + 60)
-        sheet.paste(boxed(picture.resize((cell, cell), Image.Resampling.BOX), codes[i].tolist(), c.patch_size * cell / c.image_size, pens),
-                    (left, top))
+        picture = picture.resize((cell, cell), Image.Resampling.BOX)
+        sheet.paste(boxed(picture, codes[i].tolist(), c.patch_size * cell / c.image_size, pens), (left, top))
         for m, code in enumerate(code for code in chosen if code in codes[i]):
-            draw.text((left + m % 2 * cell // 2, top + cell + 4 + m // 2 * 17), f"code {code}: {(codes[i] == code).sum()} x",
-                      fill=pens[code], font_size=14)
+            at = left + m % 2 * cell // 2, top + cell + 4 + m // 2 * 17
+            draw.text(at, f"code {code}: {(codes[i] == code).sum()} x", fill=pens[code], font_size=14)
     return ("What do semantic codes mark?", "Boxes of one colour: patches with the same semantic code (the first of their position); "
             f"below, how often each is there. Of {where}, those codes whose place differs most between pictures and least within one.")
 
@@ -475,11 +458,11 @@ def figure(args, tokenizer: DualTokenizer, device):
 
 
 def or_weights(args, needed: tuple, say):
-    """Where no run was named, and there is none of one's own: the weights that come with this code, and that is said."""
+    """Where no run was named, and none is there, the weights that come with this code, and says so. Model and tokenizer come together."""
     missing = [name for name in needed if not os.path.exists(os.path.join("out", name, "config.json"))]
     if missing and all(getattr(args, name) == f"out/{name}" for name in needed):
         for name in needed:
-            setattr(args, name, os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", name))
+            setattr(args, name, os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", name)))
         say(f"nothing is trained in out/{' and out/'.join(missing)} yet: "
             "these are the weights that come with the code (preset nano, the built-in world)")
 
@@ -507,8 +490,8 @@ def main(argv=None):
     if args.eval:
         data, grid = SimpleNamespace(source=run_config.get("data")), os.path.join(args.out, "painted.png")
         if not data.source:
-            raise ValueError(f"{args.mllm}/config.json does not say what the model was trained on, so there is nothing to evaluate it on; "
-                             "name a run folder of train_mllm.py")
+            raise ValueError(f"{args.mllm}/config.json does not say what the model was trained on, "
+                             "so there is nothing to evaluate it on; name a run folder of train_mllm.py")
         if data.source == "none":
             raise ValueError(f"{args.mllm} was trained on records alone, and none are held out for this script; "
                              "its metrics.json has what training measured")

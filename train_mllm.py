@@ -22,7 +22,6 @@ import argparse
 import collections.abc
 import contextlib
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -37,7 +36,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -51,16 +49,16 @@ from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Pictu
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, preset_config, read_config, read_json, write_json
 from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch,
-                             check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter,
-                             kept, load_part, load_teacher, lock, make_table, metrics_of, or_nearest, precision, print_parts, run,
-                             save_grid, seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
+                             check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter, kept, load_part,
+                             load_teacher, lock, make_table, metrics_of, or_nearest, precision, print_parts, run, save_grid, seconds_of,
+                             shared_flags, step_or_skip, teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
 
 @dataclass(frozen=True)
 class Row:
-    """One stage: which parts train (`DualMLLM.parts`), how, and on which shares of the kinds of sequences, of those that the data has."""
+    """One stage: which parts train (`DualMLLM.parts`), how, and on what: shares of kinds of sequences, less those that the data lacks."""
     name: str
     trains: tuple
     lr: float
@@ -111,7 +109,7 @@ RELATIONS = 0.7  # share of the words painted from (and of the texts) that tell 
 SAMPLING = dict(guidance=3.0, temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; the paper's
 
 
-def _flags() -> Parser:
+def flags(argv=None) -> argparse.Namespace:
     p = Parser(__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and stages: {', '.join(STAGES)}")
@@ -124,14 +122,12 @@ def _flags() -> Parser:
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or tar shards; none: only records and --text-data; "
                                               "default: what the tokenizer was trained on")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
-    g.add_argument("--conversations", default="", metavar="FILE[,FILE...]", help="LLaVA's JSON or JSON lines: in place of the data's own "
-                                                                                 "questions; see data/records.py")
-    g.add_argument("--documents", default="", metavar="FILE[,FILE...]", help="JSON lines of texts and pictures: "
-                                                                             "interleaved documents, and edits in place of the data's own")
-    g.add_argument("--image-folder", default="",
-                   help="where the images of --conversations and --documents are; default: each file's own folder")
-    g.add_argument("--text-data", default="",
-                   help="a plain-text file for the text share; default: the built-in world's sentences, or the captions")
+    g.add_argument("--conversations", default="", metavar="FILE[,FILE...]",
+                   help="LLaVA's JSON or JSON lines: in place of the data's own questions; see data/records.py")
+    g.add_argument("--documents", default="", metavar="FILE[,FILE...]",
+                   help="JSON lines of texts and pictures: interleaved documents, and edits in place of the data's own")
+    g.add_argument("--image-folder", default="", help="of the images of --conversations and --documents; default: each file's own folder")
+    g.add_argument("--text-data", default="", help="text file for the text share; default: the built-in world's sentences, or the captions")
     g.add_argument("--streams-in", default="", help="what is read: pixel,semantic or one of them, or continuous (the teacher's features); "
                                                     "default: all streams of the tokenizer")
     g.add_argument("--streams-out", default="", help="what is painted: pixel,semantic, or pixel (the other is fed back as zeros), or none; "
@@ -140,40 +136,33 @@ def _flags() -> Parser:
                                                  "TOKENIZER/siglip, or what the tokenizer was trained from")
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
     g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
-    g.add_argument("--vocabulary", default="",
-                   help="folder of a GPT-2, Qwen2.5 or SmolLM2 vocabulary for an LLM from scratch; default: bytes")
+    g.add_argument("--vocabulary", default="", help="folder of GPT-2's, Qwen2.5's or SmolLM2's, for an LLM from scratch; default: bytes")
     g = shared_flags(p, tables(), ("paint", "answer", "growth"))
-    g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="share weights, gradients and optimiser state over "
-                   "the ranks of torchrun; an evaluation still needs all weights on each device")
+    g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False,
+                   help="share weights, gradients and optimiser state over ranks; an evaluation still needs all weights on each device")
     g.add_argument("--text-length", type=int, default=256, help="tokens of a piece of --text-data, and at most of a caption")
-    g.add_argument("--max-tokens", type=int, default=0, help="of a record: a document is cut to this after one of its parts, "
-                                                             "longer ones of other kinds are left out; 0: the LLM's context, at most 2048")
-    return p
-
-
-def flags(argv=None) -> argparse.Namespace:
-    args = _flags().parse_args(argv)
+    g.add_argument("--max-tokens", type=int, default=0, help="of a record: documents are cut to this after one of their parts, other "
+                                                             "longer records are left out; 0: the LLM's context, at most 2048")
+    args = p.parse_args(argv)
     check_shared(args, text_length=2, code_dim=0, max_tokens=0)
     if args.preset not in STAGES:
         raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}", [args.preset], STAGES))
-    if args.stage not in ("all", *(row.name for row in STAGES[args.preset])):
-        raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(row.name for row in STAGES[args.preset])}")
-    if args.until and (args.stage != "all" or args.until not in [row.name for row in STAGES[args.preset]]):
-        raise ValueError(f"--until is {args.until!r} and --stage {args.stage!r}: expected --stage all, and --until one of "
-                         f"{', '.join(row.name for row in STAGES[args.preset])}")
-    for flag, given, wanted in (("--teacher", args.teacher, args.streams_in == "continuous"),
-                                ("--code-dim", args.code_dim, args.parameters or args.dry_run),
-                                ("--vocabulary", args.vocabulary, (args.llm or args.preset) in LLMS),
-                                ("--image-folder", args.image_folder, args.conversations or args.documents),
-                                ("--max-tokens", args.max_tokens, args.conversations or args.documents),
-                                ("--val-data", args.val_data, args.data != "none")):
-        if given and not wanted:
-            raise ValueError(f"{flag} {given} would do nothing here: --teacher goes with --streams-in continuous, --code-dim with "
-                             "--parameters or --dry-run, --vocabulary with an LLM from scratch, "
-                             "--image-folder and --max-tokens with --conversations or --documents, --val-data with images")
+    names, records = [row.name for row in STAGES[args.preset]], args.conversations or args.documents
+    if args.stage not in ("all", *names):
+        raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(names)}")
+    if args.until and (args.stage != "all" or args.until not in names):
+        raise ValueError(f"--until is {args.until!r} and --stage {args.stage!r}: expected --stage all, --until one of {', '.join(names)}")
+    for name, wanted, goes_with in (("teacher", args.streams_in == "continuous", "--streams-in continuous"),
+                                    ("code_dim", args.parameters or args.dry_run, "--parameters or --dry-run"),
+                                    ("vocabulary", (args.llm or args.preset) in LLMS, "an LLM from scratch"),
+                                    ("image_folder", records, "--conversations or --documents"),
+                                    ("max_tokens", records, "--conversations or --documents"),
+                                    ("val_data", args.data != "none", "images")):
+        if (given := getattr(args, name)) and not wanted:
+            raise ValueError(f"--{name.replace('_', '-')} {given} would do nothing here: it goes with {goes_with}")
     if args.streams_in == "continuous" and args.streams_out not in ("", "none"):
         raise ValueError(f"--streams-out is {args.streams_out!r}, but a model that reads continuous features paints nothing; leave it out")
-    if args.data == "none" and not (args.conversations or args.documents or args.text_data):
+    if args.data == "none" and not (records or args.text_data):
         raise ValueError("--data is none, and there are no --conversations, --documents or --text-data either; give some of them")
     if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not (args.bench or args.dry_run):
         raise ValueError("--steps, --lr and --batch-size are those of one stage, and --stage is all; name the stage")
@@ -187,9 +176,9 @@ CHUNK = 128             # pictures encoded at a time
 
 
 def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, "Texts"]:
-    """Codes or features of `count` pictures, and what is said of them, kept in --out/codes/KEY, so that another tokenizer or other data
-    never finds them. chunks(mine) yields (images, texts), CHUNK at a time, for a range of pictures: this rank's share, or what a stopped
-    extraction by as many ranks left of it. encode(images) -> (b, ...). -> memory map (count, ...), texts. --bench: one stands for all."""
+    """Codes or features of `count` pictures and what is said of them, kept in --out/codes/KEY, where no other tokenizer or data finds them
+    -> memory map (count, ...), texts. chunks(mine) yields (images, texts), CHUNK at a time, of this rank's share, or of what a stopped
+    extraction by as many ranks left of it. encode(images) -> (b, ...). For --bench the first stands for all; nothing is written."""
     if args.bench:
         images, texts = next(iter(chunks(range(min(count, CHUNK)))))
         values = kept_form(encode(images[:1].to(ranks.device)))
@@ -202,13 +191,12 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
         if count < ranks.count:
             raise ValueError(f"{count} pictures for {ranks.count} ranks, expected at least one each; add images or start fewer ranks")
         temporary, mine = f"{folder}.{ranks.count}.tmp", range(ranks.rank, count, ranks.count)
-        # files: ranks may be on several nodes
-        own = lambda rank: [os.path.join(temporary, f"{name}-{rank}.{end}") for name, end in (("pictures", "npy"), ("said", "jsonl"))]
+        own = lambda rank: [os.path.join(temporary, name) for name in (f"pictures-{rank}.npy", f"said-{rank}.jsonl")]
         os.makedirs(temporary, exist_ok=True)
         path, said = own(ranks.rank)
         done = keep_whole_chunks(said)
-        with open(said, "a", encoding="utf-8") as file, tqdm(total=len(mine), initial=done, desc="extracting codes", leave=False,
-                                                             disable=not ranks.first) as bar:
+        with (open(said, "a", encoding="utf-8") as file,
+              tqdm(total=len(mine), initial=done, desc="extracting codes", leave=False, disable=not ranks.first) as bar):
             for images, texts in chunks(mine[done:]) if done < len(mine) else ():
                 values = kept_form(encode(images.to(ranks.device)))
                 if not done:
@@ -220,8 +208,7 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
                 file.flush()
                 done += len(values)
                 bar.update(len(values))
-        if ranks.count > 1:
-            dist.barrier()
+        ranks.agree(0)          # all have written: files, since ranks may be on several nodes
         if ranks.first:
             parts = [own(rank) for rank in range(ranks.count)]
             shares = [np.load(pictures, mmap_mode="r") for pictures, _ in parts]
@@ -234,8 +221,7 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
             os.rename(temporary, folder)
             for name in sum(parts, []):
                 os.remove(os.path.join(folder, os.path.basename(name)))
-        if ranks.count > 1:
-            dist.barrier()
+        ranks.agree(0)          # and may read
     return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), Texts(folder)
 
 
@@ -302,9 +288,8 @@ class Sequences(torch.utils.data.Dataset):
 
     def __init__(self, source: str, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, *_):
         self.source, self.args, self.ranks, self.text, self.positions, self.pieces = source, args, ranks, text, config.positions, None
-        # an edit, with what stands around it
-        longest, context = 2 * (config.positions + 2) + args.text_length + 64, config.llm.max_position_embeddings
-        if longest > context:
+        longest = 2 * (config.positions + 2) + args.text_length + 64        # an edit, with what stands around it
+        if longest > (context := config.llm.max_position_embeddings):
             raise ValueError(f"two pictures and --text-length {args.text_length} make up to {longest} tokens, but the LLM's context is "
                              f"{context}; choose a shorter length")
         if args.text_data:
@@ -320,9 +305,9 @@ class Sequences(torch.utils.data.Dataset):
 
     def add(self, records: "RecordSequences"):
         """Their kinds, in place of this data's own."""
-        self.records, self.key, self.kinds = records, {**self.key,
-                                                       "records": records.key}, tuple(dict.fromkeys((*self.kinds, *records.kinds)))
-        self.apart = (*self.apart, *({"question"} & {*records.kinds}))
+        self.records, self.key = records, {**self.key, "records": records.key}
+        self.kinds = tuple(dict.fromkeys((*self.kinds, *records.kinds)))
+        self.apart += ("question",) * ("question" in records.kinds)
 
     def picture(self, index: int, paint: bool = False) -> Picture:
         return Picture(to_tensor(self.pictures[index]), paint)
@@ -371,7 +356,7 @@ class Sequences(torch.utils.data.Dataset):
         return parts
 
     def batches(self, row: Row):
-        """-> function of a start step that yields this rank's micro-batches (batch on the device,) of each step, and no reports."""
+        """-> function of a start step that yields each step's micro-batches (batch on the device,) of this rank, no reports, endlessly."""
         check_batch(row.batch, self.ranks, self.args.accumulate)
         self.row, self.mixture = row, {kind: share for kind, share in row.mixture.items() if kind in self.kinds}
         if not self.mixture:
@@ -397,14 +382,10 @@ class WorldSequences(Sequences):
             raise ValueError(f"--val-data {args.val_data!r} goes with images, and the data is the built-in world {source!r}; leave it out")
         super().__init__(source, args, ranks, text, config)
         n = 512 if args.bench else SCENES.get(args.preset, 65_536)
-        self.by_count = [[] for _ in POOL]
-        for scene in shapes.World(source, size, args.seed, single=0.25).scenes(range(3 * n)):
-            if len(self.by_count[len(scene) - 1]) < round(POOL[len(scene) - 1] * n):
-                self.by_count[len(scene) - 1].append(scene)
-        self.scenes = sum(self.by_count, [])
+        world = list(shapes.World(source, size, args.seed, single=0.25).scenes(range(3 * n)))
+        self.scenes = [scene for k, share in enumerate(POOL, 1) for scene in [s for s in world if len(s) == k][:round(share * n)]]
         random.Random(0).shuffle(self.scenes)
-        self.by_count = [[i for i, scene in enumerate(self.scenes) if len(scene) == k + 1] for k in range(len(POOL))]
-        # (before, kind, instruction, after)
+        self.by_count = [[i for i, scene in enumerate(self.scenes) if len(scene) == k] for k in range(1, len(POOL) + 1)]
         self.edits = [(i, *edit) for i in range(n // 4) if (edit := shapes.edits(self.scenes[i], random.Random(i)))]
         drawn = self.scenes + [after for *_, after in self.edits]
 
@@ -418,7 +399,8 @@ class WorldSequences(Sequences):
     def sequence(self, kind, rng):
         if kind == "edit":
             e = rng.randrange(len(self.edits))
-            return self.painted(len(self.scenes) + e, self.edits[e][2], rng, self.picture(self.edits[e][0]))
+            before, _, words, _ = self.edits[e]
+            return self.painted(len(self.scenes) + e, words, rng, self.picture(before))
         i = rng.choice(rng.choices(self.by_count, COUNTS[kind])[0])
         scene, text = self.scenes[i], self.text
         if kind == "question":
@@ -435,16 +417,16 @@ class WorldSequences(Sequences):
 
 
 class RecordSequences:
-    """Sequences of --conversations and --documents, kinds `question`, `edit` and `document`. In memory: where each is, and its pictures."""
+    """Sequences of --conversations and --documents: question, edit, document. In memory: where each record is, which pictures it shows."""
 
     def __init__(self, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, size: int, encode):
         context = config.llm.max_position_embeddings
-        self.text, self.positions, self.paints, self.limit, self.lengths = (text, config.positions, bool(config.streams_out),
-                                                                            args.max_tokens or min(2048, context), 0.0)
+        self.text, self.positions, self.paints, self.lengths = text, config.positions, bool(config.streams_out), 0.0
+        self.limit = args.max_tokens or min(2048, context)
         if self.limit > context:
             raise ValueError(f"--max-tokens is {args.max_tokens}, but the LLM's context is {context}; choose fewer")
-        self.records = Records([(path, parse) for files, parse in ((args.conversations, conversation), (args.documents, read_document))
-                                for path in files.split(",") if path], args.image_folder)
+        given = ((args.conversations, conversation), (args.documents, read_document))
+        self.records = Records([(path, parse) for files, parse in given for path in files.split(",") if path], args.image_folder)
         good, broken = self.read(ranks)
         paths = sorted({path for *_, shown in good for path in shown})
         states = ranks.gather_rows({"all": [state(path) for path in paths[ranks.rank::ranks.count]]})["all"]
@@ -456,37 +438,33 @@ class RecordSequences:
                                                  worker_init_fn=start_worker, generator=torch.Generator())
             for images, reasons in loader:
                 yield images.to(ranks.device).float() / 127.5 - 1, list(reasons)
-        self.pictures, said = None, []
-        if paths:
-            self.pictures, said = extract(args, ranks, {**encode.key, **self.key, "limit": 0}, len(paths), chunks, encode)
+        key = {**encode.key, **self.key, "limit": 0}
+        self.pictures, said = extract(args, ranks, key, len(paths), chunks, encode) if paths else (None, [])
         self.key["files"] = sorted(state(path) for path, _ in self.records.sources)
-        said = list(said)       # mostly ""
-        number, rows, self.shown = {path: i for i, path in enumerate(paths)}, collections.defaultdict(list), []
+        number, said = {path: i for i, path in enumerate(paths)}, dict(zip(paths, said))       # what is wrong with a picture: mostly ""
+        rows, self.shown = collections.defaultdict(list), []
         for record, kind, length, shown in good:
-            if reason := next((said[number[path]] for path in shown if said[number[path]]), ""):
+            if reason := next(filter(None, map(said.get, shown)), ""):
                 broken.append((record, reason))
                 continue
             rows[kind].append((length, record, len(self.shown), len(shown)))
             self.shown += [number[path] for path in shown]
         self.shown = np.array(self.shown, np.int32)
         every = lambda rows: min(len(rows) + 1, max(HELD_OUT, len(rows) // (10 * HELD_OUT)))
-        self.held = {kind: np.array(sorted(of[every(of) - 1::every(of)])) for kind, of in rows.items()}
-        # (records, 4), by length
+        self.held = {kind: np.array(sorted(of[every(of) - 1::every(of)])) for kind, of in rows.items()}     # (records, 4), by length
         self.rows = {kind: np.array(sorted({*of} - {*map(tuple, self.held[kind].tolist())})) for kind, of in rows.items()}
         self.kinds = tuple(kind for kind in ("question", "edit", "document") if kind in rows)
         for record, reason in sorted(broken)[:10]:
             ranks.say(f"  {self.records.name(record)}: {reason}")
-        ranks.say("records: " + (", ".join(f"{len(self.rows[kind]):,} of kind {kind} ({len(self.held[kind])} more held out)"
-                                           for kind in self.kinds) or "none")
-                  + f", {len(paths):,} pictures, {len(broken):,} left out")
+        used = [f"{len(self.rows[kind]):,} of kind {kind} ({len(self.held[kind])} more held out)" for kind in self.kinds]
+        ranks.say(f"records: {', '.join(used) or 'none'}, {len(paths):,} pictures, {len(broken):,} left out")
         if not rows:
-            raise ValueError(f"none of the {len(self.records)} records in {' and '.join(path for path, _ in self.records.sources)} can be "
-                             "used"
-                             + (f"; the first: {min(broken)[1]} (--image-folder says where pictures are)"
-                                if broken else ", expected at least one"))
+            sources = " and ".join(path for path, _ in self.records.sources)
+            why = f"; the first: {min(broken)[1]} (--image-folder says where pictures are)" if broken else ", expected at least one"
+            raise ValueError(f"none of the {len(self.records)} records in {sources} can be used{why}")
 
     def read(self, ranks: Ranks) -> tuple[list, list]:
-        """All records once, each rank its share -> (record, kind, tokens, paths of pictures), (record, reason) of unusable ones."""
+        """All records once, each rank its share -> (record, kind, tokens, paths of pictures) of the good, (record, reason) of the rest."""
         rows, nothing = {"good": [], "broken": []}, torch.zeros(self.positions)
         for i in tqdm(range(ranks.rank, len(self.records), ranks.count), "reading records", leave=False, disable=not ranks.first):
             try:
@@ -494,8 +472,7 @@ class RecordSequences:
                 made = self.segments(kind, parts, itertools.repeat(nothing))
                 flat = [part for asked, _ in parts for part in asked] if kind == "question" else parts
                 images = [part.path for part in flat if isinstance(part, Image)]
-                # without those cut off
-                rows["good"].append((i, kind, self.tokens(made), images[:sum(isinstance(s, Picture) for s in made)]))
+                rows["good"].append((i, kind, self.tokens(made), images[:sum(isinstance(s, Picture) for s in made)]))  # less those cut off
             except ValueError as error:
                 rows["broken"].append((i, str(error)))
         rows = ranks.gather_rows(rows)
@@ -505,7 +482,7 @@ class RecordSequences:
         return sum(len(s.ids) if isinstance(s, Words) else self.positions + 2 for s in segments)
 
     def segments(self, kind: str, parts: list, codes, drop: bool = False) -> list:
-        """A record's parts, and the codes of its pictures in their order -> segments; drop: without an edit's words. ValueError: no fit."""
+        """A record's parts, and its pictures' codes in order -> segments; drop: without an edit's words. ValueError if it does not fit."""
         picture = lambda image: Picture(next(codes), image.paint and self.paints, image.loss)
         if kind == "question":
             made = [s for asked, reply in parts
@@ -562,11 +539,9 @@ def fingerprint(data: ImageData) -> str:
     """SHA-256 of which images there are, and of the sizes and times of the files that hold them and their captions."""
     sha = hashlib.sha256(data.records.tobytes() + data.names)
     for source in data.files:
-        below = (os.path.join(root, name) for root, _, names in os.walk(source) for name in names)
-        found = [source] if os.path.isfile(source) else sorted(below)
-        for path in found:
-            status = os.stat(path)
-            sha.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+        inside = (os.path.join(root, name) for root, _, names in os.walk(source) for name in names)
+        for path in [source] if os.path.isfile(source) else sorted(inside):
+            sha.update(state(path).encode("utf-8", "surrogateescape"))
     return sha.hexdigest()
 
 
@@ -600,8 +575,7 @@ class ImageSequences(Sequences):
             reports = list(dict.fromkeys(ranks.gather_rows({"reports": reports})["reports"]))
             for report in reports[:10]:
                 ranks.say(f"  {report}")
-            ranks.say(f"data: {len(self.told):,} captioned images to train on, {len(self.val):,} held out, "
-                      f"{len(reports)} broken among those read now")
+            ranks.say(f"data: {len(self.told):,} captioned images, {len(self.val):,} held out, {len(reports)} broken among those read now")
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
@@ -625,8 +599,8 @@ class Validation:
         self.source, self.size = source, size
         rng = random.Random(VALIDATION_SEED)
         self.scenes = list(shapes.World(source, size, VALIDATION_SEED, "val").scenes(range(n)))
-        self.asked = [ask(scene, rng) for scene in self.scenes]                                  # (type, question, answer)
-        self.claims = []                                                                        # (skill, claim, a scene that it is true of)
+        self.asked = [ask(scene, rng) for scene in self.scenes]     # (type, question, answer)
+        self.claims = []                                            # (skill, claim, a scene that it is true of)
         for skill in SKILLS:
             split, said = ("held_out", "single") if skill == "held_out" else ("val", skill)
             world = shapes.World(source, size, VALIDATION_SEED + 1, split, single=float(said == "single"))
@@ -655,23 +629,19 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
     for scene in shapes.World(val.source, val.size).scenes(range(4000)):
         kind, _, answer = ask(scene, rng)
         usual[kind][answer] += 1
-    table = {"all": {"right": [], "chance": [], "majority": []}}
+    marks = collections.defaultdict(list)
     for i, answer in zip(rows["index"], rows["answers"]):
         kind, _, truth = val.asked[i]
-        for name in ("all", kind):
-            row = table.setdefault(name, {"right": [], "chance": [], "majority": []})
-            row["right"].append(answer.strip() == truth)
-            row["chance"].append(1 / len(usual[kind])), row["majority"].append(usual[kind].most_common(1)[0][0] == truth)
-    right = [caption.strip() in {claim.text for claim in shapes.claims(val.scenes[i])} for i,
-             caption in zip(rows["index"], rows["captions"])]
-    return {"understanding": {name: {"n": len(row["right"]), **{key: share(value) for key, value in row.items()}}
-                              for name, row in table.items()},
-            "caption_exact": share(right)}
+        mark = answer.strip() == truth, 1 / len(usual[kind]), usual[kind].most_common(1)[0][0] == truth
+        marks["all"].append(mark), marks[kind].append(mark)
+    table = {name: {"n": len(of), **dict(zip(("right", "chance", "majority"), map(share, zip(*of))))} for name, of in marks.items()}
+    true = lambda i, caption: caption.strip() in {claim.text for claim in shapes.claims(val.scenes[i])}
+    return {"understanding": table, "caption_exact": share([*map(true, rows["index"], rows["captions"])])}
 
 
 def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, ranks: Ranks, grid: str, how: dict) -> dict:
-    """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy is the same for the
-    tokenizer's own reconstructions of scenes that the prompts are true of: the ceiling. fd: Frechet distance to them in the ViT `look`."""
+    """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy, the ceiling: the same
+    for the tokenizer's reconstructions of scenes they are true of. fd: Frechet distance to these in pooled features of `look`, a ViT."""
     shown = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
     mine, rows = range(ranks.rank, len(val.claims), ranks.count), collections.defaultdict(list)
     for i in tqdm(range(0, len(mine), 64), "painting", leave=False, disable=not ranks.first):
@@ -712,7 +682,7 @@ def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: in
 
 @torch.no_grad()
 def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds) -> dict:
-    """Mean cross entropy over the held-out records of each kind: `text` a token that has a loss, `codes` a painted position."""
+    """Mean cross entropy over the held-out records of each kind: `text` a token with a loss, `codes` a painted position, all its codes."""
     metrics = {}
     for kind in [kind for kind in records.kinds if kind in kinds and len(records.held[kind])]:
         mine, sums = records.held[kind][ranks.rank::ranks.count], torch.zeros(4)
@@ -743,16 +713,15 @@ class MLLMStage(Stage):
         pieces = "" if data.pieces is None else hashlib.sha256(data.pieces.tobytes()).hexdigest()
         self.settings = json.loads(json.dumps({
             "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length],
-            "row": {**asdict(row), "mixture": data.mixture},
-            "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)], "config": asdict(model.config), "from": digest(model),
-            **common(args, ranks)}))
+            "row": {**asdict(row), "mixture": data.mixture}, "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)],
+            "config": asdict(model.config), "from": digest(model), **common(args, ranks)}))
         model.requires_grad_(False)
         for part in row.trains:
             for parameter in model.parts()[part]:
                 parameter.requires_grad_(True)
         model.llm.checkpointing = args.checkpointing
-        matrices = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() >= 2
-                    and MATRICES.search(name)] if args.preset in MUON else []
+        matrices = [p for name, p in model.named_parameters()
+                    if args.preset in MUON and p.requires_grad and p.dim() >= 2 and MATRICES.search(name)]
         self.optimizer = adamw([model], self.lr, (0.9, 0.95), 0.01, besides=matrices)
         self.muon = Muon(matrices, self.lr, 0.01) if matrices else None
         self.metrics, self.earlier = {}, {}     # earlier: seconds of the stages before
@@ -760,8 +729,8 @@ class MLLMStage(Stage):
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
-        counts = [(len(part.text_target), len(part.learned) * self.data.positions, len(part.all_depths)) for part, in parts]
-        counts = torch.tensor(counts, dtype=torch.float32).sum(0)
+        counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.all_depths)] for part, in parts],
+                              dtype=torch.float32).sum(0)
         self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device, non_blocking=True)).clamp(min=1)
 
     def after_step(self, bad):
@@ -825,8 +794,8 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
             metrics |= caption_retrieval(model, data, ranks, n)
         shown = [i for i, caption in enumerate(data.val_captions) if caption][:16]
         if "paint" in kinds and ranks.first and shown:
-            made, real = tokenizer.decode(model.paint([data.val_captions[i] for i in shown],
-                                                      **how)), tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
+            made = tokenizer.decode(model.paint([data.val_captions[i] for i in shown], **how))
+            real = tokenizer.decode(to_tensor(data.val[shown]).to(ranks.device))
             rows = [images[i:i + 8] for i in range(0, len(shown), 8) for images in (real, made)]
             titles = [[data.val_captions[j] if row % 2 else "" for j in shown[row // 2 * 8:][:8]] for row in range(len(rows))]
             save_grid(rows, grid, titles=titles)
@@ -835,17 +804,16 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
 
 
 def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
-    """(part, parameters), counted as the paper's App. D.1 and RECIPES do: a head is its transformer over depth alone."""
+    """(part, parameters), counted as the paper's App. D.1 does: a head is its transformer over depth, without projector or classifiers."""
     count = lambda parts: sum(p.numel() for p in parts)
-    outside = lambda head: [head.depth, *head.code_in.parameters(), *head.norm.parameters(),
-                            *(p for n, p in head.layers.named_parameters() if "norm" in n)]
     rows = [("LLM", count(model.llm.parameters())), ("input projector", count(model.projector.parameters())),
             ("image marks", model.marks.numel())]
     for stream, head in model.heads.items():
+        norms, depth = ([p for name, p in head.layers.named_parameters() if ("norm" in name) == norm] for norm in (True, False))
+        outside = [head.depth, *head.code_in.parameters(), *head.norm.parameters(), *norms]
         rows += [(f"{stream} head: projector from the LLM", count(head.projector.parameters())),
-                 (f"{stream} head: transformer over depth", count(p for layer in head.layers for n, p in layer.named_parameters()
-                                                                  if "norm" not in n)),
-                 (f"{stream} head: norms, codes and depths in", count(outside(head))),
+                 (f"{stream} head: transformer over depth", count(depth)),
+                 (f"{stream} head: norms, codes and depths in", count(outside)),
                  (f"{stream} head: classifiers", head.classifiers.numel()),
                  (f"{stream} code table", model.tables[0].numel())]
     return rows
@@ -857,21 +825,21 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
     """-> function from images (B, 3, H, W) to what the model reads: codes, or the deep features of the teacher, by default the tokenizer's.
     Its `key` tells kept codes of different encoders apart."""
-    model = load_teacher(folder, tokenizer.config.vision.image_size,
-                         teacher).to(next(tokenizer.parameters()).device) if config.continuous else tokenizer
+    c, model = tokenizer.config, tokenizer
+    if config.continuous:
+        model = load_teacher(folder, c.vision.image_size, teacher).to(next(tokenizer.parameters()).device)
 
     @torch.no_grad()
     def encode(images):
-        return model(images, tokenizer.config.deep_layer)[0] if config.continuous else model.encode(images)
-    if tokenizer.config.codebook_size > 2 ** 16:
-        raise ValueError(f"a codebook of {tokenizer.config.codebook_size} codes, expected at most {2 ** 16}: codes are kept in 16 bits")
-    encode.key = {"encoder": digest(model), "continuous": config.continuous,
-                  "layers": [tokenizer.config.shallow_layer, tokenizer.config.deep_layer]}
+        return model(images, c.deep_layer)[0] if config.continuous else model.encode(images)
+    if c.codebook_size > 2 ** 16:
+        raise ValueError(f"a codebook of {c.codebook_size} codes, expected at most {2 ** 16}: codes are kept in 16 bits")
+    encode.key = {"encoder": digest(model), "continuous": config.continuous, "layers": [c.shallow_layer, c.deep_layer]}
     return encode
 
 
 def judge(tokenizer: DualTokenizer, folder: str, ranks: Ranks):
-    """The ViT that Frechet distances of what is painted are measured in: the tokenizer's teacher; where it is not there, its own (said)."""
+    """The ViT that Frechet distances are measured in: the tokenizer's teacher, or its own, and that is said, where there is none."""
     if teacher_of(folder):
         return load_teacher(folder, tokenizer.config.vision.image_size).to(ranks.device)
     ranks.say(f"Frechet distances are in the tokenizer's own ViT, since {folder} does not say where its teacher is")
@@ -892,8 +860,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
         sizes = llm.config
         if (last := max(*text.ordinary, text.end, text.turn_end or 0)) >= sizes.vocab_size:
-            raise ValueError(f"the vocabulary in {name} has {last + 1} tokens, its LLM {sizes.vocab_size} rows; "
-                             "copy both from the same model")
+            raise ValueError(f"the vocabulary in {name} has {last + 1} tokens, its LLM {sizes.vocab_size} rows; copy both from one model")
         if text.size > sizes.vocab_size:
             say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens "
                 f"{text.marks['<image_start>']} to {text.size - 1}")
@@ -903,19 +870,18 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
     c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name not in ("", "none"))
     paints = split(args.streams_out) if args.streams_out else c.streams if c.image_stream else ()
     config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=split(args.streams_in) or c.streams, streams_out=paints,
-                        positions=c.positions, depth=c.depth,
-                        codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim, tables=tables,
-                        feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256,
+                        positions=c.positions, depth=c.depth, codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim,
+                        tables=tables, feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256,
                         **HEADS.get(args.preset, {}))
     if config.streams_out and c.image_stream not in config.streams_out:
-        raise ValueError(f"--streams-out is {args.streams_out!r}: " + (f"expected none, or {c.image_stream} among them, "
-                                                                       "since pictures are decoded from its codes" if c.image_stream else
-                         f"expected none, since the tokenizer's design, {c.design}, has no decoder"))
+        raise ValueError(f"--streams-out is {args.streams_out!r}: expected none, " + (
+            f"or {c.image_stream} among them, since pictures are decoded from its codes" if c.image_stream else
+            f"since the tokenizer's design, {c.design}, has no decoder"))
     return config, text, llm
 
 
 def tables() -> dict[str, Table]:
-    """The tables of the papers that are about language models. For understanding alone, stage 2 is the last, as in LLaVA-1.5."""
+    """The papers' tables about language models. Where only understanding is looked at, stage 2 is the last one, as in LLaVA-1.5."""
     kinds = ("colour", "shape", "count", "existence", "relation", "comparison")
     asked = {"understanding.all.right": "questions right"} | {f"understanding.{kind}.right": kind for kind in kinds}
     painted = {f"painting.{skill}": skill for skill in ("all", *SKILLS)} | {"fd": "Frechet distance"}
@@ -959,17 +925,17 @@ def tables() -> dict[str, Table]:
 def train_table(args):
     """The language models of a table, over the tokenizers of the same --out, which are trained first where they are missing."""
     preset = tokenizer_preset(args)
-    taken = [name for name in ("streams_in", "streams_out", "teacher", "until", "parameters")
-             if getattr(args, name)] + ["stage"] * (args.stage != "all")
+    taken = [name for name in ("streams_in", "streams_out", "teacher", "until", "parameters") if getattr(args, name)]
+    taken += ["stage"] * (args.stage != "all")
     if taken or args.tokenizer not in ("out/tokenizer", *PRESETS):
         raise ValueError(f"the rows of a table have --{', --'.join(taken or ['tokenizer'])} of their own; leave that out".replace("_", "-"))
     if args.data not in ("", *shapes.DIFFICULTIES):
         raise ValueError(f"--data is {args.data!r}, but these tables ask and mark by the built-in world; expected one of "
                          f"{', '.join(shapes.DIFFICULTIES)}")
     args.out = "out/tables" if args.out == "out/mllm" else args.out
-    below = train_tokenizer.flags(["--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device,
-                                   "--eval-images", str(args.eval_images),
-                                   *(f"--{name}" for name in ("compile", "checkpointing") if getattr(args, name))])
+    below = train_tokenizer.flags([
+        "--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images", str(args.eval_images),
+        *(f"--{name}" for name in ("compile", "checkpointing") if getattr(args, name))])
     trained = {}
 
     def measure(seed, system):
@@ -982,8 +948,7 @@ def train_table(args):
         if apart := differences({**alike[0], "preset": preset}, alike[-1]):
             raise ValueError(f"{folder} holds a tokenizer of other settings than the rest ({'; '.join(apart)}); "
                              "delete it, or name another --out, or --preset")
-        row = argparse.Namespace(**{**vars(args), "seed": seed, "out": out, "tokenizer": folder, "resume": True, "table": "",
-                                    **system.changes})
+        row = argparse.Namespace(**vars(args) | dict(seed=seed, out=out, tokenizer=folder, resume=True, table="") | system.changes)
         main(args=row)
         return {**metrics_of(os.path.join(out, f"stage-{row.until}") if row.until else out), "tokenizer": trained[folder]}
     make_table(args, tables(), measure)
@@ -1010,8 +975,7 @@ def main(argv=None, args=None):
     # ---- device, tokenizer, LLM
     ranks = Ranks(args.device)
     if args.fsdp and ranks.count == 1:
-        raise ValueError("--fsdp shares the model over ranks, and there is one process; "
-                         "start several with torchrun --nproc_per_node=N, or leave it out")
+        raise ValueError("--fsdp shares the model over ranks, and there is one; start more with torchrun --nproc_per_node, or leave it out")
     torch.manual_seed(args.seed)
     if args.bench == "growth":
         return bench_stage_growth(args, ranks)
@@ -1039,8 +1003,8 @@ def main(argv=None, args=None):
     model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
 
     if args.bench in ("paint", "answer"):
-        measured = bench_painting if args.bench == "paint" else bench_answering
-        return measured(args, ranks, to_generate(model, args.precision, ranks.device), tokenizer)
+        model = to_generate(model, args.precision, ranks.device)
+        return bench_painting(args, ranks, model, tokenizer) if args.bench == "paint" else bench_answering(ranks, model)
 
     # ---- data
     for row in chosen:
@@ -1048,14 +1012,12 @@ def main(argv=None, args=None):
             raise ValueError(f"stage {row.name} is of captioned images, and --data is none; name some with --data, or another --stage")
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
     look = judge(tokenizer, args.tokenizer, ranks) if source in shapes.DIFFICULTIES and config.streams_out and not args.bench else None
-    kind_of_data, size = (WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences,
-                          tokenizer.config.vision.image_size)
+    kind_of_data = WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences
+    size = tokenizer.config.vision.image_size
     data = kind_of_data(source, args, ranks, text, config, size, encode)
     if args.conversations or args.documents:
         data.add(RecordSequences(args, ranks, text, config, size, encode))
-    # of the one, or for --bench
-    rows_to_run = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in chosen]
-    for row in rows_to_run:
+    for row in chosen:
         data.batches(row)       # raises before anything is trained
     if args.eval_images < 4 * ranks.count:
         raise ValueError(f"--eval-images is {args.eval_images}, expected at least {4 * ranks.count} for {ranks.count} ranks")
@@ -1069,7 +1031,7 @@ def main(argv=None, args=None):
 
     # ---- the stages, in order
     earlier = {}
-    for row in rows_to_run:
+    for row in chosen:
         batches = data.batches(row)
         ranks.say(f"stage {row.name} trains {', '.join(row.trains)} on "
                   + ", ".join(f"{kind} {share:g}" for kind, share in data.mixture.items()))
@@ -1077,7 +1039,7 @@ def main(argv=None, args=None):
         if args.bench:
             bench(stage, batches)
             continue
-        stage.earlier, stage.evaluated = dict(earlier), row is rows_to_run[-1] or args.eval_every > 0
+        stage.earlier, stage.evaluated = dict(earlier), row is chosen[-1] or args.eval_every > 0
         if args.resume and kept(stage):
             ranks.say(f"stage {row.name}: {stage.folder} is kept from an earlier run with these settings")
             load_part(model, DualMLLM.from_pretrained(stage.folder).state_dict(), stage.folder)
@@ -1096,11 +1058,12 @@ def stages_for(args, config: MLLMConfig, pretrained: bool) -> list[Row]:
 
 
 def named(rows: list[Row], args) -> list[Row]:
-    """Those that --stage and --until name. Raises ValueError where one is not there."""
+    """Those that --stage and --until name, with --steps, --batch-size and --lr. Raises ValueError where one is not there."""
     names = [row.name for row in rows]
     if args.stage not in ("all", *names) or args.until not in ("", *names):
         raise ValueError(f"--stage is {args.stage!r} and --until {args.until!r}, but with these flags there is only {', '.join(names)}")
-    return rows[:names.index(args.until) + 1] if args.until else [row for row in rows if args.stage in ("all", row.name)]
+    rows = rows[:names.index(args.until) + 1] if args.until else [row for row in rows if args.stage in ("all", row.name)]
+    return [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch, lr=args.lr or row.lr) for row in rows]
 
 
 def tokenizer_preset(args) -> str:
@@ -1109,7 +1072,7 @@ def tokenizer_preset(args) -> str:
 
 
 class DrySequences(Sequences):
-    """Sequences of the lengths that a dry run tells of: one picture and --text-length bytes, or the bytes alone."""
+    """A dry run's: of one picture and --text-length bytes, or of the bytes alone. No edits, which are two pictures long."""
     kinds = ("caption", "question", "paint", "text")
 
     def sequence(self, kind, rng):
@@ -1120,7 +1083,7 @@ class DrySequences(Sequences):
 
 
 def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
-    """FLOPs of painting one image after so many words, without guidance, which doubles it -> (all, one position and its codes)."""
+    """FLOPs of painting one image after so many words, without guidance, which does all of it twice -> all, a position with its codes."""
     c, counter = model.config, flop_counter()
     cache, codes = Cache(c.llm, 1, words + c.positions, "cpu", torch.float32), torch.zeros(1, 1, len(c.streams), c.depth, dtype=torch.int64)
     with torch.no_grad(), counter:
@@ -1159,14 +1122,13 @@ def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer
                       f"{n / seconds:.2f} images/s; the first time {first:.1f} s")
 
 
-def bench_answering(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer, words: int = 64):
+def bench_answering(ranks: Ranks, model: DualMLLM, words: int = 64):
     """--bench answer: a picture and a question, one at a time: until the first token, and tokens a second; the same for transformers' Qwen2
     of this shape, if it is installed."""
     c, device = model.config, ranks.device
     begin = lambda: model._begin([turn(model.text, [Picture(torch.zeros(c.positions, len(c.streams), c.depth, dtype=torch.int64)),
                                                     "what colour is the circle?"])], words)
-    ours = lambda n: list(model.write_words(*begin(), n, lambda logits, t: logits.argmax(-1)))
-    systems = {"ours": ours}
+    systems = {"ours": lambda n: list(model.write_words(*begin(), n, lambda logits, t: logits.argmax(-1)))}
     try:
         import transformers
         with torch.device(device):
@@ -1198,13 +1160,12 @@ def bench_stage_growth(args, ranks: Ranks):
         config = replace(usual, llm=replace(llm, max_position_embeddings=32_768),
                          **{"positions": dict(positions=size), "codebook size": dict(codebook_size=size)}.get(what, {}))
         data = DrySequences("", given, ranks, text, config)
-        data.key, data.pictures = {}, np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
-        parts, model = next(iter(data.batches(row)(0)))[0], DualMLLM(config, text).to(ranks.device)
+        data.pictures = np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
+        parts, model = next(data.batches(row)(0))[0], DualMLLM(config, text).to(ranks.device)
         return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), parts
     width = usual.llm.hidden_size
     bench_growth(ranks, {"positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)],
-                         "width": [width, 2 * width, 4 * width],
-                         "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
+                         "width": [width, 2 * width, 4 * width], "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
 
 
 def estimate(args):
@@ -1216,30 +1177,25 @@ def estimate(args):
     config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
     many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
     many.count, args.text_data = count, ""
-    rows = [replace(row, steps=args.steps or row.steps, batch=args.batch_size or row.batch)
-            for row in named(stages_for(args, config, False), args)]
 
-    def data(row):
-        made = DrySequences("", args, many, text, config)
-        made.key, made.pictures = {}, codes
-        return made, next(iter(made.batches(row)(0)))[0]
-    made = [(row, *data(row)) for row in rows]
+    def maker(row):     # the data are real, and what is made of them below is fake
+        data = DrySequences("", args, many, text, config)
+        data.pictures = codes
+        parts = next(data.batches(row)(0))[0]
+        return lambda: (MLLMStage(args, ranks, row, False, model, frozen, None, data, None), [(x.map(mode.from_tensor),) for x, in parts])
+    makers = [maker(row) for row in named(stages_for(args, config, False), args)]
 
     with fake() as mode:
         model, frozen = DualMLLM(config, text), DualTokenizer(tokenizer)
-
-        def maker(row, data, parts):
-            there = [(part.map(mode.from_tensor),) for part, in parts]
-            return MLLMStage(args, ranks, row, False, model, frozen, None, data, None), there
         print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, "
               f"K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
         print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in frozen.parameters()))])
         flops = {n: painting_flops(DualMLLM(replace(config, streams_in=config.streams[:n], streams_out=config.streams[:n]), text),
                                    args.text_length) for n in (1, 2)}
-        dry_run(args, [functools.partial(maker, *row) for row in made], count, "sequence")
+        dry_run(args, makers, count, "sequence")
     print(f"painting an image after {args.text_length} words, without guidance: {flops[2][0] / 1e9:,.0f} GFLOP with two streams, "
-          f"{flops[2][0] / flops[1][0]:.3f} times those with one; a position and its "
-          f"codes: {flops[2][1] / 1e9:.2f}, {flops[2][1] / flops[1][1]:.3f} times")
+          f"{flops[2][0] / flops[1][0]:.3f} times those with one; a position and its codes: {flops[2][1] / 1e9:.2f}, "
+          f"{flops[2][1] / flops[1][1]:.3f} times")
     print("paper, Table 11 (3B; of what, it does not say): 337.20 GFLOP a forward with two streams, 1.025 times the 328.98 with one")
 
 
@@ -1251,8 +1207,7 @@ def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:
     if model.config.tables_sha256 != config.tables_sha256:
         raise ValueError(f"{folder} was trained on another tokenizer's codes (tables {model.config.tables_sha256[:12]}, this one's "
                          f"{config.tables_sha256[:12]}); give that --tokenizer")
-    changed = differences(asdict(model.config), asdict(config))
-    if changed:
+    if changed := differences(asdict(model.config), asdict(config)):
         raise ValueError(f"{folder} holds another design ({'; '.join(changed)}); use its flags, or start anew in another --out")
     return model
 

@@ -1,11 +1,10 @@
-"""
-A checkpoint by its folder or by its name on the Hugging Face hub:
+"""A checkpoint by its folder or by its name on the Hugging Face hub:
 
     folder("checkpoints/siglip")                        the folder itself
     folder("google/siglip-so400m-patch14-384")          in Hugging Face's cache; else in torch's, downloaded once
 
 What is downloaded: config.json, the weights as safetensors (one file, or an index and its shards), the vocabulary, and the pixels' mean and
-deviation. A file gets its name only when it is whole, so a broken connection leaves nothing that looks finished; what is whole stays.
+deviation. A file gets its name only when it is whole: a broken connection leaves nothing that looks finished, a whole file is kept.
 """
 import json
 import os
@@ -93,8 +92,8 @@ def _fetch(url: str, found: str, file: str) -> bool:
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return False
-        raise ValueError(f"{url} answers {error.code} ({error.reason}); a model that asks for consent has to be downloaded by hand: "
-                         "give its folder") from None
+        raise ValueError(f"{url} answers {error.code} ({error.reason}); "
+                         "a model that asks for consent has to be downloaded by hand: give its folder") from None
     except OSError as error:
         raise ValueError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}); "
                          "without a connection, give a folder that holds the model") from None

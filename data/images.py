@@ -1,5 +1,4 @@
-"""
-Real images with captions, from a few pictures in a folder to collections like CC12M. A source is one string:
+"""Real images with captions, from a few pictures in a folder to collections like CC12M. A source is one string:
 
     photos                       a folder, read recursively; the caption of a.jpg is in a.txt, or in a metadata.jsonl with
                                  "file_name" and "text" (or "caption") in each line, as Hugging Face's ImageFolder has it
@@ -10,12 +9,12 @@ Real images with captions, from a few pictures in a folder to collections like C
     for images, captions, broken in train.load(batch_size=256, start=step, workers=8):      # (B, 3, 256, 256) uint8, lists of str
 
 The scan notes where everything is (about 50 bytes per sample, and its name); from then on any sample can be read by its number. What it
-finds in a shard is kept in torch's cache, or in the folder NANODUALTOKEN_INDEX (empty: nowhere), while the shard's size and time stay.
+finds in a shard is kept in torch's cache, or in the folder NANODUALTOKEN_INDEX (empty: nowhere), until its size or time changes.
 
 Which image a training sample is, and which crop, follows from `seed` and its position in an endless stream, not from the number of ranks or
 workers: one integer in a checkpoint is enough to go on exactly. Each epoch shuffles anew: everything at once where that is single files or
 fits the buffer; else the shards, which are then read SHARDS at a time, by pieces in random order, through windows of a buffer's size. An
-epoch may end inside a batch: nothing is dropped or comes twice. A broken sample is replaced by another one and reported.
+epoch may end inside a batch: nothing is dropped or comes twice. A broken sample is replaced and reported: never fatal, never silent.
 """
 import contextlib
 import copy
@@ -84,13 +83,13 @@ def decode(source, name=None, near=None):
         raise ValueError(f"{name}: too many pixels ({error}); expected at most {Image.MAX_IMAGE_PIXELS:,}: "
                          "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on bad bytes: OSError, SyntaxError, struct.error, IndexError, ...
-        reason = "0 bytes" if not data else "unknown format" if isinstance(error,
-                                                                           UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "0 bytes" if not data else "unknown format" if unknown else f"{type(error).__name__}: {error}"
         raise ValueError(f"{name}: cannot be read as an image ({reason}); expected a complete file in a format that Pillow opens") from None
 
 
 def _check_file(path, name):
-    """ValueError: no file, such as a link to a device, which may have no end, or larger than a picture; OSError: nothing is there."""
+    """Raises ValueError for what is no file, such as a device, which may have no end, or is too large; OSError where there is nothing."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
         got = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "a folder, a pipe or a device"
@@ -147,7 +146,7 @@ def random_crop(image, size, rng):
 # ---- the scan: source -> files, records, names ----------------------------------------------------------------------
 
 def _braces(pattern):
-    """"a{08..10}.tar" -> ["a08.tar", "a09.tar", "a10.tar"]; also lists such as {0..3,7}, and several braces. Empty: ValueError."""
+    """"a{08..10}.tar" -> ["a08.tar", "a09.tar", "a10.tar"]; also {0..3,7}, and several braces. Raises ValueError for an empty range."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -172,9 +171,8 @@ def _paths(source):
         found = {path: [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) for path in _braces(part)}
         missing = [path for path in found if not found[path]]
         if len(missing) == len(found):
-            raise FileNotFoundError(f"no such image data: {part!r} of the source {source!r}; "
-                                    "expected a folder of images, .tar shards, a pattern "
-                                    "that matches some, or a range of them such as cc12m/{00000..01242}.tar: check the path")
+            raise FileNotFoundError(f"no such image data: {part!r} of the source {source!r}; expected a folder of images, .tar shards, "
+                                    "a pattern that matches some, or a range of them such as cc12m/{00000..01242}.tar: check the path")
         if missing:
             reports.append(f"{part}: {len(missing):,} of {len(found):,} are missing and left out: "
                            f"{', '.join(missing[:10])}{', ...' * (len(missing) > 10)}")
@@ -187,8 +185,8 @@ def _pack(rows, prefix=b""):
     names = [os.fsencode(row[0]) for row in rows]
     starts = np.cumsum([0] + [len(name) for name in names])
     hashes = [int.from_bytes(hashlib.blake2b(prefix + name, digest_size=4).digest(), "little") for name in names]
-    return np.array([(start, len(name), key, *row[1:]) for start, name, key, row in zip(starts, names, hashes, rows)],
-                    RECORD), b"".join(names)
+    records = [(start, len(name), key, *row[1:]) for start, name, key, row in zip(starts, names, hashes, rows)]
+    return np.array(records, RECORD), b"".join(names)
 
 
 def _is_image(name):
@@ -221,8 +219,7 @@ def _scan_tar(path):
             file.seek(tar.offset)       # tarfile takes a damaged or missing header for the end, but a complete archive ends in zeros
             if file.read(512) != bytes(512):
                 raise ValueError(f"no header at byte {tar.offset:,} of {total:,}")
-    # of sizes of 90 bits; of a thousand headers of one member
-    except (OSError, ValueError, OverflowError, RecursionError, tarfile.TarError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, tarfile.TarError) as error:     # 90-bit sizes; a member of 1,000 headers
         broken.append(f"{path}: cut, damaged or not a plain tar ({error}); the {len(members):,} members before that are used")
     for name in filter(_is_image, members):
         stem = os.path.splitext(name)[0]
@@ -232,11 +229,10 @@ def _scan_tar(path):
 
 
 def _kept(path, stamp):
-    """File of the cache -> RECORD array, names, [], as `_scan_tar` found them; None where it is missing, damaged, or out of date."""
-    with contextlib.suppress(Exception):        # numpy and zipfile raise nearly anything on damaged bytes; then the shard itself is asked
-        with np.load(path, allow_pickle=False) as kept:     # a zip file, which checks its sums
-            records, names = kept["records"], kept["names"].tobytes()
-            return (records, names, []) if kept["stamp"].tolist() == stamp and records.dtype == RECORD else None
+    """File of the cache -> RECORD array, names, [], as `_scan_tar` found them; None if it is missing, damaged or out of date."""
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as kept:    # a zip file: damaged, it may raise nearly anything
+        records, names = kept["records"], kept["names"].tobytes()
+        return (records, names, []) if kept["stamp"].tolist() == stamp and records.dtype == RECORD else None
 
 
 def _scan_shard(path, folder):
@@ -266,9 +262,8 @@ def _scan_shard(path, folder):
             return scan
     except OSError as error:
         records, names, broken = scan or _scan_tar(path)
-        return records, names, broken or [f"what is in shards cannot be kept in {folder} ({error.strerror}), "
-                                          "and is looked up in them at every start: "
-                                          "set NANODUALTOKEN_INDEX to another folder, or to nothing"]
+        return records, names, broken or [f"what is in shards cannot be kept in {folder} ({error.strerror}), and is looked up in them "
+                                          "at every start: set NANODUALTOKEN_INDEX to another folder, or to nothing"]
 
 
 def _scan_metadata(path):
@@ -356,8 +351,8 @@ class ImageData:
 
     def __init__(self, source, size, train=True, seed=0, num_samples=0, buffer=BUFFER):
         if size < 1 or seed < 0 or buffer < 1:
-            raise ValueError(f"got size {size}, seed {seed} and buffer {buffer}, expected a size of at least 1 pixel, "
-                             "a seed of at least 0, a buffer of at least 1")
+            raise ValueError(f"got size {size}, seed {seed} and buffer {buffer}, "
+                             "expected a size of at least 1 pixel, a seed of at least 0, a buffer of at least 1")
         self.size, self.seed, self.num_samples, self.buffer = size, seed, num_samples, buffer
         self.files, records, self.names, self.broken = _scan(source)
         self.epoch, self.group = None, None
@@ -365,7 +360,7 @@ class ImageData:
         self._hold(records, train)
 
     def _hold(self, records, train):
-        """Takes these records. `starts` and `sizes`: of the shards' runs among them; `loose`: indices of those shuffled as a whole."""
+        """Takes these records. `starts`, `sizes`: of the shards' runs among them; `loose`: indices of those shuffled as a whole."""
         starts = np.flatnonzero(np.r_[True, records["file"][1:] != records["file"][:-1]])
         sizes, tar = np.diff(starts, append=len(records)), records["image"][starts] >= 0
         tar &= len(records) > self.buffer
@@ -404,7 +399,7 @@ class ImageData:
         return int(self.rows[place - self.edges[group]])
 
     def _deal(self, epoch):
-        """Epoch -> its groups: at most SHARDS shards (their numbers) and a share of the loose samples (indices) each; where each begins."""
+        """Epoch -> its groups, each of at most SHARDS shards (numbers) and a share of the loose samples (indices); where each begins."""
         rng = np.random.default_rng([self.seed, 0, epoch])
         loose, shards = rng.permutation(self.loose), rng.permutation(len(self.starts))      # 4 bytes a loose sample in each worker
         count = max(1, math.ceil(len(shards) / SHARDS))
@@ -412,7 +407,7 @@ class ImageData:
         return groups, np.cumsum([0] + [self.sizes[shards].sum() + len(loose) for shards, loose in groups])[:-1]
 
     def _shuffled(self, epoch, group):
-        """A group's indices in their order: its shards in pieces, SHARDS of which make a window, both shuffled."""
+        """A group's indices in order: its shards in pieces, SHARDS of which make a window, the pieces and then each window shuffled."""
         shards, loose = self.groups[group]
         if not len(shards):
             return loose
@@ -456,7 +451,7 @@ class ImageData:
     def load(self, batch_size, start=0, stop=None, rank=0, ranks=1, workers=0, pin=False):
         """-> DataLoader of (images (b, 3, size, size) uint8, captions, reports): this rank's b = batch_size / ranks samples of each global
         batch, from step `start` to before `stop`. In training step t has positions t * batch_size and on, a block per rank, without end
-        unless `stop` is given. Evaluation goes once over the data, a rank over positions rank, rank + ranks, ..."""
+        but for `stop`. Evaluation goes once over the data, a rank over positions rank, rank + ranks, ...; the last batch may be smaller."""
         if batch_size < 1 or batch_size % ranks:
             raise ValueError(f"got a batch of {batch_size} for {ranks} ranks, expected a positive multiple of the number of ranks")
         local, mine = batch_size // ranks, range(rank, len(self), ranks)

@@ -1,16 +1,15 @@
-"""
-Conversations, edits and interleaved documents from JSON files, of any size: only where each record is stays in memory.
+"""Conversations, edits and interleaved documents from JSON files, of any size: only where each record is stays in memory.
 
     chats.json      LLaVA's list (or one record a line, .jsonl): {"image": "a.jpg", or a list of paths, or nothing, "conversations":
                     [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}. <image> is where a
                     picture stands; "user" and "assistant" are heard too. The replies are learned.
-    documents.jsonl one list a line, of {"text": words} and {"image": path}, in reading order. "paint": true for a picture to learn to
-                    paint, "loss": false for what is not to be learned (a picture that is only read has no loss).
+    documents.jsonl one list a line, of {"text": words} and {"image": path}, in reading order. "paint": true: a picture to learn to paint;
+                    "loss": false: what is not to be learned (a picture that is only read has no loss).
                     An edit is told by its shape: pictures that are read, one text with "loss": false, one picture to paint:
                     [{"image": "a.png"}, {"text": "make it blue", "loss": false}, {"image": "b.png", "paint": true}]
 
     records = Records([("chats.json", conversation), ("documents.jsonl", document)])
-    kind, parts = records[7]        # ("question", [([Image("a.jpg"), "What is this?"], ["A cat."])]), or a ValueError
+    kind, parts = records[7]        # ("question", [([Image("a.jpg"), "What is this?"], ["A cat."])]), or a ValueError says what is wrong
 """
 import io
 import json
@@ -37,7 +36,7 @@ class Image(NamedTuple):
 
 
 class Records:
-    """Record i of several files, read when it is asked for: `parse(record, folder)` of its file. folder: of images, if not the file's."""
+    """Record i of several files, read when it is asked for: `parse(record, folder)`. folder: of the images, if not each file's own."""
 
     def __init__(self, sources: list, folder: str = ""):
         """sources: (path, `conversation` or `document`). Raises ValueError for a file that cannot be read."""
@@ -46,8 +45,8 @@ class Records:
             try:
                 spans.append(np.array([(number, *span) for span in _spans(path, parse is document)], np.int64).reshape(-1, 3))
             except (OSError, ValueError) as error:
-                raise ValueError(f"{path} cannot be read as records ({error}); "
-                                 "expected one in each line, or for conversations also one JSON list of them") from None
+                raise ValueError(f"{path} cannot be read as records ({error}); expected one in each line, "
+                                 "or for conversations also one JSON list of them") from None
         self.spans = np.concatenate(spans)                              # (records, 3): file, first byte, bytes
 
     def __len__(self):
@@ -71,7 +70,8 @@ class Records:
 
 
 def _spans(path: str, lists: bool):
-    """File -> (first byte, bytes) of each record: lines that are not empty; or, where it begins with [ and they are no lists, its items."""
+    """File -> (first byte, bytes) of each record: its lines that are not empty; or, where it begins with [ and its lines are not to be
+    lists, that list's items."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else io.BytesIO() as data:
         if lists or isinstance(data, io.BytesIO) or not re.match(rb"(?:\xef\xbb\xbf)?\s*\[", data):
             begin = 0
@@ -112,8 +112,7 @@ def conversation(record, folder: str) -> tuple[str, list]:
     _check(isinstance(turns, list) and all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns),
            '"conversations" is no list of {"from": ..., "value": words}')
     for t in turns:
-        _check(isinstance(t.get("from"), str) and t["from"] in SPEAKERS, f"unknown speaker {str(t.get('from'))[:40]!r}, "
-                                                                         f"expected {', '.join(SPEAKERS)}")
+        _check(t.get("from") in [*SPEAKERS], f"unknown speaker {str(t.get('from'))[:40]!r}, expected {', '.join(SPEAKERS)}")
     _check([SPEAKERS[t["from"]] for t in turns] == [0, 1] * (len(turns) // 2), "its speakers do not take turns, question and reply")
     marks = sum(t["value"].count("<image>") for t in turns)
     _check(marks == len(images), f"{marks} <image> marks for {len(images)} images")
@@ -142,10 +141,9 @@ def document(record, folder: str) -> tuple[str, list]:
         words, path, loss = part.get("text"), part.get("image"), part.get("loss", True)
         _check(isinstance(words if "text" in part else path, str), f"{str(part)[:40]!r} is neither words nor a path")
         parts.append(Text(words, loss) if "text" in part else Image(os.path.join(folder, path), part.get("paint", False), loss))
-    pictures = all(isinstance(p, Image) for p in parts[:-2] + parts[-1:])
-    edit = len(parts) > 2 and isinstance(parts[-2], Text) and not parts[-2].loss and pictures
-    edit = edit and [p.paint for p in parts[:-2] + parts[-1:]] == [False] * (len(parts) - 2) + [True]
     _check(learned(parts), "nothing in it has a loss")
+    painted = [getattr(part, "paint", None) for part in parts]         # None: words
+    edit = len(parts) > 2 and not parts[-2].loss and painted == [False] * (len(parts) - 2) + [None, True]
     return "edit" if edit else "document", parts
 
 

@@ -30,15 +30,14 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 SLOTS = 4                           # the most shapes in a scene
 GRID = 256                          # positions are whole multiples of 1/256 of the image side
 GAP = 0.06                          # least distance between the circles around two shapes, in image sides
-BORDER = 8 / GRID  # least distance from such a circle to the image's edge; 8 steps, so that 3 free bits of x never cross it
+BORDER = 8 / GRID                   # least distance from such a circle to the edge; 8 steps, so that 3 free bits of x never cross it
 MARGIN = 0.2                        # "left of" and its like are said, and hold, only from this distance on
 RADII = torch.tensor([0.12, 0.18])  # of the circle around a shape, by size
 PALETTE = torch.tensor([[0.86, 0.18, 0.18], [0.20, 0.66, 0.27], [0.16, 0.34, 0.86], [0.97, 0.83, 0.16],
                         [0.96, 0.52, 0.10], [0.50, 0.20, 0.68], [0.20, 0.78, 0.84], [0.97, 0.55, 0.76]])
 GROUNDS = torch.tensor([[0.94, 0.93, 0.91], [0.85, 0.87, 0.90], [0.84, 0.80, 0.75], [0.70, 0.73, 0.71],      # from light to dark
                         [0.52, 0.53, 0.57], [0.37, 0.39, 0.43], [0.25, 0.25, 0.28], [0.15, 0.15, 0.17]])
-# The colour that each shape never wears in training; every colour is left out once. Two such pairs lie in the plain world: blue circle, red
-# triangle.
+# The colour that each shape never wears in training; every colour is left out once. In the plain world: blue circle, red triangle.
 HELD_OUT = torch.tensor([2, 4, 0, 7, 1, 3, 6, 5])
 
 
@@ -70,7 +69,7 @@ class Object(NamedTuple):
 
 
 class Scene(tuple):
-    """A tuple of `Object`s, from top to bottom. `look` are the integers behind ground and shading (see `_look`), not compared."""
+    """A tuple of `Object`s, from top to bottom. `look`: the integers behind ground and shading (see `_look`), no part of equality."""
 
     def __new__(cls, objects, look=(0,) * 9):
         self = super().__new__(cls, objects)
@@ -99,8 +98,8 @@ class Scenes:
     def __iter__(self):
         columns = (t.tolist() for t in (self.count, self.shape, self.colour, self.size, self.xy, self.look))
         for n, shape, colour, size, xy, look in zip(*columns):
-            yield Scene((Object(SHAPES[shape[i]], COLOURS[colour[i]], SIZES[size[i]], xy[i][0] / GRID, xy[i][1] / GRID) for i in range(n)),
-                        look)
+            slots = zip(shape[:n], colour, size, xy)
+            yield Scene((Object(SHAPES[s], COLOURS[c], SIZES[r], x / GRID, y / GRID) for s, c, r, (x, y) in slots), look)
 
     def __getitem__(self, i: int) -> Scene:
         return list(self)[i]
@@ -109,8 +108,8 @@ class Scenes:
 def pack(scenes: list[Scene]) -> Scenes:
     """The inverse of iterating over `Scenes`: readable scenes to tensors (objects sorted again), so that edited scenes can be rendered."""
     if not scenes or not all(1 <= len(scene) <= SLOTS for scene in scenes):
-        raise ValueError(f"pack: scenes of {sorted({len(s) for s in scenes})} shapes, expected at least one, each of 1 to {SLOTS}; "
-                         "drop the others")
+        raise ValueError(f"pack: scenes of {sorted({len(s) for s in scenes})} shapes, "
+                         f"expected at least one, each of 1 to {SLOTS}; drop the others")
     rows = []
     for scene in scenes:
         objects = sorted((round(o.y * GRID), round(o.x * GRID), SHAPES.index(o.shape), COLOURS.index(o.colour), SIZES.index(o.size))
@@ -147,7 +146,7 @@ def _residue(scenes: Scenes) -> Tensor:
 
 
 def is_validation(scenes: Scenes) -> Tensor:
-    """(B,) bool. A scene is for validation iff the lowest three bits of its first x equal a hash of the rest."""
+    """(B,) bool: whether the lowest three bits of the first x equal a hash of the rest, as in every validation and no training scene."""
     return scenes.xy[:, 0, 0] % 8 == _residue(scenes)
 
 
@@ -173,8 +172,7 @@ def _look(bits: Tensor, difficulty: str) -> Tensor:
     if difficulty == "plain":
         return look * (torch.arange(9) == 1)
     look[:, 0] = 1
-    # a near shade
-    look[:, 2] = torch.where(look[:, 1] < len(GROUNDS) // 2, look[:, 1] + 1 + bits[:, 2] % 2, look[:, 1] - 1 - bits[:, 2] % 2)
+    look[:, 2] = look[:, 1] + (1 + bits[:, 2] % 2) * torch.where(look[:, 1] < len(GROUNDS) // 2, 1, -1)     # a near shade
     return look
 
 
@@ -241,7 +239,7 @@ class World:
 # ---------------------------------------------------------------- drawing
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points: folded into a tenth of the circle, a star is the side of one line, from an outer corner (1, 0) to an inner one."""
+    """Five points: folded into a tenth of the circle, a star is one side of a straight line from an outer corner (1, 0) to an inner one."""
     turn = math.pi / 5
     angle = (torch.atan2(x, -y).abs() + turn) % (2 * turn) - turn
     r, inner = torch.hypot(x, y), 0.46
@@ -257,8 +255,7 @@ DISTANCES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.95, y.abs() - 0.3), torch.maximum(x.abs() - 0.3, y.abs() - 0.95)),
     lambda x, y: (x.abs() / 0.66 + y.abs() - 1) * 0.551,
     _star,
-    # tilted square, two discs
-    lambda x, y: torch.minimum((x.abs() + (y - 0.2).abs() - 0.8) * 0.707, torch.hypot(x.abs() - 0.4, y + 0.2) - 0.566),
+    lambda x, y: torch.minimum((x.abs() + (y - 0.2).abs() - 0.8) * 0.707, torch.hypot(x.abs() - 0.4, y + 0.2) - 0.566),   # square, discs
     lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.24,
 )
 
@@ -325,7 +322,6 @@ RELATIONS = {"left of": lambda a, b: b.x - a.x >= MARGIN, "right of": lambda a, 
              "above": lambda a, b: b.y - a.y >= MARGIN, "below": lambda a, b: a.y - b.y >= MARGIN}
 COMPARISONS = {"larger than": lambda a, b: a.size == "large" != b.size, "smaller than": lambda a, b: b.size == "large" != a.size}
 
-
 # How often each skill is drawn among those that have something to say.
 WEIGHTS = {"single": 96, "relation": 50, "count": 25, "differ": 35, "compare": 20, "negate": 4, "universal": 8}
 
@@ -369,9 +365,8 @@ def claims(scene: Scene) -> list[Claim]:
     nouns = [o.noun for o in scene]
     for a, b in itertools.combinations(scene, 2):                                           # exactly one of each
         if nouns.count(a.noun) == nouns.count(b.noun) == 1:
-            say("differ", f"one {a.colour if a.shape == b.shape else a.noun} and one {b.noun}",
-                lambda s, pair=sorted((a.noun, b.noun)): sorted(
-                o.noun for o in s if o.noun in pair) == pair)
+            text, pair = f"one {a.colour if a.shape == b.shape else a.noun} and one {b.noun}", sorted((a.noun, b.noun))
+            say("differ", text, lambda s, pair=pair: sorted(o.noun for o in s if o.noun in pair) == pair)
     for word, test in _things(scene.difficulty):
         n = sum(map(test, scene))
         if n >= 2:                                                                          # exactly so many
@@ -421,8 +416,8 @@ def questions(scene: Scene) -> list[tuple[str, str, str]]:
 
     numbers = [(word, sum(map(test, scene))) for word, test in _things(scene.difficulty)]
     absent, numbers = [pair for pair in numbers if not pair[1]], [pair for pair in numbers if pair[1]]
-    asked += [("count", f"how many {word} are there?", NUMBERS[k]) for word,
-              k in numbers + [("shapes", len(scene)), *absent[chance % 3:][:1]]]
+    counted = numbers + [("shapes", len(scene)), *absent[chance % 3:][:1]]
+    asked += [("count", f"how many {word} are there?", NUMBERS[k]) for word, k in counted]
     for (word, k), (other, m) in itertools.permutations(numbers, 2):
         if k != m and word.endswith(" shapes") == other.endswith(" shapes"):
             asked.append(("comparison", f"are there more {word} than {other}?", "yes" if k > m else "no"))
@@ -496,7 +491,7 @@ READ_SIZE = 64          # larger images are averaged down to this many pixels a 
 # Lightness counts little, since shading and patterns change it; then red against green, and yellow against blue.
 FEATURES = torch.tensor([[0.12, 0.12, 0.12], [0.7, -0.7, 0.0], [0.4, 0.4, -0.8]])
 GROUND_CHROMA = 0.13    # below it, a pixel belongs to the ground
-PURE = 0.25                     # a colour's misfit must be at most this share of the next colour's; halfway colours stay unread
+PURE = 0.25             # a colour's misfit must be at most this share of the next colour's; halfway colours stay unread
 MATCH, AHEAD = 0.86, 0.008      # overlap that a shape needs with its template, and by how much it must beat every other shape's
 
 
@@ -542,10 +537,9 @@ def _components(solid: Tensor) -> Tensor:
 
 
 def _regions(ids: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """(image, region number) of all regions of at least so many pixels, (O,) each, in images of one to four and few crumbs."""
-    cells = ids.shape[1] * ids.shape[2] + 1
-    area = torch.zeros(len(ids), cells, device=ids.device).scatter_add_(1, ids.flatten(1),
-                                                                        torch.ones_like(ids, dtype=torch.float32).flatten(1))
+    """(image, region number), (O,) each, of all regions of at least so many pixels, in images with up to four and hardly any crumbs."""
+    ids = ids.flatten(1)
+    area = torch.zeros(len(ids), ids.shape[1] + 1, device=ids.device).scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
     area[:, 0] = 0
     big = area >= least
     clean = (big.sum(1) <= SLOTS) & ((area * ~big).sum(1) <= least)
@@ -568,9 +562,8 @@ def _match(images: Tensor, difficulty: str) -> list[list[Object | None]]:
     colour = colours[:, 0]
     near = F.max_pool2d(own.float(), 5, 1, 2) * (own | (ids[image] == 0))                       # soft edges too, but nobody else's
     cover = share[image, colour].clamp(max=1) * near
-    ticks = torch.arange(size, device=images.device)
-    mass = cover.sum((1, 2))
-    x, y = ((cover.sum(1) @ (ticks + 0.5)) / mass).long(), ((cover.sum(2) @ (ticks + 0.5)) / mass).long()
+    ticks, mass = torch.arange(size, device=images.device) + 0.5, cover.sum((1, 2))
+    x, y = ((cover.sum(1) @ ticks) / mass).long(), ((cover.sum(2) @ ticks) / mass).long()
     templates, rows = _templates(size, difficulty, str(images.device))
     half = math.isqrt(templates.shape[1]) // 2
     window, each = torch.arange(2 * half + 1, device=images.device), torch.arange(len(x), device=images.device)
