@@ -356,7 +356,7 @@ class Sequences(torch.utils.data.Dataset):
         return parts
 
     def batches(self, row: Row):
-        """-> function of a start step that yields each step's micro-batches (batch on the device,) of this rank, no reports, endlessly."""
+        """-> function of a start step that yields each step's micro-batches of this rank, (batch on the device,), no reports, endlessly."""
         check_batch(row.batch, self.ranks, self.args.accumulate)
         self.row, self.mixture = row, {kind: share for kind, share in row.mixture.items() if kind in self.kinds}
         if not self.mixture:
@@ -1133,8 +1133,7 @@ def bench_answering(ranks: Ranks, model: DualMLLM, words: int = 64):
         import transformers
         with torch.device(device):
             peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**asdict(c.llm))).to(next(model.parameters()).dtype).eval()
-        x = begin()[1].valid.sum().item()       # as many places
-        ids = torch.randint(c.llm.vocab_size, (1, x), device=device)
+        ids = torch.randint(c.llm.vocab_size, (1, begin()[1].valid.sum().item()), device=device)        # as many places
         systems["transformers"] = lambda n: peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
                                                           do_sample=False, pad_token_id=0, eos_token_id=None)
     except ImportError:
