@@ -36,8 +36,8 @@ def distance(x: Tensor, target: Tensor) -> Tensor:
 
 
 def tokenizer_losses(features, images: Tensor, teacher: tuple[Tensor, Tensor], names: tuple, perceptual=None) -> dict[str, Tensor]:
-    """The unweighted terms of Eq. 2 but the adversarial one, those of `names`, a design's. features: what DualTokenizer returns; images (B,
-    3, H, W) in [-1, 1]; teacher: deep feature (B, N, C) and pooled embedding (B, C) of the frozen ViT; perceptual: LPIPS or None."""
+    """The unweighted terms of Eq. 2 but the adversarial one, those of `names`, a design's. features: DualTokenizer's; images (B, 3, H, W);
+    teacher: deep feature (B, N, C) and pooled embedding (B, C) of the frozen ViT; perceptual: (made, original) -> scalar, or None."""
     terms = {"commitment": sum(features.commitment.values())}
     if "pixel" in names:
         terms["pixel"] = F.mse_loss(features.images.float(), images)
@@ -111,7 +111,7 @@ def gather(x: Tensor) -> Tensor:
 def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """SigLIP's loss: every pair of an image and a text, of all ranks, is a yes-or-no question, and only an image's own text is a yes (Zhai
     et al. 2023, Algorithm 1). image, text (B, C) unit vectors; scale (log) and bias. Summed over texts, averaged over images; the mean over
-    ranks is the global loss. (Counting equal captions as yes learned slower in a small world: zero-shot .69 against .93.)"""
+    ranks is the global loss. (Counting equal captions as yes learned slower: zero-shot .69 against .93 after 400 steps, one seed.)"""
     with torch.autocast(image.device.type, enabled=False):       # else `.float()` or not, the product is in bf16
         text = gather(text.float())                                                          # (R*B, C)
         logits = image.float() @ text.T * scale.float().exp() + bias.float()                 # (B, R*B)
@@ -125,7 +125,7 @@ def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
 # adversarial
 
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) -> one logit per patch (B, 1, h, w). GroupNorm: small batches."""
+    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) -> a logit per patch (B, 1, h, w). GroupNorm: BatchNorm needs large batches."""
 
     def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
@@ -163,7 +163,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
 # metrics
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image: x, y (B, 3, H, W) in [-1, 1], clamped to [0, 1]; (B,). Equal images: inf."""
+    """Peak signal-to-noise ratio in dB of each image (equal: inf): x, y (B, 3, H, W) in [-1, 1], clamped and brought to [0, 1]; (B,)."""
     x, y = ((t.float() / 2 + 0.5).clamp(0, 1) for t in (x, y))
     return -10 * (x - y).square().mean((1, 2, 3)).log10()
 
@@ -178,8 +178,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     window = window / window.sum()
 
     def blur(t):
-        rows = F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11))
-        return F.conv2d(rows, window.view(1, 1, 11, 1)).unflatten(0, t.shape[:2])[:, :, 0]
+        across = F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11))
+        return F.conv2d(across, window.view(1, 1, 11, 1)).unflatten(0, t.shape[:2])[:, :, 0]
 
     mx, my = blur(x), blur(y)
     vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my

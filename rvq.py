@@ -2,7 +2,8 @@
 
 `ResidualVQ` codes a vector z by the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector
 (Lee et al. 2022, RQ-VAE). `MultiCodebookVQ` cuts z into D chunks and codes each by a table of its own (Ma et al. 2025, UniTok, whose
-release compares directions and learns its tables by gradient). In both the code vectors are running means of what they are chosen for.
+release compares directions and learns its tables by gradient). In both the code vectors are running means of what they are chosen for, so
+no gradient ever touches them.
 
     vq = ResidualVQ(dim=32, codebook_size=1024, depth=4)
     z_q, codes, commitment = vq(z)      # (B, N, E) -> (B, N, E) straight-through, (B, N, D) int64, scalar (paper Eq. 1)
@@ -14,7 +15,8 @@ in buffers until `update`); distances in bf16 flip codes (so autocast is off ins
 codes of a small run at every step (so the threshold is relative, with a grace period); every rank must restart the same codes with the same
 vectors (so they are drawn from the global batch by a seeded generator).
 
-Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B*N vectors, T tables (1 or D), W numbers in a code vector.
+Letters: B batch, N positions, E code dimension, D depth, K codebook size, M = B*N vectors, T tables (1 if shared over depths, else D),
+W numbers in a code vector.
 """
 
 import functools
@@ -37,8 +39,8 @@ CELLS = {"cpu": 2 ** 20}        # distances at once: on a CPU what fits a cache,
 
 
 def nearest(x: Tensor, table: Tensor, fused: bool = False) -> Tensor:
-    """Index of the nearest row of table (K, E) for each row of x (M, E), by squared Euclidean distance in fp32: (M,) int64.
-    |x|^2 is the same for all rows and left out. Distances exist a chunk at a time. fused: by one kernel, on the chip."""
+    """Index of the nearest row of table (K, E) for each row of x (M, E), by squared Euclidean distance in fp32: (M,) int64. |x|^2 is left
+    out. The M x K distances exist only a chunk at a time; fused, by one kernel, they never leave the chip."""
     norms, codes = table.square().sum(1), torch.empty(len(x), dtype=torch.int64, device=x.device)
     if fused:
         rows = 64
@@ -87,7 +89,7 @@ def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 def commitment_loss(z: Tensor, close: Tensor) -> Tensor:
-    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E)."""
+    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E), without gradient."""
     return (z - close).square().mean()
 
 
@@ -97,16 +99,15 @@ class Quantizer(nn.Module):
 
     tables      how many, T, and `width`, W, the numbers in a code vector
     decay       of the EMA
-    threshold   a code is dead when its EMA count is below this share of the average count; it restarts at a random vector of the batch
+    threshold   a code is dead when its EMA count is below this share of the average; it restarts at a random vector of the global batch
     grace       updates that a restarted code has to find its place before it can be called dead again
-    seed        of the restarts
-    """
+    seed        of the restarts"""
 
     shared = False      # one table for all depths?
     fused = False       # nearest codes by one kernel: CUDA alone
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, tables: int, width: int, decay: float, threshold: float, grace: int,
-                 seed: int):
+    def __init__(self, dim: int, codebook_size: int, depth: int, tables: int, width: int,
+                 decay: float, threshold: float, grace: int, seed: int):
         super().__init__()
         self.dim, self.codebook_size, self.depth = dim, codebook_size, depth
         self.decay, self.threshold, self.grace, self.seed = decay, threshold, grace, seed
@@ -132,11 +133,9 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment (Eq. 1). ValueError: another E."""
+        """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1)."""
         if z.shape[-1] != self.dim:
-            name = type(self).__name__
-            raise ValueError(f"{name}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; "
-                             "check the projection before the quantizer")
+            raise ValueError(f"{type(self).__name__}: got vectors of {z.shape[-1]} numbers, expected {self.dim}; check the projection")
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codes, seen, close = self._search(z.detach().reshape(-1, self.dim))              # (M, D), (M, D, W), (M, D or 1, E)
@@ -155,8 +154,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _collect(self, seen: Tensor, codes: Tensor):
         """Add what each code was chosen for, seen (M, D, W) and codes (M, D), to the batch statistics."""
-        row = codes if self.shared else codes + torch.arange(self.depth, device=codes.device) * self.codebook_size
-        row = row.flatten()
+        row = (codes if self.shared else codes + torch.arange(self.depth, device=codes.device) * self.codebook_size).flatten()
         self.batch_count.view(-1).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
         self.batch_sum.view(-1, seen.shape[-1]).index_add_(0, row, seen.flatten(0, 1))
         self._seen.append(seen)
@@ -166,16 +164,14 @@ class Quantizer(nn.Module):
         """Move the table by what was chosen since the last call, on all ranks alike. skip: a bool scalar on the device; where true (a step
         that was not taken) the statistics are dropped and nothing else changes."""
         if not self._seen:
-            name = type(self).__name__
-            raise RuntimeError(f"{name}.update: nothing was quantized in training mode since the last update; "
+            raise RuntimeError(f"{type(self).__name__}.update: nothing was quantized in training mode since the last update; "
                                "call it once after each optimiser step")
-        count, total = all_reduce(self.batch_count), all_reduce(self.batch_sum)
-        new_count = self.ema_count.lerp(count, 1 - self.decay)
-        new_sum = self.ema_sum.lerp(total, 1 - self.decay)
+        new_count = self.ema_count.lerp(all_reduce(self.batch_count), 1 - self.decay)
+        new_sum = self.ema_sum.lerp(all_reduce(self.batch_sum), 1 - self.decay)
         new_count, new_sum, dead = self._restart(new_count, new_sum)
         book = torch.where(new_count[..., None] > 0, new_sum / new_count.clamp(min=1e-12)[..., None], self.codebook)
         age = torch.where(dead, 0, self.age + 1)
-        keep = torch.zeros((), dtype=torch.bool, device=count.device) if skip is None else skip
+        keep = torch.zeros((), dtype=torch.bool, device=book.device) if skip is None else skip
         for old, new in ((self.codebook, book), (self.ema_count, new_count), (self.ema_sum, new_sum), (self.age, age)):
             old.copy_(torch.where(keep, old, new))
         self.updates += 1        # skipped or not: the next draw is another one
@@ -238,9 +234,8 @@ class ResidualVQ(Quantizer):
     """Residual quantizer: each code stands for what the codes before it left. One table of K x E for all depths if `shared` (as the
     authors' release), else one per depth. The other arguments: see `Quantizer`."""
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True, threshold: float = 0.1,
-                 grace: int = 20,
-                 seed: int = 0):
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True,
+                 threshold: float = 0.1, grace: int = 20, seed: int = 0):
         super().__init__(dim, codebook_size, depth, 1 if shared else depth, dim, decay, threshold, grace, seed)
         self.shared = shared
 
@@ -260,11 +255,11 @@ class MultiCodebookVQ(Quantizer):
     """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others. The
     other arguments: see `Quantizer`. Raises ValueError where E is not a multiple of D."""
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, threshold: float = 0.1, grace: int = 20,
-                 seed: int = 0):
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99,
+                 threshold: float = 0.1, grace: int = 20, seed: int = 0):
         if dim % depth:
-            raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, expected a multiple of {depth}; "
-                             "change the one or the other")
+            raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, "
+                             f"expected a multiple of {depth}; change the one or the other")
         super().__init__(dim, codebook_size, depth, depth, dim // depth, decay, threshold, grace, seed)
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,6 +285,6 @@ def histogram(codes: Tensor, codebook_size: int) -> Tensor:
 
 
 def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (..., K) -> share of codes that occur, and exp(entropy): the number of codes used as if evenly, (...,) each."""
+    """Counts (..., K) -> share of codes that occur, and exp(entropy), the number of codes that are used as if evenly; (...,) each."""
     p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
     return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()

@@ -50,13 +50,10 @@ ACTIVATIONS = {"gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"
 @dataclass(frozen=True)
 class Design:
     """Which features each stream's codes are made of, and which losses apply (names as in `losses.Weights`). The first stream is decoded to
-    images where there is a loss of pixels; the last one becomes the deep state where there is a semantic loss. Features, of which several
-    are added at width C:
-
+    images where there is a loss of pixels; the last one becomes the deep state where there is a semantic loss. Several features are added:
     shallow, deep   the ViT's patches after that layer
     encoder         those of a convolutional encoder of its own, with no ViT
-    teacher         patches after the deep layer of a frozen copy of the ViT
-    """
+    teacher         patches after the deep layer of a frozen copy of the ViT"""
     streams: dict
     losses: tuple
     vit: bool = True                # whether the ViT trains; if not, it stays as it was pretrained
@@ -83,15 +80,15 @@ _PIXELS, _MEANING = ("pixel", "perceptual", "adversarial", "commitment"), ("deep
 # layers: BEiT v2's, which MUSE-VL follows
 _SDE = dict(losses=("cosine", "commitment"), semantic_layers=3, sizes=dict(depth=1), paper_sizes=dict(codebook_size=32_768, code_dim=8))
 DESIGNS = {
-    "dual": Design(dict(pixel=("shallow",), semantic=("deep",)), _PIXELS + _MEANING),  # DualToken, Table 3 (d)
-    "naive": Design(dict(unified=("deep",)), _PIXELS + _MEANING),  # Table 3 (a), in the manner of VILA-U
-    "recon-deep": Design(dict(unified=("deep",)), _PIXELS),                                                             # (b)
-    "recon-shallow": Design(dict(unified=("shallow",)), _PIXELS),                                                       # (c)
-    "quantised": Design(dict(unified=("deep",)), _MEANING, vit=False),  # "initial state, quantized"
-    "dual-encoder": Design(dict(pixel=("encoder",), semantic=("deep",)), _PIXELS + _MEANING, vit=False),                # App. F.4, Table 6
-    "sde": Design(dict(unified=("deep", "teacher")), **_SDE | dict(losses=_PIXELS + ("cosine",))),                      # MUSE-VL
-    "sde-image": Design(dict(unified=("deep",)), **_SDE | dict(losses=_PIXELS, semantic_layers=0)),  # its Table 6, the image branch alone
-    "sde-semantic": Design(dict(unified=("deep",)), **_SDE, vit=False),  # the semantic branch alone
+    "dual": Design(dict(pixel=("shallow",), semantic=("deep",)), _PIXELS + _MEANING),                     # DualToken, Table 3 (d)
+    "naive": Design(dict(unified=("deep",)), _PIXELS + _MEANING),                                         # Table 3 (a), VILA-U's manner
+    "recon-deep": Design(dict(unified=("deep",)), _PIXELS),                                               # (b)
+    "recon-shallow": Design(dict(unified=("shallow",)), _PIXELS),                                         # (c)
+    "quantised": Design(dict(unified=("deep",)), _MEANING, vit=False),                                    # "initial state, quantized"
+    "dual-encoder": Design(dict(pixel=("encoder",), semantic=("deep",)), _PIXELS + _MEANING, vit=False),  # App. F.4, Table 6
+    "sde": Design(dict(unified=("deep", "teacher")), **_SDE | dict(losses=_PIXELS + ("cosine",))),        # MUSE-VL
+    "sde-image": Design(dict(unified=("deep",)), **_SDE | dict(losses=_PIXELS, semantic_layers=0)),       # its Table 6, image branch alone
+    "sde-semantic": Design(dict(unified=("deep",)), **_SDE, vit=False),                                   # semantic branch alone
 }
 SHORT = {"pixel": "pix", "semantic": "sem", "unified": "uni"}       # of the streams, in the names of weights
 
@@ -104,8 +101,8 @@ def check_fields(config):
         most = 1 << 24 if counts and not any(word in f.name for word in ("layers", "blocks", "depth")) else 1000
         kinds = {float: (int, float), tuple: (tuple, list)}.get(f.type, (f.type,))
         if type(value) not in kinds or counts and not 0 <= value <= most or f.type is float and not math.isfinite(value):
-            raise ValueError(f"{f.name} is {brief(value)}, expected "
-                             f"{f'a whole number from 0 to {most:,}' if counts else f'a {f.type.__name__}'}")
+            expected = f"a whole number from 0 to {most:,}" if counts else f"a {f.type.__name__}"
+            raise ValueError(f"{f.name} is {brief(value)}, expected {expected}")
 
 
 @dataclass
@@ -131,9 +128,9 @@ class TowerConfig:
 class VisionConfig(TowerConfig):
     image_size: int = 224               # pixels a side
     patch_size: int = 16
-    class_token: bool = False           # CLIP: before the patches, and pooled; with it a norm before the layers, patches without bias
+    class_token: bool = False           # CLIP: before the patches, and pooled; then a norm precedes the layers, and patches have no bias
     projection_dim: int = 0             # CLIP: of the pooled embedding
-    pixel_mean: list = field(default_factory=lambda: [0.5] * 3)     # of pixels in [0, 1], as the ViT was trained
+    pixel_mean: list = field(default_factory=lambda: [0.5] * 3)     # of pixels in [0, 1], as the ViT was trained: see `Pixels`
     pixel_std: list = field(default_factory=lambda: [0.5] * 3)
     timm: dict = field(default_factory=dict)    # arguments that rebuild a ViT of the timm package; empty: SigLIP or CLIP
 
@@ -141,13 +138,12 @@ class VisionConfig(TowerConfig):
         super().__post_init__()
         if not self.patch_size:
             raise ValueError("patch_size is 0, expected at least 1 pixel")
-        if any(len(x) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
-               for x in (self.pixel_mean, self.pixel_std)) or min(self.pixel_std) <= 0:
-            raise ValueError(f"pixel_mean is {brief(self.pixel_mean)} and pixel_std {brief(self.pixel_std)}, expected three numbers each, "
-                             "and deviations above 0")
-        name = self.timm.get("model_name")
-        if self.timm and (not isinstance(name, str) or ":" in name
-                          or any(word in key for key in self.timm for word in ("pretrained", "checkpoint"))):
+        numbers = lambda x: len(x) == 3 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
+        if not numbers(self.pixel_mean) or not numbers(self.pixel_std) or min(self.pixel_std) <= 0:
+            raise ValueError(f"pixel_mean is {brief(self.pixel_mean)} and pixel_std {brief(self.pixel_std)}, "
+                             "expected three numbers each, and deviations above 0")
+        name, loads = self.timm.get("model_name"), any(word in key for key in self.timm for word in ("pretrained", "checkpoint"))
+        if self.timm and (not isinstance(name, str) or ":" in name or loads):
             raise ValueError(f"timm is {brief(self.timm)}, expected the model_name of an architecture, and its arguments: "
                              "weights come from model.safetensors alone")
 
@@ -206,18 +202,17 @@ class TokenizerConfig:
         for name, n in (("shallow", self.shallow_layer), ("deep", self.deep_layer), ("shortcut", self.shortcut_layer)):
             if not 0 <= n <= layers:
                 raise ValueError(f"there is no {name} layer {n}: the ViT has layers 1 to {layers}")
-        if not 1 <= self.shallow_layer <= self.deep_layer <= layers or not 0 <= self.shortcut_layer <= self.deep_layer:
+        if max(self.shallow_layer, self.shortcut_layer) > self.deep_layer:
             raise ValueError(f"shallow layer {self.shallow_layer}, deep layer {self.deep_layer}, shortcut layer {self.shortcut_layer}: "
                              f"expected 1 <= shallow <= deep <= {layers} and 0 <= shortcut <= deep")
         for name in ("codebook_size", "depth", "code_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if width % self.code_dim:
-            raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: "
-                             "the projections average width / E heads")
+            raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: projections have width / E heads")
         if self.quantizer == "mcq" and self.code_dim % self.depth:
-            raise ValueError(f"the code dimension {self.code_dim} is not a multiple of the depth {self.depth}: mcq splits a vector into as "
-                             "many equal chunks; choose another --code-dim or --depth")
+            raise ValueError(f"the code dimension {self.code_dim} is not a multiple of the depth {self.depth}: "
+                             "mcq splits a vector into as many equal chunks; choose another --code-dim or --depth")
         self.shared_codebook &= self.quantizer != "mcq"
         if self.shortcut_layer and self.design != "dual":
             raise ValueError(f"a shortcut layer goes with the design dual, got {self.design}; leave it out")
@@ -244,36 +239,27 @@ def _sizes(width, mlp, layers, heads, **more):
 
 
 _LARGE, _SO400M = _sizes(1024, 4096, 24, 16), _sizes(1152, 4304, 27, 16)
-PRESETS = {     # the last three are the papers' (Table 1): layers, K, D, E and decoder as released; the others are ours
-    "nano": dict(
-        vision=_sizes(96, 192, 6, 3, image_size=32, patch_size=4), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
-        shallow_layer=2, codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2), decoder_blocks=0,
-        decoder_groups=8, decoder_in=64),
+PRESETS = {     # the last three, PAPER, are the papers' (Table 1): layers, K, D, E and decoder as released; the others are ours
+    "nano": dict(vision=_sizes(96, 192, 6, 3, image_size=32, patch_size=4), text=_sizes(64, 128, 2, 4, vocab_size=257), shallow_layer=2,
+                 codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2), decoder_blocks=0,
+                 decoder_groups=8, decoder_in=64),
     "nano-64": dict(    # as many positions on four times the pixels: real pictures on a CPU
-        vision=_sizes(96, 192, 6, 3, image_size=64, patch_size=8), text=_sizes(64, 128, 2, 4, vocab_size=257, max_position_embeddings=64),
-        shallow_layer=2, codebook_size=512, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 2), decoder_blocks=0,
+        vision=_sizes(96, 192, 6, 3, image_size=64, patch_size=8), text=_sizes(64, 128, 2, 4, vocab_size=257), shallow_layer=2,
+        codebook_size=512, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 2), decoder_blocks=0,
         decoder_groups=8, decoder_in=64),
-    "small": dict(
-        vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8),
-        text=_sizes(256, 512, 3, 4, vocab_size=257, max_position_embeddings=64),
-        codebook_size=1024, depth=4, code_dim=32, decoder_channels=64, decoder_multipliers=(1, 2, 2, 4), decoder_blocks=1,
-        decoder_groups=16, decoder_in=256),
-    "siglip-l-256": dict(
-        vision=dict(_LARGE, image_size=256), text=dict(_LARGE), depth=4, codebook_size=16384),
-    "so400m-384": dict(
-        vision=dict(_SO400M, image_size=384, patch_size=14), text=dict(_SO400M), depth=8, codebook_size=16384),
-    "siglip2-so-256": dict(
-        vision=dict(_SO400M, image_size=256), text=dict(_SO400M, vocab_size=256000), depth=8, codebook_size=16384),
+    "small": dict(vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8), text=_sizes(256, 512, 3, 4, vocab_size=257),
+                  codebook_size=1024, depth=4, code_dim=32, decoder_channels=64, decoder_multipliers=(1, 2, 2, 4), decoder_blocks=1,
+                  decoder_groups=16, decoder_in=256),
+    "siglip-l-256": dict(vision=dict(_LARGE, image_size=256), text=dict(_LARGE), depth=4, codebook_size=16384),
+    "so400m-384": dict(vision=dict(_SO400M, image_size=384, patch_size=14), text=dict(_SO400M), depth=8, codebook_size=16384),
+    "siglip2-so-256": dict(vision=dict(_SO400M, image_size=256), text=dict(_SO400M, vocab_size=256000), depth=8, codebook_size=16384),
 }
-
-
-PAPER = ("siglip-l-256", "so400m-384", "siglip2-so-256")      # the presets of the paper
+PAPER = ("siglip-l-256", "so400m-384", "siglip2-so-256")
 
 
 def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) -> TokenizerConfig:
-    """The configuration of a preset, at another resolution if image_size is given, with another number of layers in the ViT (and then the
-    pixel stream from their first quarter), with the sizes of a design that has its own, and with other changes by field name. Raises
-    ValueError for an unknown preset or design, or sizes that do not fit together."""
+    """The configuration of a preset, perhaps at another image_size or with other layers in the ViT (and then the pixel stream from their
+    first quarter), the sizes of a design that has its own, and changes by field name. Raises ValueError where these do not exist or fit."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
     design = DESIGNS.get(changes.get("design", "dual"), DESIGNS["dual"])
@@ -286,8 +272,8 @@ def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) ->
         raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; "
                          f"choose one, such as {max(1, side // scale) * scale}")
     # Patches of any size: what the decoder gets is resized to its scale, such as 27 -> 24 -> 384 pixels for patches of 14.
-    return TokenizerConfig(**dict(row, preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"]),
-                                  latent_grid=side // scale))
+    row |= dict(preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"]), latent_grid=side // scale)
+    return TokenizerConfig(**row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,8 +285,7 @@ BYTES, PAD = 257, 256       # ids of a tower that reads UTF-8 bytes, and the one
 class TextVocabulary:
     """Captions to the ids that a text tower was trained on. A table of 257 rows reads UTF-8 bytes; any other goes with the tokenizer.json
     of its folder, SigLIP's (Unigram), SigLIP2's (Gemma's) or CLIP's, read by the package tokenizers when a caption first comes."""
-    # First, last and padding id as published, and what their processors do beforehand: big_vision trained SigLIP without capitals and
-    # punctuation, SigLIP2 without capitals.
+    # First, last and padding id as published, and preparation: SigLIP learned without capitals or punctuation, SigLIP2 without capitals.
     KINDS = {"CLIP": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", str), "SigLIP2": ("", "<eos>", "<pad>", str.lower),
              "SigLIP": ("", "</s>", "</s>",
                         lambda text: " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split()))}
@@ -346,21 +331,18 @@ class TextVocabulary:
         try:
             reader = Tokenizer.from_buffer(self.files["tokenizer.json"])
         except Exception as error:      # the package raises bare ones
-            raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); "
-                             "copy it again from where the checkpoint is") from None
+            raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); take the checkpoint's again") from None
         table = reader.get_vocab()
         if len(table) != self.size or max(table.values()) >= self.size:
-            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, "
-                             f"and the text tower a table of {self.size:,}; "
-                             "take the tokenizer.json of the same checkpoint")
+            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, and the text tower "
+                             f"a table of {self.size:,}; take the tokenizer.json of the same checkpoint")
         found = next((marks for marks in self.KINDS.values() if all(mark in table for mark in marks[:3] if mark)), None)
         if not found:
-            raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; "
-                             "expected the vocabulary of one of these")
+            raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; expected the vocabulary of one")
         reader.no_padding(), reader.no_truncation()     # both are ours
         first, last, pad, prepare = found
-        ids_of = lambda text: reader.encode(text, add_special_tokens=False).ids
-        return [table[first]] if first else [], [table[last]], table[pad], prepare, ids_of
+        encode = lambda text: reader.encode(text, add_special_tokens=False).ids
+        return [table[first]] if first else [], [table[last]], table[pad], prepare, encode
 
     def save(self, folder: str):
         """Copies its files, if any, each under a temporary name first."""
@@ -500,8 +482,9 @@ class VisionTower(nn.Module):
     def forward(self, images: Tensor, deep_layer: int = 0) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) -> patches after the deep layer (B, N, C), by default the last but one, and pooled embedding (B, C)."""
         layers = self.config.num_hidden_layers
-        state = self.run(self.embeddings(images), 1, deep_layer or layers - 1)
-        return self.patches(state), self.pool(self.run(state, (deep_layer or layers - 1) + 1, layers))
+        deep = deep_layer or layers - 1
+        state = self.run(self.embeddings(images), 1, deep)
+        return self.patches(state), self.pool(self.run(state, deep + 1, layers))
 
 
 class TextEmbeddings(nn.Module):
@@ -515,7 +498,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """ids (B, T) -> (B, C), through a linear head. SigLIP's: padded (there is no mask), the last position; CLIP's: the end token."""
+    """ids (B, T) -> (B, C), a linear head on the last position of texts padded to full length, without a mask; of CLIP on the end token."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -549,16 +532,15 @@ class SigLIP(nn.Module):
             return self.read_vocabulary()
         self.vision_model, self.text_model = VisionTower(vision), TextTower(text)
         self.read_vocabulary()
-        shape = () if vision.class_token else (1,)
-        self.logit_scale = nn.Parameter(torch.full(shape, math.log(10.0)))
+        self.logit_scale = nn.Parameter(torch.full(() if vision.class_token else (1,), math.log(10.0)))
         if vision.class_token:      # CLIP has no bias
             self.register_buffer("logit_bias", torch.zeros(()), persistent=False)
         else:
-            self.logit_bias = nn.Parameter(torch.full(shape, -10.0))
+            self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
         self.apply(_init)
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight)  # padding is most of a text: small differences would drown in it
-        places = self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):]
-        places.copy_(0.5 * _waves(vision.grid, vision.hidden_size))
+        waves = 0.5 * _waves(vision.grid, vision.hidden_size)
+        self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):] = waves
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
@@ -591,20 +573,18 @@ class SigLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, image_size: int = 0) -> "SigLIP":
         """A folder with config.json and model.safetensors in Hugging Face's layout, of SigLIP, SigLIP2 at fixed resolution, or CLIP; for
-        other images than it was trained on, if image_size (pixels) is given: then its position embeddings are interpolated. Raises
-        ValueError if anything is missing, left over or misshapen."""
+        another image_size its position embeddings are interpolated. Raises ValueError if anything is missing, left over or misshapen."""
         vision, text = read_towers(folder)
         if vision.timm and image_size not in (0, vision.image_size):
-            raise ValueError(f"the ViT in {folder} is timm's, for {vision.image_size} pixels, and positions of timm are not interpolated "
-                             f"here; got image size {image_size}")
+            raise ValueError(f"the ViT in {folder} is timm's, for {vision.image_size} pixels, and positions of timm "
+                             f"are not interpolated here; got image size {image_size}")
         # Checkpoints of old transformers releases also hold the positions 0, 1, 2, ... themselves.
         weights = read_weights(folder, ignore=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"))
         if vision.class_token:
             weights = {renamed(name, CLIP_NAMES): value for name, value in weights.items()}
         resized, name = replace(vision, image_size=image_size or vision.image_size), "vision_model.embeddings.position_embedding.weight"
         if not resized.grid:
-            raise ValueError(f"images of {image_size} pixels are smaller than the patches of the SigLIP in {folder}, "
-                             f"{vision.patch_size} pixels a side")
+            raise ValueError(f"images of {image_size} pixels are smaller than the patches of {folder}, {vision.patch_size} pixels a side")
         own = int(vision.class_token)       # the class token's position stays as it is
         if resized.grid != vision.grid and name in weights and weights[name].dim() == 2 and len(weights[name]) == own + vision.grid ** 2:
             first, rest = weights[name].float().split([own, vision.grid ** 2])
@@ -618,18 +598,16 @@ class SigLIP(nn.Module):
     @classmethod
     def from_timm(cls, name: str, image_size: int = 0, pretrained: bool = True) -> "SigLIP":
         """A ViT of the timm package by timm's name, such as "eva02_large_patch14_clip_224", "hf-hub:OWNER/NAME" or "local-dir:FOLDER", with
-        its pretrained weights or, if not pretrained, random ones. ValueError: timm is missing, does not know it, or it is no ViT."""
+        its pretrained weights or, if not pretrained, random ones. Raises ValueError as `timm_model` does."""
         tower = TimmTower.named(name, image_size, pretrained)
         return cls(tower.config, TextConfig(), tower)
 
 
-# What Hugging Face's configurations of CLIP leave out, vision and text; of SigLIP, that is the defaults of our classes. The mean and
-# deviation are OpenAI's.
+# What Hugging Face's configurations of CLIP leave out, vision and text (of SigLIP: the defaults of our classes), and OpenAI's pixels.
 CLIP_DEFAULTS = (dict(patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5, class_token=True,
                       pixel_mean=[0.48145466, 0.4578275, 0.40821073], pixel_std=[0.26862954, 0.26130258, 0.27577711]),
                  dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_attention_heads=8, max_position_embeddings=77,
-                      hidden_act="quick_gelu",
-                      layer_norm_eps=1e-5, causal=True, eos_token_id=49407))
+                      hidden_act="quick_gelu", layer_norm_eps=1e-5, causal=True, eos_token_id=49407))
 CLIP_NAMES = {"vision_model.pre_layrnorm.": "vision_model.embeddings.pre_layrnorm.", "visual_projection.": "vision_model.head.",
               "text_projection.": "text_model.head."}
 
@@ -640,23 +618,21 @@ def renamed(name: str, table: dict[str, str]) -> str:
 
 
 def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
-    """The sizes in the config.json of a SigLIP or CLIP, and the pixels' mean and deviation in its preprocessor_config.json, where there is
-    one. Raises ValueError for anything else."""
+    """The sizes in the config.json of a SigLIP or CLIP, else ValueError; pixels' mean and deviation in preprocessor_config.json, if any."""
     config = read_config(folder)
     if "vision_config" not in config or "text_config" not in config:
         raise ValueError(f"{folder}/config.json is no SigLIP configuration: "
                          f"expected vision_config and text_config, got {', '.join(config)[:120]}")
     kind, defaults = config.get("model_type"), {"siglip": ({}, {}), "timm": ({}, {}), "clip": CLIP_DEFAULTS}
     if not isinstance(kind, str) or kind not in defaults:
-        raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (SigLIP, "
-                         "and SigLIP2 at fixed resolution) or 'clip'")
+        raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (or SigLIP2 at fixed resolution) or 'clip'")
     pixels = {}
     if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
         found = read_config(folder, "preprocessor_config.json")
         pixels = {ours: found[theirs] for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")) if theirs in found}
     pooled = {"projection_dim": config.get("projection_dim", 512)} if kind == "clip" else {}
-    return tuple(make_config(cls, config[name], folder, more, given) for cls, name, more, given in
-                 ((VisionConfig, "vision_config", defaults[kind][0] | pixels, pooled), (TextConfig, "text_config", defaults[kind][1], {})))
+    vision = make_config(VisionConfig, config["vision_config"], folder, defaults[kind][0] | pixels, pooled)
+    return vision, make_config(TextConfig, config["text_config"], folder, defaults[kind][1])
 
 
 def _init(module: nn.Module):
@@ -671,7 +647,7 @@ def _init(module: nn.Module):
 
 
 def _waves(grid: int, width: int) -> Tensor:
-    """Sines and cosines of column and row, (grid^2, width): where learned positions start, so that neighbours are found sooner."""
+    """Sines and cosines of column and row, (grid^2, width): where learned positions start, since neighbours then look alike."""
     frequency = 100.0 ** -torch.linspace(0, 1, math.ceil(width / 4))
     angle = torch.arange(grid)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], 1)                                          # (grid, width / 2)
@@ -713,13 +689,12 @@ def recomputed(on: bool, function, x: Tensor) -> Tensor:
 # ViTs of the timm package: EVA-02, ViTamin, ...
 
 def timm_model(model_name: str, pretrained: bool, **more) -> nn.Module:
-    """timm.create_model without a classifier. ValueError: timm is missing, or does not make a ViT of square images."""
+    """timm.create_model without a classifier. Raises ValueError where timm cannot be imported or make it, or it is no ViT of squares."""
     try:
         import timm
     except (ImportError, RuntimeError) as error:        # RuntimeError: a torchvision for another torch
         raise ValueError(f"the backbone {model_name} needs the package timm, which cannot be imported "
-                         f"({str(error).splitlines()[0][:100]}); "
-                         "pip install timm, with the torchvision that fits this torch") from None
+                         f"({str(error).splitlines()[0][:100]}); pip install timm, with the torchvision that fits this torch") from None
     try:
         model = timm.create_model(model_name, pretrained=pretrained, **more | {"num_classes": 0})
     except Exception as error:      # timm and its hub raise nearly anything
@@ -749,11 +724,11 @@ class TimmTower(VisionTower):
         again = {"model_name": name}
         if path:
             import timm
-            _, again["model_name"], arguments = getattr(timm.models,
-                                                        f"load_model_config_from_{'path' if source == 'local-dir' else 'hf'}")(path)
+            read = getattr(timm.models, f"load_model_config_from_{'path' if source == 'local-dir' else 'hf'}")
+            _, again["model_name"], arguments = read(path)
             again |= arguments or {}
         # heads and MLP are not timm's, but those of what stands beside its ViT
-        heads = max(1, model.embed_dim // 64) if model.embed_dim % 64 == 0 else 1
+        heads = model.embed_dim // 64 if model.embed_dim % 64 == 0 else 1
         return cls(VisionConfig(hidden_size=model.embed_dim, intermediate_size=4 * model.embed_dim, num_hidden_layers=len(model.blocks),
                                 num_attention_heads=heads, image_size=side, patch_size=side // model.patch_embed.grid_size[0],
                                 pixel_mean=list(model.pretrained_cfg["mean"]), pixel_std=list(model.pretrained_cfg["std"]),
@@ -784,7 +759,7 @@ class TimmTower(VisionTower):
 
 @torch.no_grad()
 def layer_similarity(vit: VisionTower, images: Tensor) -> Tensor:
-    """Eq. 8: cosine similarity between the layers, averaged over positions, then images (B, 3, H, W): (L, L), layer n in row n - 1."""
+    """Eq. 8: cosine similarity between the layers, each averaged over positions, then over images (B, 3, H, W): (L, L), in order."""
     rows = []
     for part in images.split(16):
         x, means = vit.embeddings(part), []
@@ -798,7 +773,7 @@ def layer_similarity(vit: VisionTower, images: Tensor) -> Tensor:
 def split_layers(similarity: Tensor) -> tuple[int, int]:
     """Similarity (L, L) -> the last layers of the shallow and of the middle part. For the paper's bright squares: the three parts in which
     a layer is, on average over all layers, most similar to the others of its part. A layer that stands alone counts nothing, or the best
-    parts would be single layers; and since layers are counted, not pairs of them, no part wins by being long. ValueError: under three."""
+    parts would be single layers; since layers are counted, not pairs, no part wins by being long. Raises ValueError below three layers."""
     layers, others = len(similarity), similarity.double().cpu().clone().fill_diagonal_(0)
     if layers < 3:
         raise ValueError(f"{layers} layers cannot be split into shallow, middle and deep; expected at least 3")
@@ -844,7 +819,7 @@ class GeGLU(nn.Module):
 
 
 class Projection(nn.Module):
-    """Attention plus linear skip, then a gated MLP: (B, N, i) -> (B, N, o). C -> E before a quantizer, E -> C after it (release)."""
+    """Attention plus linear skip, then a gated MLP: (B, N, i) -> (B, N, o). C -> E before a quantizer, E -> C after (release alone)."""
 
     def __init__(self, i: int, o: int):
         super().__init__()
@@ -923,10 +898,8 @@ class Decoder(nn.Module):
         widths, groups = [c.decoder_channels * m for m in c.decoder_multipliers], c.decoder_groups
         self.checkpointing = False
         self.conv_in = nn.Conv2d(c.decoder_in, widths[-1], 3, padding=1)
-        self.mid = nn.Module()      # a bare module, for the names
-        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = ResBlock(widths[-1], widths[-1], groups), AttnBlock(widths[-1],
-            groups), ResBlock(widths[-1], widths[-1], groups)
-        top = len(widths) - 1
+        top, w = len(widths) - 1, widths[-1]
+        self.mid = nn.ModuleDict({"block_1": ResBlock(w, w, groups), "attn_1": AttnBlock(w, groups), "block_2": ResBlock(w, w, groups)})
         self.up = nn.ModuleList(Level(widths[min(n + 1, top)], widths[n], c, n == top, n == 0) for n in range(top + 1))
         self.norm_out, self.conv_out = nn.GroupNorm(groups, widths[0], eps=1e-6), nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -938,21 +911,18 @@ class Decoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g), the decoder's input."""
+    """The decoder's mirror image, for a pixel stream without a ViT: images (B, 3, H, W) -> (B, C, g, g), g the decoder's first side."""
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
         widths, groups = [c.decoder_channels * m for m in c.decoder_multipliers], c.decoder_groups
-        top = len(widths) - 1
-        self.checkpointing = False
+        self.checkpointing, top, w = False, len(widths) - 1, widths[-1]
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        # finest: it does not double the side
-        self.down = nn.ModuleList(nn.Sequential(Level(widths[max(n - 1, 0)], widths[n], c, n == top, finest=True),
-                                                nn.Identity() if n == top else nn.Conv2d(widths[n], widths[n], 3, stride=2, padding=1))
-                                                for n in range(top + 1))
-        self.mid = nn.Sequential(ResBlock(widths[-1], widths[-1], groups), AttnBlock(widths[-1], groups),
-                                 ResBlock(widths[-1], widths[-1], groups))
-        self.norm_out, self.conv_out = nn.GroupNorm(groups, widths[-1], eps=1e-6), nn.Conv2d(widths[-1], c.vision.hidden_size, 3, padding=1)
+        halve = lambda n: nn.Identity() if n == top else nn.Conv2d(widths[n], widths[n], 3, stride=2, padding=1)
+        self.down = nn.ModuleList(nn.Sequential(Level(widths[max(n - 1, 0)], widths[n], c, n == top, finest=True), halve(n))
+                                  for n in range(top + 1))      # finest: it does not double the side
+        self.mid = nn.Sequential(ResBlock(w, w, groups), AttnBlock(w, groups), ResBlock(w, w, groups))
+        self.norm_out, self.conv_out = nn.GroupNorm(groups, w, eps=1e-6), nn.Conv2d(w, c.vision.hidden_size, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -1019,19 +989,18 @@ class DualTokenizer(nn.Module):
                 p.requires_grad_(True)
 
     def checkpointing(self, on: bool = True):
-        """Trade compute for memory: recompute ViT layers and convolutions in the backward pass, not quantizers: they count once."""
+        """Trade compute for memory: recompute layers and levels in the backward pass, but no quantizer, which must count once."""
         for part in (self.siglip_model.vision_model, self.decoder, self.encoder):
             if part is not None:
                 part.checkpointing = on
 
     def sources(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) -> the features that feed the streams, as `Design` names them, (B, N, C) each. ValueError: another size."""
+        """Images (B, 3, H, W) -> the features that feed the streams, by `Design`'s names, (B, N, C) each. ValueError for another size."""
         c, vit, side = self.config, self.siglip_model.vision_model, self.config.vision.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {side}, {side}): resize and crop them first")
-        wanted, found = self.design.features | {"shortcut"}, {}
-        layers = {"shallow": c.shallow_layer, "deep": c.deep_layer, "shortcut": c.shortcut_layer}
-        at = {name: n for name, n in layers.items() if n and name in wanted}
+        layers, found = {"shallow": c.shallow_layer, "deep": c.deep_layer, "shortcut": c.shortcut_layer}, {}
+        at = {name: n for name, n in layers.items() if n and name in self.design.features | {"shortcut"}}
         x, taken = vit.embeddings(images) if at else None, 0
         for n in sorted({*at.values()}):
             x, taken = vit.run(x, taken + 1, n), n
@@ -1047,16 +1016,15 @@ class DualTokenizer(nn.Module):
     def latents(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) -> what the quantizers receive, (B, N, E) each."""
         found = self.sources(images)
-        latents = [prequant(sum(found[name] for name in names)) for prequant,
-                   names in zip(self._of("prequant"), self.design.streams.values())]
+        latents = [prequant(sum(found[name] for name in names))
+                   for prequant, names in zip(self._of("prequant"), self.design.streams.values())]
         if self.prequant_shortcut is not None:
             # in code space, before quantising (release)
             latents[0] = latents[0] + self.config.shortcut_weight * self.prequant_shortcut(found["shortcut"])
         return latents
 
     def _pool(self, deep: Tensor) -> Tensor:
-        """Quantized deep feature (B, N, C) -> pooled embedding (B, C): it *becomes* the state of the remaining layers, of which a class
-        token, or what else stands before the patches, becomes the mean."""
+        """Quantized deep feature (B, N, C) -> pooled embedding (B, C): it *becomes* the state of the remaining layers (see `reset`)."""
         vit = self.siglip_model.vision_model
         return vit.pool(vit.run(vit.reset(deep), self.config.deep_layer + 1, self.config.vision.num_hidden_layers))
 
@@ -1071,34 +1039,32 @@ class DualTokenizer(nn.Module):
         quantized, codes, commitment = zip(*(quantizer(z) for quantizer, z in zip(self._of("quantizer"), self.latents(images))))
         features = [postquant(z_q) for postquant, z_q in zip(self._of("postquant"), quantized)]               # (B, N, C) each
         deep = self.semantic_decoder(features[-1]) if self.design.means else None
+        painted = self._decode(features[0]) if self.design.paints else None
         pooled = self._pool(deep) if "pooled" in self.design.losses else None
-        return Features(self._decode(features[0]) if self.design.paints else None, deep, pooled,
-                        dict(zip(self.config.streams, commitment)), torch.stack(codes, 2))
+        return Features(painted, deep, pooled, dict(zip(self.config.streams, commitment)), torch.stack(codes, 2))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> codes (B, N, S, D) int64, pixel stream first."""
         return torch.stack([quantizer.encode(z) for quantizer, z in zip(self._of("quantizer"), self.latents(images))], 2)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, S, D) -> code vectors summed over depth, streams side by side: (B, N, S*E). ValueError: other shapes or codes."""
+        """Codes (B, N, S, D) -> code vectors summed over depth, streams side by side: (B, N, S*E). Raises ValueError for other codes."""
         self._check(codes)
         return torch.cat([quantizer.embed(codes[:, :, s]) for s, quantizer in enumerate(self._of("quantizer"))], -1)
 
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
-        """Codes (B, N, S, D) -> images (B, 3, H, W) in [-1, 1], by the first `depth` codes or all; only the image stream is looked at.
-        Raises ValueError for a design that has none."""
+        """Codes (B, N, S, D) -> images (B, 3, H, W) in [-1, 1], by its image stream's first `depth` codes or all. Else ValueError."""
         self._check(codes)
         if not self.design.paints:
-            raise ValueError(f"the design {self.config.design} has no decoder: its codes stand for meaning alone; "
-                             "take a tokenizer of another design")
-        return self._decode(self._of("postquant")[0](self._of("quantizer")[0].vectors(codes[:, :, 0])[:, :, :depth].sum(2))).clamp(-1, 1)
+            raise ValueError(f"the design {self.config.design} has no decoder: its codes stand for meaning alone; take another design's")
+        z_q = self._of("quantizer")[0].vectors(codes[:, :, 0])[:, :, :depth].sum(2)                           # (B, N, E)
+        return self._decode(self._of("postquant")[0](z_q)).clamp(-1, 1)
 
     def pool_codes(self, codes: Tensor) -> Tensor:
-        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised, from the last stream. ValueError: no semantic loss."""
+        """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised, of the last stream. ValueError for a design that learns none."""
         self._check(codes)
         if not self.design.means:
-            raise ValueError(f"the design {self.config.design} learns no semantics, so that its codes are not pooled; "
-                             "take a tokenizer of another design")
+            raise ValueError(f"the design {self.config.design} learns no semantics: its codes are not pooled; take another design's")
         return self._pool(self.semantic_decoder(self._of("postquant")[-1](self._of("quantizer")[-1].embed(codes[:, :, -1]))))
 
     def pool(self, images: Tensor) -> Tensor:
@@ -1139,22 +1105,20 @@ class DualTokenizer(nn.Module):
             raise ValueError(f"{folder}/config.json is not the released layout: expected rqvaesiglip, got {', '.join(config)[:120]}")
         if not isinstance(siglip, dict) or not {"vision_config", "text_config"} <= siglip.keys():
             raise ValueError(f"the sizes of the backbone of {folder} are not known; give its SigLIP's folder with --siglip")
-        vision, text = (make_config(kind, siglip[name], folder) for kind,
-                        name in ((VisionConfig, "vision_config"), (TextConfig, "text_config")))
+        vision = make_config(VisionConfig, siglip["vision_config"], folder)
+        text = make_config(TextConfig, siglip["text_config"], folder)
         try:
             dd, vq = c["ddconfig"], c["vq_pix"]
             if dd["attn_resolutions"] != [dd["resolution"] // 2 ** (len(dd["ch_mult"]) - 1)]:
                 raise ValueError(f"it has decoder attention at {brief(dd['attn_resolutions'])}, expected it at the coarsest level alone")
             config = TokenizerConfig(
-                vision=vision, text=text, preset="released", shallow_layer=c["layer_recon"],
-                deep_layer=c["layer_sem"], shortcut_layer=c.get("layer_shortcut") or 0, shortcut_weight=c.get("weight_shortcut", 0.0),
+                vision=vision, text=text, preset="released", shallow_layer=c["layer_recon"], deep_layer=c["layer_sem"],
+                shortcut_layer=c.get("layer_shortcut") or 0, shortcut_weight=c.get("weight_shortcut", 0.0),
                 codebook_size=vq["n_embed"], depth=vq["code_shape"][-1], code_dim=vq["embed_dim"], shared_codebook=vq["shared_codebook"],
                 decoder_channels=dd["ch"], decoder_multipliers=dd["ch_mult"], decoder_blocks=dd["num_res_blocks"],
-                decoder_in=dd["decoder_in_channels"],
-                latent_grid=(c.get("decoder_latent_shape") or [0])[0])
+                decoder_in=dd["decoder_in_channels"], latent_grid=(c.get("decoder_latent_shape") or [0])[0])
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a released tokenizer ({first_line(error)}); "
-                             "copy it again from where the weights are") from None
+            raise ValueError(f"{folder}/config.json does not describe a released tokenizer ({first_line(error)}); copy it again") from None
         model = built(lambda: cls(config), _from_released(_read_released(folder), config), folder)
         model.siglip_model.read_vocabulary(siglip_folder or folder)
         return model.eval()
@@ -1164,14 +1128,14 @@ class DualTokenizer(nn.Module):
 # files
 
 def _read_released(folder: str) -> dict[str, Tensor]:
-    """The weights in a folder of the release: weights.safetensors, model.safetensors or the one .pt, .pth or .bin. ValueError: others."""
+    """The weights in a folder of the release: weights.safetensors, model.safetensors or the one .pt, .pth or .bin file; else ValueError."""
     for name in ("weights.safetensors", "model.safetensors"):
         if os.path.isfile(os.path.join(folder, name)):
             return read_weights(folder, name)
     found = sorted(name for name in os.listdir(folder) if name.endswith((".pt", ".pth", ".bin")))
     if len(found) != 1:
-        raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, expected weights.safetensors, "
-                         "model.safetensors, or one .pt file")
+        raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, "
+                         "expected weights.safetensors, model.safetensors, or one .pt file")
     return read_tensors(os.path.join(folder, found[0]))
 
 
@@ -1187,8 +1151,8 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     except Exception as error:      # torch.load raises nearly anything on damaged bytes
         raise ValueError(f"{path} cannot be read ({first_line(error)}); expected a whole file of tensors by name") from None
     # A tensor may also claim more numbers than the file has, by repeating them: a copy of it would take all memory.
-    plain = lambda x: isinstance(x,
-        Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized and x.nbytes <= os.path.getsize(path)
+    plain = lambda x: (isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
+                       and x.nbytes <= os.path.getsize(path))
     if odd := [name for name, value in weights.items() if not plain(value)]:
         raise ValueError(f"{path} holds {brief(', '.join(map(str, odd)))} which are no tensors, or larger than the file; "
                          "expected plain tensors by name")
@@ -1198,10 +1162,9 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, Tensor]:
     """Names and shapes of the release to ours: tables lose their padding row, D copies of a shared table become one, the key bias (which
     cannot matter) is dropped, and what we count beyond the release starts fresh."""
-    out, tables = {}, 1 if c.shared_codebook else c.depth
-    for name, value in weights.items():
-        if not name.startswith("quantizer_") and not name.endswith("zero_k_bias"):
-            out[name] = value.float()
+    tables = 1 if c.shared_codebook else c.depth
+    kept = [name for name in weights if not name.startswith("quantizer_") and not name.endswith("zero_k_bias")]
+    out = {name: weights[name].float() for name in kept}
     for stream in ("quantizer_pix", "quantizer_sem"):
         for ours, theirs in (("codebook", "weight"), ("ema_sum", "embed_ema"), ("ema_count", "cluster_size_ema")):
             found = [weights.get(f"{stream}.codebooks.{d}.{theirs}") for d in range(tables)]
@@ -1213,7 +1176,7 @@ def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, 
 
 
 def save_model(folder: str, weights: dict[str, Tensor], config: dict):
-    """model.safetensors, then config.json, each under a temporary name first: where that fails (OSError), the old ones stay."""
+    """model.safetensors, then config.json, each under a temporary name first: where that fails (OSError), the files before them stay."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "model.safetensors")
     try:
@@ -1268,7 +1231,7 @@ def read_config(folder: str, name: str = "config.json") -> dict:
 
 
 def make_config(cls, values: dict, folder: str, defaults: dict = {}, given: dict = {}):
-    """A dataclass from the fields that it knows, `defaults` where they are left out or null, `given` in any case; others are ignored."""
+    """A dataclass from the values of its fields, `defaults` where they are left out or null, `given` in any case; others are ignored."""
     if not isinstance(values, dict):
         raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {brief(values)}, expected an object")
     try:
@@ -1309,8 +1272,7 @@ def unbuilt(make, folder: str) -> nn.Module:
         with torch.device("meta"):
             return make()
     except (RuntimeError, ValueError, LookupError, ArithmeticError) as error:       # widths of 0, tensors of 2^70 numbers
-        raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); "
-                         "copy it again from where the weights are") from None
+        raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); copy it again") from None
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assign: bool = False, only_check: bool = False):
