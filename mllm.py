@@ -510,13 +510,12 @@ class DepthLayer(nn.Module):
         self.gate_up = nn.Parameter(torch.randn(sets, width, 2 * mlp) * width ** -0.5)
         self.down = nn.Parameter(torch.randn(sets, mlp, width) * mlp ** -0.5)
 
-    def forward(self, x: Tensor, first: int = 0, cache: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, first: int = 0, cache: list | None = None) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (M, heads, d, C / heads) each
-        if cache is not None:           # (2, M, heads, D, C / heads)
-            cache[0][:, :, first:first + 1], cache[1][:, :, first:first + 1] = k, v
-            k, v = cache[:, :, :, :first + 1]
+        if cache is not None:           # keys and values of the depths before
+            k, v = cache[:] = [torch.cat(pair, 2) for pair in zip(cache, (k, v))] if cache else (k, v)
         y = v if k.shape[2] == 1 else attend(q, k, v, causal=cache is None)     # alone, a depth sees itself
-        x = x + self.proj(y.transpose(1, 2).flatten(2))
+        x = x + self.proj(y.transpose(1, 2).contiguous().flatten(2))     # of a slice of qkv, it would be a small product a row
         y = self.norm2(x)
         if len(self.down) == 1:
             gate, up = (y @ self.gate_up[0]).chunk(2, -1)
@@ -559,10 +558,8 @@ class VisualHead(nn.Module):
 
     def sample(self, h: Tensor, table: Tensor, pick) -> Tensor:
         """Depth by depth: h (M, C), the stream's table (1 or D, K, E), pick(logits (M, K), depth) -> codes (M,). -> codes (M, D)."""
-        D, heads = len(self.classifiers), self.layers[0].heads
-        x, total, codes = self.projector(h)[:, None], 0, []
-        caches = x.new_empty(len(self.layers), 2, len(h), heads, D, x.shape[2] // heads)
-        for d in range(D):
+        x, total, codes, caches = self.projector(h)[:, None], 0, [], [[] for _ in self.layers]
+        for d in range(len(self.classifiers)):
             x = x + self.depth[d]
             for layer, cache in zip(self.layers, caches):
                 x = layer(x, d, cache)
@@ -570,6 +567,9 @@ class VisualHead(nn.Module):
             total = total + F.embedding(codes[-1], table[d % len(table)])
             x = self.code_in(total.to(self.depth.dtype))[:, None]
         return torch.stack(codes, 1)
+
+
+GUIDANCE, EDIT_GUIDANCE = 3.0, 1.5      # painting from words: the paper's; edits, of which the paper says nothing: at nano 3 is worse
 
 
 def guide(logits: Tensor, guidance: float) -> Tensor:
@@ -758,11 +758,14 @@ class DualMLLM(nn.Module):
         return self.llm.hidden(x, batch.mask, cache)[:, -1], cache
 
     @torch.no_grad()
-    def paint(self, prompts: list[str], pictures: Tensor | None = None, guidance: float = 3.0, temperature: float = 1.0, top_k: int = 0,
-              top_p: float = 1.0, seeds: list[int] | None = None, progress: bool = False, graph: bool = False) -> Tensor:
+    def paint(self, prompts: list[str], pictures: Tensor | None = None, guidance: float | None = None, temperature: float = 1.0,
+              top_k: int = 0, top_p: float = 1.0, seeds: list[int] | None = None, progress: bool = False, graph: bool = False) -> Tensor:
         """Pictures from text, or, with pictures to read (B, N, S, D), edited by instructions: -> codes (B, N, S, D), zero in streams that
-        are not painted. guidance s: u + s (c - u) on all logits, u being those without the words; 1 needs no u. Sample i depends on
-        seeds[i] (default i) and its prompt alone. graph: on CUDA, a position's kernels are launched together, which pays if short."""
+        are not painted. guidance s (default GUIDANCE, of edits EDIT_GUIDANCE): u + s (c - u) on all logits, u being those without the
+        words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone. graph: on CUDA, a position's kernels are
+        launched together, which pays if short."""
+        if guidance is None:
+            guidance = GUIDANCE if pictures is None else EDIT_GUIDANCE
         c, n, guided = self.config, len(prompts), guidance != 1
         if not self.heads:
             raise ValueError("this model paints nothing: it was trained to read alone; train one with --streams-out")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import hub, shapes
 from data.images import ImageData, centre_crop, decode
 from losses import Moments, frechet_distance, psnr, ssim
-from mllm import DualMLLM, code_tables
+from mllm import EDIT_GUIDANCE, GUIDANCE, DualMLLM, code_tables
 from rvq import all_reduce
 from tokenizer import DualTokenizer, layer_similarity, read_config, read_json, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge, to_generate
@@ -65,7 +65,8 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--n", type=int, default=0,
                    help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), or behind a figure (0: up to 256)")
     p.add_argument("--eval-images", type=int, default=1024, help="size of the evaluation, as in training")
-    p.add_argument("--guidance", type=float, default=SAMPLING["guidance"], help="weight of the words; 1: as trained, and twice as fast")
+    p.add_argument("--guidance", type=float, help="weight of the words; 1: as trained, and twice as fast (default: "
+                                                  f"{GUIDANCE:g}, of edits {EDIT_GUIDANCE:g})")
     p.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of sampling; 0: always the likeliest code")
     p.add_argument("--top-k", type=int, default=SAMPLING["top_k"], help="sample among so many codes; 0: all")
     p.add_argument("--top-p", type=float, default=SAMPLING["top_p"],

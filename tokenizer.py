@@ -1247,7 +1247,8 @@ def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = (
         raise ValueError(f"no weights at {path}; expected a safetensors file")
     try:
         with safe_open(path, "pt") as file:
-            weights = {key: file.get_tensor(key) for key in file.keys() if key not in ignore}
+            # copied: parts of a mapped file are aligned by its header, and products of unaligned numbers round differently
+            weights = {key: file.get_tensor(key).clone() for key in file.keys() if key not in ignore}
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is truncated or damaged ({first_line(error)}); copy or save it again") from None
     if odd := [name for name, value in weights.items() if any(kind in str(value.dtype) for kind in ("float8", "float4", "complex"))]:

@@ -106,7 +106,7 @@ POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares wi
 COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.15, 0.75, 0.05, 0.05),
           "text": (0.3, 0.7, 0.0, 0.0)}
 RELATIONS = 0.7  # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
-SAMPLING = dict(guidance=3.0, temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; the paper's
+SAMPLING = dict(temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; the paper's
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -592,8 +592,8 @@ SKILLS = ("single", "relation", "count", "differ", "compare", "negate", "univers
 
 
 class Validation:
-    """Held-out scenes of the built-in world, the same for every run: a question about each of `n`, and prompts for painting, n // 8 of each
-    skill that this world has (`compare` speaks of sizes, and plain shapes have one)."""
+    """Held-out scenes of the built-in world, the same for every run: a question about each of `n`, prompts for painting, n // 8 of each
+    skill that this world has (`compare` speaks of sizes, and plain shapes have one), and n // 4 edits."""
 
     def __init__(self, source: str, size: int, n: int):
         self.source, self.size = source, size
@@ -606,9 +606,19 @@ class Validation:
             world = shapes.World(source, size, VALIDATION_SEED + 1, split, single=float(said == "single"))
             true = ((scene, [claim for claim in shapes.claims(scene) if claim.skill == said]) for scene in world.scenes(range(n)))
             self.claims += itertools.islice(((skill, rng.choice(claims), scene) for scene, claims in true if claims), max(1, n // 8))
+        made = ((scene, shapes.edits(scene, rng)) for scene in self.scenes[:max(1, n // 4)])
+        self.edits = [(scene, *edit) for scene, edit in made if edit]       # (scene, kind, instruction, scene after it)
 
     def render(self, scenes: list, device) -> Tensor:
         return shapes.render(shapes.pack(scenes), self.size, device)
+
+
+def shares(kinds, right) -> dict[str, float]:
+    """Of what is of each kind and of all, the part that is right."""
+    marks = collections.defaultdict(list)
+    for kind, mark in zip(kinds, right):
+        marks[kind].append(mark)
+    return {**{kind: share(of) for kind, of in marks.items()}, "all": share(right)}
 
 
 def share(right: list) -> float:
@@ -655,17 +665,24 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
         rows["pictures"] += [(j, picture.cpu()) for j, picture in zip(part, made) if any(j in row for row in shown)]
         rows["index"] += part
     rows = ranks.gather_rows({name: torch.cat(value) if isinstance(value[0], Tensor) else value for name, value in rows.items()})
-    metrics = {}
-    for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling")):
-        by_skill = collections.defaultdict(list)
-        for i, right in zip(rows["index"], rows[name]):
-            by_skill[val.claims[i][0]].append(right)
-        metrics[what] = {**{skill: share(by_skill[skill]) for skill in SKILLS if skill in by_skill}, "all": share(rows[name])}
+    skills = [val.claims[i][0] for i in rows["index"]]
+    metrics = {what: shares(skills, rows[name]) for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling"))}
     if ranks.first:
         pictures, shown = dict(rows["pictures"]), [row for row in shown if row]
         save_grid([torch.stack([pictures[i] for i in row]) for row in shown], grid,
                   titles=[[val.claims[i][1].text for i in row] for row in shown])
     return {**metrics, "reader_accuracy": metrics["reader_accuracy_by_skill"]["all"], "fd": frechet_distance(rows["made"], rows["real"])}
+
+
+def editing(model: DualMLLM, tokenizer: DualTokenizer, encode, val: Validation, ranks: Ranks, how: dict) -> dict:
+    """Edits of pictures, marked by the world's reader: whether it reads what was asked for, and all the rest as it was."""
+    mine, right = range(ranks.rank, len(val.edits), ranks.count), []
+    for i in tqdm(range(0, len(mine), 64), "editing", leave=False, disable=not ranks.first):
+        before, kinds, words, after = zip(*(val.edits[j] for j in mine[i:i + 64]))
+        codes = model.paint(list(words), encode(val.render(list(before), ranks.device)), seeds=list(mine[i:i + 64]), **how)
+        right += map(shapes.carried_out, kinds, before, after, shapes.read(tokenizer.decode(codes), val.source))
+    rows = ranks.gather_rows({"kinds": [val.edits[j][1] for j in mine], "right": right})
+    return {"editing": shares(rows["kinds"], rows["right"])}
 
 
 def caption_retrieval(model: DualMLLM, data: ImageSequences, ranks: Ranks, n: int, group: int = 32) -> dict:
@@ -789,6 +806,8 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
             metrics |= understanding(model, val, encode, ranks)
         if "paint" in kinds:
             metrics |= painting(model, tokenizer, look, val, ranks, grid, how)
+        if "edit" in kinds:
+            metrics |= editing(model, tokenizer, encode, val, ranks, how)
     else:
         if "caption" in kinds:
             metrics |= caption_retrieval(model, data, ranks, n)
@@ -1163,8 +1182,9 @@ def bench_stage_growth(args, ranks: Ranks):
         parts, model = next(data.batches(row)(0))[0], DualMLLM(config, text).to(ranks.device)
         return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), parts
     width = usual.llm.hidden_size
-    bench_growth(ranks, {"positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)],
-                         "width": [width, 2 * width, 4 * width], "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
+    bench_growth(args, ranks, {"positions": [usual.positions * n for n in (1, 2, 4)],
+                               "words": [args.text_length * n for n in (1, 2, 4)], "width": [width * n for n in (1, 2, 4)],
+                               "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
 
 
 def estimate(args):

@@ -113,11 +113,19 @@ def or_nearest(words: str, given, known) -> str:
     return words + (f"; did you mean {' and '.join(close)}?" if close else "")
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        none = action.default is None or action.default is False or action.default in ("", [])      # 0 says something
+        return action.help if none else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Shows defaults; says what is wrong in a sentence, and which flag may have been meant."""
 
     def __init__(self, words: str):
-        super().__init__(description=words.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=words.split("\n")[0], formatter_class=Defaults)
 
     def error(self, message):
         unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
@@ -848,11 +856,15 @@ def save_grid(rows: list[Tensor], path: str, cell: int = 96, titles: list[list[s
     sheet.save(path)
 
 
-def draw_curves(log: list[dict], path: str, width: int = 300, height: int = 150):
+def draw_curves(log: list[dict], path: str):
     """A PNG with one small panel per number in the log, over steps."""
     names = dict.fromkeys(name for line in log for name in line if name not in ("step", "seconds", "waiting", "skipped"))
-    series = {name: [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
-              for name in names}
+    draw_panels({name: [(line["step"], line[name]) for line in log
+                        if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}, path, "step")
+
+
+def draw_panels(series: dict[str, list], path: str, across: str, width: int = 300, height: int = 150):
+    """A PNG with one small panel per series of two points or more: {name: [(across, value), ...]}."""
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
@@ -868,7 +880,7 @@ def draw_curves(log: list[dict], path: str, width: int = 300, height: int = 150)
         draw.rectangle((left, top, left + w, top + h), outline=(220, 220, 220))
         draw.line(line, fill=(40, 90, 200), width=2)
         draw.text((left, top - 16), f"{name}  {show(float(points[-1][1]))}", fill="black")
-        draw.text((left, top + h + 3), f"{show(float(low))} .. {show(float(high))}   step {last}", fill=(120, 120, 120))
+        draw.text((left, top + h + 3), f"{show(float(low))} .. {show(float(high))}   {across} {first} .. {last}", fill=(120, 120, 120))
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
@@ -982,11 +994,14 @@ def bench_quantizer(args, ranks: Ranks):
                 ours_left, least_left = ours_left + left.square().sum(), least_left + nearest.values.square().sum()
         ranks.say(f"  {1 - wrong / codes.numel():.4%} of the codes are the nearest in float64; what they leave is "
                   f"{ours_left / least_left - 1:.1e} more than the least")
-        for name, sizes in (("vectors", [(M * n, K, D) for n in (1, 2, 4)]), ("codebook size", [(M, K * n, D) for n in (1, 2, 4)]),
-                            ("depth", [(M, K, D * n) for n in (1, 2, 4)])):
-            times = [seconds_of(ours(*size)[1], ranks.device) for size in sizes]
-            ranks.say(f"  {name} x 1, 2, 4: " + ", ".join(f"{1000 * t:.2f}" for t in times)
-                      + f" ms in training, exponent {exponent((1, 2, 4), times):.2f}")
+        curves = {}
+        for name, size in (("vectors", M), ("codebook size", K), ("depth", D)):
+            sizes, usual = [size * n for n in (1, 2, 4)], {"vectors": M, "codebook size": K, "depth": D}
+            times = [1000 * seconds_of(ours(*(usual | {name: size}).values())[1], ranks.device) for size in sizes]
+            grows = f"ms in training, exponent {exponent(sizes, times):.2f}"
+            ranks.say(f"  {name} {', '.join(map(str, sizes))}: {', '.join(f'{t:.2f}' for t in times)} {grows}")
+            curves[f"{name}: {grows}:"] = list(zip(sizes, times))
+        draw_growth(curves, args, ranks)
 
 
 def exponent(sizes, values) -> float:
@@ -995,10 +1010,19 @@ def exponent(sizes, values) -> float:
     return ((x - x.mean()) * (y - y.mean())).sum().item() / (x - x.mean()).square().sum().item()
 
 
-def bench_growth(ranks: Ranks, axes: dict, make):
+def draw_growth(curves: dict[str, list], args, ranks: Ranks):
+    """A picture in the run's folder: panels in which linear growth is a straight line."""
+    path = os.path.join(args.out, f"bench-{args.bench}.png")
+    if ranks.first:
+        os.makedirs(args.out, exist_ok=True)
+        draw_panels(curves, path, "size")
+    ranks.say(path)
+
+
+def bench_growth(args, ranks: Ranks, axes: dict, make):
     """How a step's time and memory grow. axes: {what: sizes}; make(what, size) -> (stage, micro-batches). Memory is the device's peak on
     CUDA, else what the dry run counts."""
-    cuda, listed = ranks.device.type == "cuda", lambda numbers: ", ".join(f"{x:.3f}" for x in numbers)
+    cuda, listed, curves = ranks.device.type == "cuda", lambda numbers: ", ".join(f"{x:.3f}" for x in numbers), {}
     for what, sizes in axes.items():
         rows = []
         for size in sizes:
@@ -1010,9 +1034,13 @@ def bench_growth(ranks: Ranks, axes: dict, make):
             stage.wrapped = ranks.wrap(stage.model)
             seconds = seconds_of(lambda: whole_step(stage, parts), ranks.device, rounds=3)
             rows.append((seconds, peak_memory_gib(ranks.device) if cuda else measure(stage, parts).memory / 2 ** 30))
-        seconds, memory = zip(*rows)
-        ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {listed(seconds)} s a step, exponent "
-                  f"{exponent(sizes, seconds):.2f}; {listed(memory)} GiB, exponent {exponent(sizes, memory):.2f}")
+        said = []
+        for values, unit in zip(zip(*rows), ("s a step", "GiB")):
+            grows = f"{unit}, exponent {exponent(sizes, values):.2f}"
+            curves[f"{what}: {grows}:"] = list(zip(sizes, values))
+            said.append(f"{listed(values)} {grows}")
+        ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {'; '.join(said)}")
+    draw_growth(curves, args, ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2117,9 +2145,9 @@ def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
         stage = TokenizerStage(args, ranks, s, config, argparse.Namespace(drawn="random"), SigLIP(config.vision, config.text))
         side, share = config.vision.image_size, s.batch // (args.accumulate * ranks.count)
         return stage, [(torch.randn(share, 3, side, side, device=ranks.device).clamp(-1, 1), [""] * share) for _ in range(args.accumulate)]
-    bench_growth(ranks, {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)],
-                         "codebook size": [usual.codebook_size * n for n in (1, 4, 16)],
-                         "depth": [usual.depth * n for n in (1, 2, 4)]}, make)
+    bench_growth(args, ranks, {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)],
+                               "codebook size": [usual.codebook_size * n for n in (1, 4, 16)],
+                               "depth": [usual.depth * n for n in (1, 2, 4)]}, make)
 
 
 def teacher_of(folder: str) -> str:

@@ -485,6 +485,19 @@ def edits(scene: Scene, rng) -> tuple[str, str, Scene] | None:
     return None
 
 
+def carried_out(kind: str, before: Scene, after: Scene, read: Scene | None) -> bool:
+    """Whether a scene that was read is what an edit asked for: its shapes, colours and sizes and, of a move, that shape on that side of
+    where it was, by half of what counts as a relation: no instruction says where exactly."""
+    if read is None or sorted(o[:3] for o in read) != sorted(o[:3] for o in after):
+        return False
+    if kind != "move":
+        return True
+    (old,), (new,) = set(before) - set(after), set(after) - set(before)
+    there = next(o for o in read if o[:3] == old[:3])           # the only one: else it could not have been named
+    dx, dy = new.x - old.x, new.y - old.y                       # one of them is 0
+    return (there.x - old.x) * dx + (there.y - old.y) * dy > MARGIN / 2 * abs(dx + dy)
+
+
 # ---------------------------------------------------------------- reader
 
 READ_SIZE = 64          # larger images are averaged down to this many pixels a side
