@@ -501,7 +501,7 @@ def main(argv=None):
             more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])
             data = ImageSequences(data.source, more, ranks, model.text, model.config, tokenizer.config.vision.image_size, encode,
                                   train=False)
-        kinds = ("caption", "question", *(["paint"] if model.heads else []))
+        kinds = ("caption", "question", *(("paint", "edit") if model.heads else ()))
         metrics = evaluate(model, tokenizer, judge(tokenizer, args.tokenizer, ranks) if data.source in shapes.DIFFICULTIES else None, data,
                            encode, args.eval_images, ranks, grid, kinds, how)
         write_json(os.path.join(args.out, "metrics.json"), metrics)

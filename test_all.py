@@ -4659,6 +4659,15 @@ def test_mllm_painting_never_waits_for_the_device(how):
     assert isinstance(codes, FakeTensor) and codes.shape == (2, 4, 2, 3)
 
 
+def test_mllm_painting_and_editing_are_guided_differently_by_default():
+    model = small_mllm()
+    given = random_codes(1, 4, 2, 3)
+    for pictures, guidance, other in ((None, mllm.GUIDANCE, mllm.EDIT_GUIDANCE), (given, mllm.EDIT_GUIDANCE, mllm.GUIDANCE)):
+        codes = model.paint(["red"], pictures)
+        assert torch.equal(codes, model.paint(["red"], pictures, guidance))
+        assert not torch.equal(codes, model.paint(["red"], pictures, other))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_mllm_painting_by_a_cuda_graph_changes_nothing():
     model = small_mllm().cuda()
@@ -6131,28 +6140,27 @@ def test_sample_alone_says_what_it_can_do():
 
 @pytest.mark.parametrize("mine", [False, True])
 def test_sample_has_weights_of_its_own(tmp_path, monkeypatch, capsys, mine, run_folder):
-    """Without a run, those that come with the code, which paint what one asks for and answer about it; with a tokenizer alone, that
-    reconstructs, and a model and its tokenizer come together."""
+    """Without a run, those that come with the code, with which the README's first commands do what they should; with a tokenizer alone,
+    that reconstructs, and a model and its tokenizer come together."""
     monkeypatch.chdir(tmp_path)
     said = "these are the weights that come with the code"
     if mine:
         shutil.copytree(run_folder, "out/tokenizer")
-    sample.main(["--paint", "a red circle above a blue square", "a green triangle", "--device", "cpu"])
-    out = capsys.readouterr().out
-    assert out.count(said) == 1 and ("out/tokenizer and" in out) != mine
-    right = 0
-    for prompt, colour, shape in (("a-red-circle-above-a-blue-square", "red", "circle"), ("a-green-triangle", "green", "triangle")):
-        scene, = shapes.read(sample.read_images([f"out/samples/{prompt}.png"], 32), "plain")
-        assert (colour, shape) in {(thing.colour, thing.shape) for thing in scene}
-        sample.main(["--ask", f"what colour is the {shape}?", "--image", f"out/samples/{prompt}.png"])
-        right += capsys.readouterr().out.splitlines()[-1] == colour
-    assert right == 2
+    commands = re.findall(r"^python sample\.py (--(?:paint|ask|edit|reconstruct).*)", Path(HERE, "README.md").read_text("utf-8"), re.M)[:4]
+    seen, nouns = [], lambda picture: {thing.noun for thing in shapes.read(picture, "plain")[0]}
+    for command in commands:
+        sample.main([*shlex.split(command), "--device", "cpu"])
+        seen.append(capsys.readouterr().out)
+    assert seen[0].count(said) == 1 and ("out/tokenizer and" in seen[0]) != mine
+    for words, expected in (("a-yellow-circle-above-a-blue-square", {"yellow circle", "blue square"}), ("a-red-circle", {"red circle"})):
+        assert nouns(sample.read_images([f"out/samples/{words}.png"], 32)) == expected
+    assert seen[1].splitlines()[-1] == "yellow"
+    both = Image.open(seen[2].splitlines()[-1])
+    both.crop((both.height - 4, 4, both.width - 4, both.height - 4)).save("edited.png")       # the right one, without the frame
+    assert nouns(sample.read_images(["edited.png"], 32)) == {"green circle"}
+    assert (said in seen[3]) != mine and (mine or float(re.search(r"PSNR ([\d.]+)", seen[3])[1]) > 25)
     with pytest.raises(ValueError, match="no model in"):        # one that was named, though it is not there
         sample.main(["--paint", "x", "--mllm", "nowhere", *(["--tokenizer", "out/tokenizer"] if mine else [])])
-    capsys.readouterr()
-    sample.main(["--reconstruct", "--n", "2"])
-    out = capsys.readouterr().out
-    assert (said in out) != mine and (mine or float(re.search(r"PSNR ([\d.]+)", out)[1]) > 25)
     for folder in ("tokenizer", "mllm", "tokenizer/siglip"):
         made = json.load(open(os.path.join(HERE, "weights", folder, "config.json")))["made"]
         assert {"commit", "command", "machine", "minutes", "seed", "metrics"} <= made.keys() and re.fullmatch("[0-9a-f]{7}", made["commit"])
@@ -6255,7 +6263,7 @@ def test_sample_evaluates(mllm_stages, there, tmp_path, capsys):
     trained = json.load(open(mllm_stages[0] / "metrics.json"))
     assert str(tmp_path / "metrics.json") in said and "understanding all" in said and len(glob.glob(str(tmp_path / "**/painted.png"),
         recursive=True)) == 1
-    for name in ("understanding", "caption_exact", "painting", "reader_accuracy"):
+    for name in ("understanding", "caption_exact", "painting", "editing", "reader_accuracy"):
         assert metrics[name] == trained[name]
     assert metrics["fd"] == pytest.approx(trained["fd"], rel=1e-3)
 

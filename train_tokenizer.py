@@ -863,8 +863,8 @@ def draw_curves(log: list[dict], path: str):
                         if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}, path, "step")
 
 
-def draw_panels(series: dict[str, list], path: str, across: str, width: int = 300, height: int = 150):
-    """A PNG with one small panel per series of two points or more: {name: [(across, value), ...]}."""
+def draw_panels(series: dict[str, list], path: str, across: str, origin: bool = False, width: int = 300, height: int = 150):
+    """A PNG with one small panel per series of two points or more: {name: [(across, value), ...]}. origin: (0, 0) is its corner."""
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
@@ -874,8 +874,7 @@ def draw_panels(series: dict[str, list], path: str, across: str, width: int = 30
     for n, (name, points) in enumerate(series.items()):
         left, top = n % columns * width + 10, n // columns * height + 22
         w, h = width - 20, height - 42
-        first, last = points[0][0], points[-1][0]
-        low, high = (f(v for _, v in points) for f in (min, max))
+        (first, last), (low, high) = ((min(values), max(values)) for values in zip(*points, *[(0, 0)] * origin))
         line = [(left + w * (s - first) / max(1, last - first), top + h - h * (v - low) / ((high - low) or 1)) for s, v in points]
         draw.rectangle((left, top, left + w, top + h), outline=(220, 220, 220))
         draw.line(line, fill=(40, 90, 200), width=2)
@@ -1015,7 +1014,7 @@ def draw_growth(curves: dict[str, list], args, ranks: Ranks):
     path = os.path.join(args.out, f"bench-{args.bench}.png")
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
-        draw_panels(curves, path, "size")
+        draw_panels(curves, path, "size", origin=True)
     ranks.say(path)
 
 
