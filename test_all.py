@@ -4659,7 +4659,7 @@ def test_mllm_painting_never_waits_for_the_device(how):
     assert isinstance(codes, FakeTensor) and codes.shape == (2, 4, 2, 3)
 
 
-def test_mllm_painting_and_editing_are_guided_differently_by_default():
+def test_mllm_painting_by_default_is_guided_more_than_editing():
     model = small_mllm()
     given = random_codes(1, 4, 2, 3)
     for pictures, guidance, other in ((None, mllm.GUIDANCE, mllm.EDIT_GUIDANCE), (given, mllm.EDIT_GUIDANCE, mllm.GUIDANCE)):
