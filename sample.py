@@ -47,7 +47,7 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="question about --image; none: a caption of it")
     p.add_argument("--edit", metavar="INSTRUCTION", help="what to change in --image")
     p.add_argument("--image", nargs="+", default=[], help="images to ask about or to edit")
-    p.add_argument("--eval", action="store_true", help="understanding and painting on held-out data, as at the end of training")
+    p.add_argument("--eval", action="store_true", help="understanding, painting and editing on held-out data, as at the end of training")
     p.add_argument("--reconstruct", nargs="*", metavar="IMAGE", help="images to encode and decode; none: scenes of the built-in world")
     p.add_argument("--paint-file", metavar="FILE", help="texts to paint, one a line, each picture in a file of its own")
     p.add_argument("--answer-file", metavar="FILE", help='JSON lines {"image": path, "question": words}; answers go to OUT/answers.jsonl')

@@ -993,9 +993,9 @@ def bench_quantizer(args, ranks: Ranks):
                 ours_left, least_left = ours_left + left.square().sum(), least_left + nearest.values.square().sum()
         ranks.say(f"  {1 - wrong / codes.numel():.4%} of the codes are the nearest in float64; what they leave is "
                   f"{ours_left / least_left - 1:.1e} more than the least")
-        curves = {}
-        for name, size in (("vectors", M), ("codebook size", K), ("depth", D)):
-            sizes, usual = [size * n for n in (1, 2, 4)], {"vectors": M, "codebook size": K, "depth": D}
+        curves, usual = {}, {"vectors": M, "codebook size": K, "depth": D}
+        for name, size in usual.items():
+            sizes = [size * n for n in (1, 2, 4)]
             times = [1000 * seconds_of(ours(*(usual | {name: size}).values())[1], ranks.device) for size in sizes]
             grows = f"ms in training, exponent {exponent(sizes, times):.2f}"
             ranks.say(f"  {name} {', '.join(map(str, sizes))}: {', '.join(f'{t:.2f}' for t in times)} {grows}")
