@@ -4668,6 +4668,17 @@ def test_mllm_painting_by_default_is_guided_more_than_editing():
         assert not torch.equal(codes, model.paint(["red"], pictures, other))
 
 
+def test_mllm_painting_by_a_loaded_model_is_that_of_the_saved_one(monkeypatch, tmp_path):
+    """The same bits: loaded weights are not parts of a mapped file, which need not be aligned, nor do gradients choose other products."""
+    model, seen = small_mllm(head_width=64), heard(monkeypatch)
+    model.save_pretrained(str(tmp_path))
+    loaded = DualMLLM.from_pretrained(str(tmp_path)).requires_grad_(False)
+    assert all(p.data_ptr() % 64 == 0 for p in loaded.state_dict().values())
+    for one in (model, loaded):
+        one.paint(["red", "a blue square"] * 9)
+    assert len(seen) % 2 == 0 and all(map(torch.equal, seen[:len(seen) // 2], seen[len(seen) // 2:]))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 def test_mllm_painting_by_a_cuda_graph_changes_nothing():
     model = small_mllm().cuda()
