@@ -308,11 +308,12 @@ LLMS = {    # the first two are ours, from scratch, over bytes; the others are t
 
 
 class Cache:
-    """Keys and values of `length` positions for every layer, allocated once: shapes never change, so a decoding step compiles once."""
+    """Keys and values of `length` positions for every layer, allocated once: shapes never change, so a decoding step compiles once. A tensor
+    for each layer: of a part of a larger one, a compiled step would write all of it."""
 
     def __init__(self, c: LLMConfig, batch: int, length: int, device, dtype):
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.hidden_size // c.num_attention_heads)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, c.num_key_value_heads, length, c.hidden_size // c.num_attention_heads)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(c.num_hidden_layers)] for _ in range(2))
         self.valid = torch.zeros(batch, length, dtype=torch.bool, device=device)    # false: padding, or not yet written
         self.filled = torch.zeros((), dtype=torch.int64, device=device)             # slots written so far
 
@@ -597,10 +598,12 @@ def uniform(seeds, *shape: int) -> Tensor:
     return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def repeat(step, times: int, graph: bool, progress: bool):
-    """step(), so many times; all but the first three by a CUDA graph, if so wished."""
+def repeat(step, times: int, graph: str, progress: bool):
+    """step(), so many times. graph "cpu": compiled into one; "cuda": all but the first three by a CUDA graph; "": as it is."""
     bar = tqdm(range(times), "painting", leave=False, disable=not progress)
-    if graph and times > 3:
+    if graph == "cpu":
+        step = torch.compile(step)
+    if graph == "cuda" and times > 3:
         side = torch.cuda.Stream()      # where torch wants a step warmed up before it is captured
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -748,13 +751,14 @@ class DualMLLM(nn.Module):
 
     # ---- generation
 
-    def _begin(self, sequences: list, room: int) -> tuple[Tensor, Cache]:
-        """Read the prompts, padded on the left -> state at their ends (B, C), and a cache with room for more."""
+    def _begin(self, sequences: list, room: int, multiple: int = 1) -> tuple[Tensor, Cache]:
+        """Read the prompts, padded on the left -> state at their ends (B, C), and a cache with room for more, its length such a multiple."""
         limit, device = self.config.llm.max_position_embeddings, self.marks.device
         batch = pack(sequences, self.text, self.config.positions, left=True, limit=limit - room).to(device)
         x = self.embed(batch)
         autocast = torch.is_autocast_enabled(device.type)
-        cache = Cache(self.config.llm, len(x), x.shape[1] + room, device, torch.get_autocast_dtype(device.type) if autocast else x.dtype)
+        length = math.ceil((x.shape[1] + room) / multiple) * multiple
+        cache = Cache(self.config.llm, len(x), length, device, torch.get_autocast_dtype(device.type) if autocast else x.dtype)
         return self.llm.hidden(x, batch.mask, cache)[:, -1], cache
 
     @torch.no_grad()
@@ -762,8 +766,8 @@ class DualMLLM(nn.Module):
               top_k: int = 0, top_p: float = 1.0, seeds: list[int] | None = None, progress: bool = False, graph: bool = False) -> Tensor:
         """Pictures from text, or, with pictures to read (B, N, S, D), edited by instructions: -> codes (B, N, S, D), zero in streams that
         are not painted. guidance s (default GUIDANCE, of edits EDIT_GUIDANCE): u + s (c - u) on all logits, u being those without the
-        words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone. graph: on CUDA, a position's kernels are
-        launched together, which pays if short."""
+        words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone. graph: a position is one CUDA graph, which
+        pays if kernels are short, or on a CPU one compiled function, which takes a minute to make, once for each size of batch."""
         if guidance is None:
             guidance = GUIDANCE if pictures is None else EDIT_GUIDANCE
         c, n, guided = self.config, len(prompts), guidance != 1
@@ -773,7 +777,7 @@ class DualMLLM(nn.Module):
         given = [[] if pictures is None else [Picture(p)] for p in (prompts if pictures is None else pictures.cpu())]
         rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)]
         rows += [turn(self.text, [*g, ""]) + start for g in given if guided]
-        h, cache = self._begin(rows, c.positions)
+        h, cache = self._begin(rows, c.positions, 64 if graph else 1)      # so that other prompts mostly have the same graph
         noise = uniform(seeds or range(n), c.positions, len(c.streams), c.depth).to(h.device)
         codes, new = torch.zeros(noise.shape, dtype=torch.int64, device=h.device), torch.zeros_like(noise[:, :1], dtype=torch.int64)
         place, painted = torch.zeros(1, dtype=torch.int64, device=h.device), torch.ones(n, dtype=torch.bool, device=h.device)
@@ -798,7 +802,7 @@ class DualMLLM(nn.Module):
             x = self.project(new, painted)
             write_codes(self.llm.hidden(x.repeat(2, 1, 1) if guided else x, cache=cache)[:, -1])
         write_codes(h)
-        repeat(step, c.positions - 1, graph and h.device.type == "cuda", progress)
+        repeat(step, c.positions - 1, h.device.type if graph else "", progress)
         return codes
 
     @torch.no_grad()

@@ -75,7 +75,8 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                    help="of the language model's weights and arithmetic; auto: bf16 on CUDA, else fp32")
-    p.add_argument("--compile", action="store_true", help="torch.compile layers; on CUDA, paint a position as one graph: for many pictures")
+    p.add_argument("--compile", action="store_true",
+                   help="paint a position as one compiled function (CPU) or graph (CUDA, where layers are compiled too): for many pictures")
     args = p.parse_args(argv)
     names = ("paint", "ask", "edit", "reconstruct", "figure", "paint_file", "answer_file", "fd")
     wishes = [name.replace("_", "-") for name in names if getattr(args, name) is not None] + ["eval"] * args.eval
@@ -207,7 +208,9 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
         write_json(path, asked)
     ranks.say(f"{len(wanted)} pictures, {len(wanted) - len(missing)} of them already in {args.out}")
     for part in batches(missing, args, ranks, "painting"):
-        codes = model.paint([prompts[i].strip() for i, _, _ in part], seeds=[args.seed + i * n + k for i, k, _ in part], **how)
+        graph = how["graph"] and len(part) == args.batch_size       # what is left over is not worth another one
+        codes = model.paint([prompts[i].strip() for i, _, _ in part], seeds=[args.seed + i * n + k for i, k, _ in part],
+                            **how | {"graph": graph})
         for picture, (_, _, path) in zip(to_picture(tokenizer.decode(codes)), part):
             picture.save(path + ".tmp", format="PNG")
             os.replace(path + ".tmp", path)
@@ -486,7 +489,7 @@ def main(argv=None):
     run_config = read_config(args.mllm)
     encode = encoder(model.config, tokenizer, args.tokenizer, run_config.get("teacher", ""))
     how = dict(guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, graph=args.compile)
-    if args.compile:
+    if args.compile and ranks.device.type == "cuda":
         compile_parts(model)
     if args.eval:
         data, grid = SimpleNamespace(source=run_config.get("data")), os.path.join(args.out, "painted.png")

@@ -4686,6 +4686,19 @@ def test_mllm_painting_by_a_cuda_graph_changes_nothing():
         assert torch.equal(model.paint(["red", "blue"], seeds=seeds), model.paint(["red", "blue"], seeds=seeds, graph=True))
 
 
+@pytest.mark.parametrize("more", [dict(), dict(head_shared=True, tables=3)])
+def test_mllm_painting_by_one_compiled_function_changes_nothing(monkeypatch, more):
+    """A position has no graph breaks, and is traced once for all prompts of a length, seeds and guidances of one kind."""
+    model, made = small_mllm(**more), []
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: made.append(1) or graph.forward,
+                                                            fullgraph=True))
+    for seeds, words in (([0, 1], "a blue one"), ([5, 9], "red and blue")):
+        prompts = ["red", words]
+        assert torch.equal(model.paint(prompts, seeds=seeds, graph=True), model.paint(prompts, seeds=seeds))
+    assert len(made) == 1
+
+
 @torch.no_grad()
 def test_mllm_heads_sample_what_they_are_taught():
     """Depth by depth with a cache equals all depths at once, whatever is picked."""

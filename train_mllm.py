@@ -1126,11 +1126,11 @@ def to_generate(model: DualMLLM, precision: str, device: torch.device) -> DualML
 
 
 def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer):
-    """--bench paint: guided pictures, from words to pixels, one at a time, 16, and on CUDA 64; with --compile also by compiled layers and
-    CUDA graphs. Weights need not be trained."""
+    """--bench paint: guided pictures, from words to pixels, one at a time, 16, and on CUDA 64; with --compile also with a
+    position compiled (CUDA: its layers) and made one graph. Weights need not be trained."""
     decoded = lambda n, graph: tokenizer.decode(model.paint(["a red circle above a blue square"] * n, graph=graph, **SAMPLING))
     for graph in (False, True) if args.compile else (False,):
-        if graph:
+        if graph and ranks.device.type == "cuda":
             compile_parts(model)
         for n in (1, 16, 64) if ranks.device.type == "cuda" else (1, 16):
             begun = time.perf_counter()
