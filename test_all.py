@@ -2981,6 +2981,53 @@ def test_train_compiled_saves_the_same_names(run_folder, tmp_path, monkeypatch):
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(run_folder / "model.safetensors").keys()
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """torch.compile without code generation -> names of the compiled parts of which graphs were made, one for each graph."""
+    made, whole = [], torch.nn.Module.compile
+    torch.compiler.reset()
+
+    def backend(part):
+        def make(graph, inputs):
+            made.append(type(part).__name__)
+            return torch._dynamo.lookup_backend("eager" if "Layer" in made[-1] else "aot_eager")(graph, inputs)     # quicker
+        return make
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: whole(part, backend=backend(part)))
+    yield made
+    torch.compiler.reset()
+
+
+def test_train_compiled_goes_through_the_adversarial_term(run_folder, tmp_path, compiled):
+    """`adaptive_weight` looks at the decoder twice, from a step on that is not the first; and a layer has more variants than the eight after
+    which torch no longer compiles it by default."""
+    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "4", "--gan", "--gan-start", "0.5", "--compile", "--checkpointing")
+    assert "Level" in compiled and compiled.count("Layer") > 8 and sum("adversarial" in line for line in log(tmp_path)) == 2
+
+
+def test_train_bench_times_what_is_compiled(run_folder, tmp_path, compiled, monkeypatch):
+    """Counting FLOPs comes first; compiled parts that are first called under a counter would never be compiled."""
+    monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, device, times=1, **_: (one(), compiled.append("timed"), 1.0)[2])
+    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--bench", "--compile")
+    assert {"Layer", "Level"} <= {*compiled[:compiled.index("timed")]}
+
+
+@pytest.mark.parametrize("failure, words, status", [(ValueError("no such file"), "error: no such file\n", 1),
+                                                    (train_tokenizer.Stopped(15), "", 143),
+                                                    (ZeroDivisionError("why"), "ZeroDivisionError: why", 1)])
+def test_train_a_failed_rank_says_why_and_leaves_without_the_others(monkeypatch, capsys, failure, words, status):
+    """Where ending the process group would wait for ranks that wait for this one: on NCCL."""
+    def fail():
+        raise failure
+    for name, value in (("is_initialized", True), ("get_backend", "nccl"), ("get_world_size", 2), ("destroy_process_group", None)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with pytest.raises((SystemExit, ZeroDivisionError)):
+        train_tokenizer.run(fail)
+    said = capsys.readouterr().err
+    assert left == [status] and (words in said if words else not said)
+
+
 def test_train_on_a_folder_of_images(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for n in range(30):

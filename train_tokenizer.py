@@ -208,7 +208,7 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                    help="auto: bf16 autocast on CUDA and on a CPU with AVX-512 BF16, else fp32; quantizers are always fp32")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile transformer layers and decoder")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile transformer layers and the decoder's levels")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations to save memory")
     g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
     g = p.add_argument_group("run")
@@ -269,6 +269,7 @@ class Ranks:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", self.device.index or int(os.environ.get("LOCAL_RANK", 0)))
                 torch.cuda.set_device(self.device)
+                torch.backends.cudnn.allow_tf32 = False     # as for products: rounded features have other codes, and fp32 is wanted here
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "
@@ -277,7 +278,7 @@ class Ranks:
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: give each start its "
                                  "own, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or leave out --max-restarts")
-            # Two hours: after a long extraction or evaluation ranks wait for each other. That one died, torchrun notices at once.
+            # Two hours: after a long extraction or evaluation ranks wait for each other. That one died, torchrun notices (`leave_alone`).
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         self.first = self.rank == 0
         if self.count > 1 and self.device.type == "cuda" and Ranks.hosts is None:
@@ -301,7 +302,9 @@ class Ranks:
         if self.count == 1 or hasattr(model, "reshard"):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():     # torch 2.13 has another name for it, which does less
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def shard(self, model: nn.Module, parts: list[nn.Module]):
         """FSDP: every rank keeps a share of weights, gradients and optimiser state; a part's weights are gathered when it computes, what
@@ -944,7 +947,7 @@ def bench(stage: Stage, batches, what: str = ""):
         parts, _ = next(stream)
         waited.append(time.perf_counter() - begun)
         whole_step(stage, parts)
-    with counter:
+    with torch.compiler.set_stance("force_eager"), counter:     # what is first met while counting is never compiled
         one()
     seconds = seconds_of(one, device, times=4)
     peak = next((flops for name, flops in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
@@ -1672,10 +1675,12 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
 # the two stages
 
 def compile_parts(*modules: nn.Module):
-    """torch.compile in place, region by region: transformer layers and decoder, not quantizers. Names of weights stay as they are."""
+    """torch.compile in place, region by region: transformer layers and the decoder's levels, not quantizers. Not the whole decoder either,
+    all of whose backward pass `adaptive_weight` would then take, and compiled ones cannot be taken twice. Weights keep their names."""
+    torch._dynamo.config.recompile_limit = 64       # layers of one class share it: two towers, a teacher, with gradients and without
     for module in modules:
         for part in module.modules():
-            if type(part).__name__ in ("Layer", "Decoder", "ConvEncoder", "LLMLayer", "DepthLayer"):
+            if type(part).__name__ in ("Layer", "Level", "LLMLayer", "DepthLayer"):
                 part.compile()
             for block in part.model.blocks if isinstance(part, TimmTower) else ():
                 block.compile()
@@ -2207,6 +2212,19 @@ def train(stage: Stage, batches):
     finish(stage)
 
 
+def leave_alone(error: BaseException | None):
+    """Ends a process that failed among others on NCCL, saying why. NCCL's groups end together: the others may be waiting for this one, and
+    torchrun stops them once it is gone."""
+    if error is not None and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
+        code = getattr(error, "code", None)     # of SystemExit: a number, or words
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        elif isinstance(code, str):
+            print(code, file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
 def run(main, trains: bool = True):
     """A script's entry: what a user can put right ends in one sentence and exit status 1, not in a traceback."""
     then = "--resume goes on from the last checkpoint" if trains else "start it again"
@@ -2230,6 +2248,7 @@ def run(main, trains: bool = True):
         sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
+            leave_alone(sys.exc_info()[1])
             gc.collect()  # what shards a model holds the process group in cycles, and its threads must end before the interpreter does
             dist.destroy_process_group()
 
