@@ -2998,7 +2998,7 @@ def compiled(monkeypatch):
 
 
 def test_train_compiled_goes_through_the_adversarial_term(run_folder, tmp_path, compiled):
-    """`adaptive_weight` looks at the decoder twice, from a step on that is not the first; and a layer has more variants than the eight after
+    """`adaptive_weight` looks at the decoder twice, from a later step on; and a layer has more variants than the eight after
     which torch no longer compiles it by default."""
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "4", "--gan", "--gan-start", "0.5", "--compile", "--checkpointing")
     assert "Level" in compiled and compiled.count("Layer") > 8 and sum("adversarial" in line for line in log(tmp_path)) == 2
