@@ -72,8 +72,8 @@ os.environ["NANODUALTOKEN_INDEX"] = ""      # nothing of the tests stays in the 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")         # there is no pytest.ini where the mark could be made known
     is_slow = pytest.mark.slow
-slow = lambda test: is_slow(pytest.mark.skipif("'slow' not in config.option.markexpr",
-                                               reason="slow: python -m pytest test_all.py -q -m slow")(test))
+is_skipped = pytest.mark.skipif("'slow' not in config.option.markexpr", reason="slow: python -m pytest test_all.py -q -m slow")
+slow = lambda test: is_slow(is_skipped(test))
 needs_shared = pytest.mark.skipif(not os.path.isdir(EMOJI), reason="no fluent-emoji and photos: set NANODUALTOKEN_SHARED")
 
 
@@ -3540,7 +3540,8 @@ def few_steps(patch):
                                                             batch=8))
 
 
-@pytest.mark.parametrize("name, seeds", [("3", 2), ("7", 1), ("9", 1), ("10", 1), ("trade", 1)])
+@pytest.mark.parametrize("name, seeds", [("3", 2), ("7", 1), ("10", 1),
+                                         *(pytest.param(name, 1, marks=[is_slow, is_skipped]) for name in ("9", "trade"))])
 def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name, seeds):
     """Rows of one seed share a SigLIP for each number of layers; finished rows are found again, by other tables too; mean and spread are
     those of the runs."""
@@ -5804,13 +5805,14 @@ def test_train_mllm_takes_a_tokenizer_of_any_design(design_folders, tmp_path, mo
                                               "unified")
 
 
-@pytest.mark.parametrize("name", train_mllm.tables())
+@pytest.mark.parametrize("name", ["2", "4", "6", *(pytest.param(name, marks=[is_slow, is_skipped]) for name in ("5", "muse-6"))])
 def test_train_mllm_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name):
     few_steps(monkeypatch)
     shrink(monkeypatch, replace(TWO_ROWS[0], name="2", trains=PARTS[:2], steps=1, mixture=dict(question=1.0)),
            train_mllm.Row("4-1", PARTS, 1e-3, 4, 1, MIXED), evaluates=lambda stage: True)
     table, begun, train = train_mllm.tables()[name], [], train_mllm.train
     monkeypatch.setattr(train_mllm, "train", lambda stage, batches: (begun.append(stage.folder), train(stage, batches)))
+    assert {*train_mllm.tables()} == {"2", "4", "5", "6", "muse-6"}
     argv = ["--table", name, "--out", str(tmp_path), *TINY_MLLM]
     train_mllm.main(argv)
     made, seed = json.loads((tmp_path / f"table-{name}.json").read_text()), tmp_path / "seed-0"
@@ -6084,7 +6086,7 @@ def test_train_mllm_record_edits_drop_their_words_as_sampling_does(recorded, tok
     data, rows = record_data(recorded, tokenizer_folder, tmp_path, "--documents", f"{recorded}/documents.jsonl"), []
     made = [laid_out(data.make("edit", random.Random(n)), BYTES) for n in range(300)]
     model = small_mllm(positions=64, llm=dict(max_position_embeddings=400), depth=4, codebook_size=512)
-    monkeypatch.setattr(model, "_begin", lambda sequences, room: rows.extend(sequences))        # no state to go on from
+    monkeypatch.setattr(model, "_begin", lambda sequences, *_: rows.extend(sequences))        # no state to go on from
     with pytest.raises(TypeError):
         model.paint(["make it red"], train_mllm.to_tensor(data.records.pictures[:1]), guidance=3.0)
     prompts = [laid_out(row, BYTES) for row in rows]
