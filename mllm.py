@@ -308,8 +308,8 @@ LLMS = {    # the first two are ours, from scratch, over bytes; the others are t
 
 
 class Cache:
-    """Keys and values of `length` positions for every layer, allocated once: shapes never change, so a decoding step compiles once. A tensor
-    for each layer: of a part of a larger one, a compiled step would write all of it."""
+    """Keys and values of `length` positions for every layer, allocated once: shapes never change, so a decoding step compiles once. Each
+    layer has its own: of a part of a larger tensor, a compiled step would write all of it."""
 
     def __init__(self, c: LLMConfig, batch: int, length: int, device, dtype):
         shape = (batch, c.num_key_value_heads, length, c.hidden_size // c.num_attention_heads)
@@ -752,7 +752,7 @@ class DualMLLM(nn.Module):
     # ---- generation
 
     def _begin(self, sequences: list, room: int, multiple: int = 1) -> tuple[Tensor, Cache]:
-        """Read the prompts, padded on the left -> state at their ends (B, C), and a cache with room for more, its length such a multiple."""
+        """Read the prompts, padded on the left -> state at their ends (B, C), and a cache with room for more, `multiple` slots at a time."""
         limit, device = self.config.llm.max_position_embeddings, self.marks.device
         batch = pack(sequences, self.text, self.config.positions, left=True, limit=limit - room).to(device)
         x = self.embed(batch)
