@@ -752,7 +752,7 @@ class DualMLLM(nn.Module):
     # ---- generation
 
     def _begin(self, sequences: list, room: int, multiple: int = 1) -> tuple[Tensor, Cache]:
-        """Read the prompts, padded on the left -> state at their ends (B, C), and a cache with room for more, `multiple` slots at a time."""
+        """Read the prompts, padded on the left -> state at their ends (B, C), a cache with room for more; of a `multiple` of slots."""
         limit, device = self.config.llm.max_position_embeddings, self.marks.device
         batch = pack(sequences, self.text, self.config.positions, left=True, limit=limit - room).to(device)
         x = self.embed(batch)
