@@ -5143,6 +5143,10 @@ def test_mllm_attention_in_bf16_is_that_in_fp32(kind):
     low = mllm.attend(q.bfloat16(), k, v, mask, causal=kind == "causal")
     assert low.dtype == torch.bfloat16 and 0 < (low - exact).abs().max() < 0.05
     assert (mllm.attend(q, k, v) - exact).abs().max() > 0.5 or kind == "all"
+    last = q.transpose(1, 2).contiguous().transpose(1, 2)[:, :, -1:]        # one position, laid out as the layers do
+    for got, expected in ((mllm.attend(last, k, v, None if mask is None else mask[:, :, -1:]), exact),
+                          (mllm.attend(last.bfloat16(), k, v, None if mask is None else mask[:, :, -1:]), low)):
+        torch.testing.assert_close(got, expected[:, :, -1:], atol=1e-5 if got.dtype == torch.float32 else 0.02, rtol=1e-4)
 
 
 def test_train_mllm_trains_matrices_by_muon_and_the_rest_by_adamw(mllm_stages):
