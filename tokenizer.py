@@ -666,8 +666,6 @@ def lower(x: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention (B, heads, T, d), grouped where k and v have fewer heads. By hand in bf16 on a CPU, where torch's kernel is slow."""
-    if q.shape[2] == 1 and q.shape[1] != k.shape[1]:        # a group's queries become those of one head: no key is repeated
-        return attend(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask).reshape(q.shape)
     with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):       # meta has no autocast
         k, v = k.to(q.dtype), v.to(q.dtype)
         if q.device.type != "cpu" or q.dtype != torch.bfloat16:
