@@ -87,7 +87,7 @@ def flags(argv=None) -> argparse.Namespace:
         p.error(f"expected one of --eval, --{', --'.join(names).replace('_', '-')}, got {', '.join('--' + w for w in wishes) or 'none'}")
     if wishes[0] in ("ask", "edit") and not args.image:
         p.error(f"--{wishes[0]} is about an image, and there is none; add --image IMAGE")
-    for flag, goes in (("image", ("ask", "edit")), ("inception", ("fd",))):
+    for flag, goes in (("image", ("ask", "edit")), ("inception", ("fd",)), ("compile", ("paint", "edit", "paint-file", "eval"))):
         if getattr(args, flag) and wishes[0] not in goes:
             p.error(f"--{flag} goes with --{' or --'.join(goes)}, not with --{wishes[0]}")
     for flag, only in (("images", ""), ("siglip", "layers"), ("other", "features")):

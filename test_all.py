@@ -3762,6 +3762,7 @@ def test_sample_figure_bad_input_ends_in_a_sentence(run_folder, tmp_path, capsys
     for argv, words in (("--figure cats", "invalid choice"), ("--reconstruct --images x", "--images goes with --figure"),
                         ("--fd x y --siglip x", "--siglip goes"),
                         ("--figure depth --siglip x", "--siglip goes with --figure layers"),
+                        ("--reconstruct --compile", "--compile goes with --paint"),
                         ("--figure layers --other x", "--other goes with --figure features")):
         capsys.readouterr()
         assert sample_words(*argv.split(), *there) == "2" and words in capsys.readouterr().err.splitlines()[-1], argv
