@@ -376,8 +376,9 @@ def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int
             draw.text((x.item(), y.item()), name, fill=pen, font_size=14, anchor="mm", stroke_width=3, stroke_fill="white")
         draw.text((left, top + side + 6), f"to the right: first component, {share[0]:.0%} of the variance; up: second, {share[1]:.0%}",
                   fill="black", font_size=13)
-        words = f"\ndistance of the means: {(centres[0] - centres[-1]).norm() / spread:.2f} spreads (below 1: they overlap)"
-        draw.text((left, 0), f"tokenizer {folder}" + words * (len(sets) > 1), fill="black", font_size=13)
+        words = f"\nthe means of both are {(centres[0] - centres[-1]).norm() / spread:.2f} spreads apart"
+        title = model.config.design if model is tokenizer or model.config.design != tokenizer.config.design else folder
+        draw.text((left, 0), title + words * (len(sets) > 1), fill="black", font_size=13)
     return ("Do pixels and semantics lie in one space?", "Principal components of the features that feed the streams, averaged over "
             f"positions; dots: {where}. A spread is the mean distance from the mean of its set.")
 
@@ -430,7 +431,7 @@ def draw_codes(sheet, draw, args, tokenizer: DualTokenizer, device, columns: int
             f"below, how often each is there. Of {where}, those codes whose place differs most between pictures and least within one.")
 
 
-def draw_depth(sheet, draw, args, tokenizer: DualTokenizer, device, shown: int = 6, cell: int = 112):
+def draw_depth(sheet, draw, args, tokenizer: DualTokenizer, device, shown: int = 4, cell: int = 112):
     """What each further pixel code of a position adds."""
     images, _, where = pictures_for(args, tokenizer.config.vision.image_size, 1, device)
     codes, columns = torch.cat([tokenizer.encode(part) for part in images.split(16)]), [("original", images)]

@@ -668,9 +668,10 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
     skills = [val.claims[i][0] for i in rows["index"]]
     metrics = {what: shares(skills, rows[name]) for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling"))}
     if ranks.first:
-        pictures, shown = dict(rows["pictures"]), [row for row in shown if row]
+        pictures, right = dict(rows["pictures"]), dict(zip(rows["index"], rows["painted"]))
+        shown = [row for row in shown if row]
         save_grid([torch.stack([pictures[i] for i in row]) for row in shown], grid,
-                  titles=[[val.claims[i][1].text for i in row] for row in shown])
+                  titles=[[f"{val.claims[i][1].text}: {'right' if right[i] else 'WRONG'}" for i in row] for row in shown])
     return {**metrics, "reader_accuracy": metrics["reader_accuracy_by_skill"]["all"], "fd": frechet_distance(rows["made"], rows["real"])}
 
 

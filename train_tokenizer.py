@@ -868,7 +868,8 @@ def draw_curves(log: list[dict], path: str):
 
 
 def draw_panels(series: dict[str, list], path: str, across: str, origin: bool = False, width: int = 300, height: int = 150):
-    """A PNG with one small panel per series of two points or more: {name: [(across, value), ...]}. origin: (0, 0) is its corner."""
+    """A PNG with one small panel per series of two points or more: {name: [(across, value), ...]}. origin: (0, 0) is its corner, and each
+    point is marked."""
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
@@ -878,12 +879,19 @@ def draw_panels(series: dict[str, list], path: str, across: str, origin: bool = 
     for n, (name, points) in enumerate(series.items()):
         left, top = n % columns * width + 10, n // columns * height + 22
         w, h = width - 20, height - 42
-        (first, last), (low, high) = ((min(values), max(values)) for values in zip(*points, *[(0, 0)] * origin))
+        corners = [(0, 0), tuple(1.15 * most for most in map(max, zip(*points)))] * origin
+        (first, last), (low, high) = ((min(values), max(values)) for values in zip(*points, *corners))
         line = [(left + w * (s - first) / max(1, last - first), top + h - h * (v - low) / ((high - low) or 1)) for s, v in points]
         draw.rectangle((left, top, left + w, top + h), outline=(220, 220, 220))
         draw.line(line, fill=(40, 90, 200), width=2)
-        draw.text((left, top - 16), f"{name}  {show(float(points[-1][1]))}", fill="black")
-        draw.text((left, top + h + 3), f"{show(float(low))} .. {show(float(high))}   {across} {first} .. {last}", fill=(120, 120, 120))
+        draw.text((left, top - 16), name if origin else f"{name}  {show(float(points[-1][1]))}", fill="black")
+        if origin:
+            for (x, y), (s, v) in zip(line, points):
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(40, 90, 200))
+                draw.text((x - 4, y - 1), f"{v:.3g}", fill="black", anchor="rb")
+                draw.text((x, top + h + 3), f"{s:,}", fill=(120, 120, 120), anchor="mt")
+        else:
+            draw.text((left, top + h + 3), f"{show(float(low))} .. {show(float(high))}   {across} {first} .. {last}", fill=(120, 120, 120))
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
@@ -1003,7 +1011,7 @@ def bench_quantizer(args, ranks: Ranks):
             times = [1000 * seconds_of(ours(*(usual | {name: size}).values())[1], ranks.device) for size in sizes]
             grows = f"ms in training, exponent {exponent(sizes, times):.2f}"
             ranks.say(f"  {name} {', '.join(map(str, sizes))}: {', '.join(f'{t:.2f}' for t in times)} {grows}")
-            curves[f"{name}: {grows}:"] = list(zip(sizes, times))
+            curves[f"{name}: {grows}"] = list(zip(sizes, times))
         draw_growth(curves, args, ranks)
 
 
@@ -1040,7 +1048,7 @@ def bench_growth(args, ranks: Ranks, axes: dict, make):
         said = []
         for values, unit in zip(zip(*rows), ("s a step", "GiB")):
             grows = f"{unit}, exponent {exponent(sizes, values):.2f}"
-            curves[f"{what}: {grows}:"] = list(zip(sizes, values))
+            curves[f"{what}: {grows}"] = list(zip(sizes, values))
             said.append(f"{listed(values)} {grows}")
         ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {'; '.join(said)}")
     draw_growth(curves, args, ranks)
@@ -1307,7 +1315,7 @@ def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, heig
     margin = {name: 0.08 * (max(means) - min(means)) or 1.0 for name, means in values.items()}
     low = {name: min(means) - margin[name] for name, means in values.items()}
     high = {name: max(means) + margin[name] for name, means in values.items()}
-    left, top, right, bottom = 70, 40, width - 20, height - 50
+    left, top, right, bottom = 70, 54, width - 20, height - 50
     x = lambda v: left + (right - left) * (v - low[across]) / (high[across] - low[across])
     y = lambda v: bottom - (bottom - top) * (v - low[up]) / (high[up] - low[up])
     sheet = Image.new("RGB", (width, height + 20 * len(have) + 10), "white")
@@ -1319,7 +1327,7 @@ def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, heig
         draw.text((x(v), bottom + 6), f"{v:.2f}", fill="black", font_size=11, anchor="mt")
         draw.text((left - 6, y(w)), f"{w:.3f}", fill="black", font_size=11, anchor="rm")
     draw.text(((left + right) / 2, bottom + 26), table.columns[across], fill="black", font_size=12, anchor="mt")
-    draw.text((left + 8, top + 6), f"up: {table.columns[up]}", fill="black", font_size=12)
+    draw.text((8, top - 8), table.columns[up], fill="black", font_size=12, anchor="ls")
     for n, row in enumerate(have, 1):
         a, b, label = x(row["ours"][across]["mean"]), top + 18, f"{n}  {row['label']}"
         if up in row["ours"]:
