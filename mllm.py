@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from tokenizer import (attend, brief, check_fields, load_weights, lower, make_config, read_config, read_weights, recomputed,
+from tokenizer import (attend, brief, check, check_fields, load_weights, lower, make_config, read_config, read_weights, recomputed,
                        save_model, unbuilt)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,8 +240,7 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
                 loss += [False] * (positions + 2)
         rows.append((ids, loss, pictures))
     longest = max(len(ids) for ids, _, _ in rows)
-    if limit is not None and longest > limit:
-        raise ValueError(f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
+    check(limit is None or longest <= limit, f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
     ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.bool)
     places, targets, data, at, painted, learned, all_depths = [], [], [], [], [], [], []
     for b, (row, loss, pictures) in enumerate(rows):
@@ -439,8 +438,7 @@ class LLM(nn.Module):
         ValueError if anything is missing, left over or misshapen, and for variants of Qwen2 and Llama that this is not."""
         config = read_config(folder)
         rope, qwen = config.get("rope_parameters") or config.get("rope_scaling") or {}, config.get("model_type") == "qwen2"
-        if not isinstance(rope, dict):
-            raise ValueError(f"{folder}/config.json has rope_parameters {brief(rope)}, expected an object")
+        check(isinstance(rope, dict), f"{folder}/config.json has rope_parameters {brief(rope)}, expected an object")
         for what, got, expected in (("model_type", config.get("model_type"), "qwen2" if qwen else "llama"),
                                     ("hidden_act", config.get("hidden_act", "silu"), "silu"),
                                     ("use_sliding_window", config.get("use_sliding_window", False), False),
@@ -654,8 +652,7 @@ class MLLMConfig:
         if self.streams_out and not set(self.streams_in) & set(self.streams_out):
             raise ValueError(f"the painted streams {self.streams_out} are not among those read, {self.streams_in}: "
                              "the model could not see what it paints")
-        if self.head_width % self.head_heads:
-            raise ValueError(f"head_width {self.head_width} is not a multiple of head_heads {self.head_heads}")
+        check(self.head_width % self.head_heads == 0, f"head_width {self.head_width} is not a multiple of head_heads {self.head_heads}")
 
     @property
     def continuous(self) -> bool:
@@ -771,8 +768,7 @@ class DualMLLM(nn.Module):
         if guidance is None:
             guidance = GUIDANCE if pictures is None else EDIT_GUIDANCE
         c, n, guided = self.config, len(prompts), guidance != 1
-        if not self.heads:
-            raise ValueError("this model paints nothing: it was trained to read alone; train one with --streams-out")
+        check(self.heads, "this model paints nothing: it was trained to read alone; train one with --streams-out")
         start = [Words([self.text.marks["<image_gen_start>"]])]
         given = [[] if pictures is None else [Picture(p)] for p in (prompts if pictures is None else pictures.cpu())]
         rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)]

@@ -30,15 +30,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import hub, shapes
-from data.images import ImageData, centre_crop, decode
+from data.images import ImageData, Pictures
 from losses import Moments, frechet_distance, psnr, ssim
 from mllm import EDIT_GUIDANCE, GUIDANCE, DualMLLM, code_tables
 from rvq import all_reduce
-from tokenizer import DualTokenizer, layer_similarity, read_config, read_json, split_layers, write_json
+from tokenizer import DualTokenizer, check, first_line, layer_similarity, read_config, read_json, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge, to_generate
 from train_mllm import flags as train_flags
-from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, compile_parts, digest, load_teacher, read_lines, report, run, save_grid,
-                             teacher_of, to_picture)
+from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, batched, compile_parts, digest, load_teacher, read_text, report, run,
+                             save_grid, teacher_of, to_picture)
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -56,25 +56,21 @@ def flags(argv=None) -> argparse.Namespace:
     p.add_argument("--images", default="", metavar="FOLDER", help="for --figure: pictures to draw it from")
     p.add_argument("--siglip", default="", metavar="FOLDER", help="for --figure layers: the ViT; else the tokenizer's teacher, or its own")
     p.add_argument("--other", default="", metavar="FOLDER", help="for --figure features: a second tokenizer to compare with")
-    p.add_argument("--inception", default="", metavar="FILE",
-                   help="for --fd: the TorchScript Inception of the usual FID (a program, so from a source you trust)")
+    p.add_argument("--inception", default="", metavar="FILE", help="for --fd: FID's TorchScript Inception (a program: trust its source)")
     p.add_argument("--batch-size", type=int, default=16, help="pictures at a time, for --paint-file, --answer-file and --fd")
     p.add_argument("--tokenizer", default="out/tokenizer", help="run folder of train_tokenizer.py")
     p.add_argument("--mllm", default="out/mllm", help="run folder of train_mllm.py, or of one of its stages")
     p.add_argument("--out", default="out/samples", help="folder for pictures")
-    p.add_argument("--n", type=int, default=0,
-                   help="pictures per prompt or image (0: one), scenes to reconstruct (0: eight), or behind a figure (0: up to 256)")
+    p.add_argument("--n", type=int, default=0, help="pictures a prompt or image (0: one), scenes (0: eight), or of a figure (0: to 256)")
     p.add_argument("--eval-images", type=int, default=1024, help="size of the evaluation, as in training")
-    p.add_argument("--guidance", type=float, help="weight of the words; 1: as trained, and twice as fast (default: "
-                                                  f"{GUIDANCE:g}, of edits {EDIT_GUIDANCE:g})")
+    p.add_argument("--guidance", type=float, help=f"weight of the words; 1: twice as fast (default: {GUIDANCE:g}, edits {EDIT_GUIDANCE:g})")
     p.add_argument("--temperature", type=float, default=SAMPLING["temperature"], help="of sampling; 0: always the likeliest code")
     p.add_argument("--top-k", type=int, default=SAMPLING["top_k"], help="sample among so many codes; 0: all")
     p.add_argument("--top-p", type=float, default=SAMPLING["top_p"],
                    help="sample among the likeliest codes that together have this probability")
     p.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt; the next have the next seeds")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
-                   help="of the language model's weights and arithmetic; auto: bf16 on CUDA, else fp32")
+    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the LLM; auto: bf16 on CUDA, else fp32")
     p.add_argument("--compile", action="store_true",
                    help="paint a position as one compiled function (CPU) or graph (CUDA, where layers are compiled too): for many pictures")
     args = p.parse_args(argv)
@@ -103,12 +99,10 @@ def flags(argv=None) -> argparse.Namespace:
 
 def read_images(paths: list[str], size: int) -> Tensor:
     """Images of any size, the middle square of each: (B, 3, size, size) in [-1, 1]. Raises ValueError for one that cannot be read."""
-    def load(path):
-        try:
-            return centre_crop(decode(path, near=size), size).float() / 127.5 - 1
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror or error}; expected the path of an image") from None
-    return torch.stack([load(path) for path in paths])
+    images, broken = zip(*map(Pictures(paths, size).__getitem__, range(len(paths))))
+    if any(broken):
+        raise ValueError(f"{next(filter(None, broken))}; expected the path of an image")
+    return torch.stack(images).float() / 127.5 - 1
 
 
 def numbered(names: list[str]) -> list[str]:
@@ -186,17 +180,11 @@ def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device,
         print(path)
 
 
-def batches(items: list, args, ranks: Ranks, what: str):
-    """This rank's share, --batch-size at a time, with a bar."""
-    mine = items[ranks.rank::ranks.count]
-    return tqdm([mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)], what, disable=not ranks.first)
-
-
 @torch.no_grad()
 def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, how: dict):
     """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those there are kept, so a run that stopped goes on."""
     os.makedirs(args.out, exist_ok=True)
-    prompts, n = read_lines(args.paint_file), args.n or 1
+    prompts, n = read_text(args.paint_file).splitlines(), args.n or 1
     wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts)
               if prompt.strip() for k in range(n)]
     missing = [item for item in wanted if not os.path.exists(item[2])]
@@ -207,7 +195,7 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
     if ranks.first:
         write_json(path, asked)
     ranks.say(f"{len(wanted)} pictures, {len(wanted) - len(missing)} of them already in {args.out}")
-    for part in batches(missing, args, ranks, "painting"):
+    for part in batched(missing, args.batch_size, ranks, "painting"):
         graph = how["graph"] and len(part) == args.batch_size       # what is left over is not worth another one
         codes = model.paint([prompts[i].strip() for i, _, _ in part], seeds=[args.seed + i * n + k for i, k, _ in part],
                             **how | {"graph": graph})
@@ -220,24 +208,21 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
 def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: Ranks):
     """Every record with its answer, in order; one without a readable image is left out, counted and named. Paths: relative to the file."""
     records, broken, done = [], [], {}
-    for number, line in enumerate(read_lines(args.answer_file), 1):
+    for number, line in enumerate(read_text(args.answer_file).splitlines(), 1):
         try:
             record = json.loads(line)
             path, question = os.path.join(os.path.dirname(args.answer_file), record["image"]), str(record.get("question", ""))
             records.append((number, record, path, question))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken.append(f"line {number} is no record with an image: {line[:60]!r}") if line.strip() and ranks.first else None
-    for part in batches(records, args, ranks, "answering"):
-        images, whose = [], []
-        for item in part:
-            try:
-                images.append(read_images([item[2]], tokenizer.config.vision.image_size))
-                whose.append(item)
-            except ValueError as error:
-                broken.append(f"line {item[0]}: {error}"[:500])
-        if whose:
-            answers = model.answer(encode(torch.cat(images).to(ranks.device)), [question for *_, question in whose])
-            done |= {number: {**record, "answer": answer} for (number, record, *_), answer in zip(whose, answers)}
+    for part in batched(records, args.batch_size, ranks, "answering"):
+        pictures = Pictures([path for _, _, path, _ in part], tokenizer.config.vision.image_size)
+        read = [(item, *pictures[n]) for n, item in enumerate(part)]
+        broken += [f"line {number}: {reason}" for (number, *_), _, reason in read if reason]
+        if whose := [(item, image) for item, image, reason in read if not reason]:
+            images = torch.stack([image for _, image in whose]).to(ranks.device).float() / 127.5 - 1
+            answers = model.answer(encode(images), [question for (*_, question), _ in whose])
+            done |= {number: {**record, "answer": answer} for ((number, record, *_), _), answer in zip(whose, answers)}
     rows = ranks.gather_rows({"done": list(done.items()), "broken": broken})
     if not rows["done"]:
         raise ValueError(f'{args.answer_file} has no record that can be answered, such as {{"image": "a.png", "question": "what is this?"}}'
@@ -258,8 +243,7 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
         try:
             inception = torch.jit.load(args.inception, map_location=ranks.device).eval()
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{args.inception} is no TorchScript file ({str(error).splitlines()[0][:100]}); "
-                             "expected the Inception of the usual FID") from None
+            raise ValueError(f"{args.inception} is no TorchScript file ({first_line(error)}); expected the Inception of FID") from None
         look = lambda images: inception(images, return_features=True)
     else:
         look = lambda images: tokenizer.siglip_model.vision_model(images.float() / 127.5 - 1)[1]
@@ -415,8 +399,7 @@ def draw_codes(sheet, draw, args, tokenizer: DualTokenizer, device, columns: int
     """MUSE-VL, Fig. 5."""
     images, _, where = pictures_for(args, tokenizer.config.vision.image_size, 2, device, single=0.0)
     if not tokenizer.design.means:
-        raise ValueError(f"the design {tokenizer.config.design} learns no semantics, so that its codes mark nothing; "
-                         "name a tokenizer of another design")
+        raise ValueError(f"the design {tokenizer.config.design} learns no semantics: its codes mark nothing; name another tokenizer")
     codes, c = torch.cat([tokenizer.encode(part)[:, :, -1, 0].cpu() for part in images.split(16)]), tokenizer.config.vision
     chosen, order = telling_codes(codes, len(PENS), shown)
     cell, pens = max(224, 12 * c.grid), dict(zip(chosen, PENS))
@@ -485,8 +468,7 @@ def main(argv=None):
         return fd(args, tokenizer, ranks)
     model = to_generate(DualMLLM.from_pretrained(args.mllm), args.precision, ranks.device)
     if model.config.tables_sha256 != code_tables(tokenizer)[1]:
-        raise ValueError(f"the model in {args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; "
-                         "give its --tokenizer")
+        raise ValueError(f"{args.mllm} was trained on the codes of another tokenizer than {args.tokenizer}; give its --tokenizer")
     run_config = read_config(args.mllm)
     encode = encoder(model.config, tokenizer, args.tokenizer, run_config.get("teacher", ""))
     how = dict(guidance=args.guidance, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, graph=args.compile)
@@ -494,12 +476,8 @@ def main(argv=None):
         compile_parts(model)
     if args.eval:
         data, grid = SimpleNamespace(source=run_config.get("data")), os.path.join(args.out, "painted.png")
-        if not data.source:
-            raise ValueError(f"{args.mllm}/config.json does not say what the model was trained on, "
-                             "so there is nothing to evaluate it on; name a run folder of train_mllm.py")
-        if data.source == "none":
-            raise ValueError(f"{args.mllm} was trained on records alone, and none are held out for this script; "
-                             "its metrics.json has what training measured")
+        check(data.source, f"{args.mllm}/config.json names no data to evaluate it on; name a run folder of train_mllm.py")
+        check(data.source != "none", f"{args.mllm} was trained on records alone; its metrics.json has what training measured of them")
         os.makedirs(args.out, exist_ok=True)
         if data.source not in shapes.DIFFICULTIES:
             more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])

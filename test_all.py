@@ -3204,11 +3204,6 @@ def test_train_benches_write_a_picture_of_growth_alone(tmp_path, capsys, monkeyp
         assert words in capsys.readouterr().err
 
 
-def test_train_exponents_are_those_of_power_laws():
-    assert train_tokenizer.exponent((1, 2, 4), (3, 12, 48)) == pytest.approx(2) and train_tokenizer.exponent((10, 20, 40),
-        (7, 7, 7)) == pytest.approx(0)
-
-
 @pytest.mark.parametrize("script, argv, status, words", [
     ("train_tokenizer.py", ["--presett", "nano"], 2, "did you mean --preset?"),
     ("train_tokenizer.py", ["--preset", "nanno"], 1, "did you mean nano?"),
@@ -3323,13 +3318,13 @@ class Together:
     def say(self, *words):
         self.said += words if self.first else ()
 
-    def gather_rows(self, rows):
-        self.shared[self.rank] = rows
+    def gather_rows(self, *rows):
+        self.shared[self.rank] = [*rows]
         self.barrier.wait()
-        parts = [self.shared[r] for r in range(self.count)]
+        parts = sum((self.shared[r] for r in range(self.count)), [])
         self.barrier.wait()
         return {name: torch.cat([p[name] for p in parts]) if isinstance(value, torch.Tensor) else sum((p[name] for p in parts), [])
-                for name, value in rows.items()}
+                for name, value in parts[0].items()}
 
 
 def measured(files, count=1):
@@ -3484,7 +3479,7 @@ def test_train_evaluates_alone_and_keeps_what_was_said_of_training(run_folder, c
         str(tmp_path / "trained"))
     assert "holds another tokenizer" in stopped("--eval", "--init", str(run_folder), "--out", str(tmp_path / "trained"))
     (tmp_path / "run/metrics.json").write_text("[1")
-    assert "cannot be kept" in stopped("--eval", "--out", str(tmp_path / "run"), "--device", "cpu")
+    assert "is no JSON" in stopped("--eval", "--out", str(tmp_path / "run"), "--device", "cpu")
 
 
 def test_train_evaluates_the_released_layout(tmp_path, monkeypatch):

@@ -118,8 +118,7 @@ class TowerConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {brief(self.hidden_act)}, expected one of {', '.join(ACTIVATIONS)}")
+        check(self.hidden_act in ACTIVATIONS, f"hidden_act is {brief(self.hidden_act)}, expected one of {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
 
@@ -136,8 +135,7 @@ class VisionConfig(TowerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.patch_size:
-            raise ValueError("patch_size is 0, expected at least 1 pixel")
+        check(self.patch_size, "patch_size is 0, expected at least 1 pixel")
         numbers = lambda x: len(x) == 3 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
         if not numbers(self.pixel_mean) or not numbers(self.pixel_std) or min(self.pixel_std) <= 0:
             raise ValueError(f"pixel_mean is {brief(self.pixel_mean)} and pixel_std {brief(self.pixel_std)}, "
@@ -187,8 +185,7 @@ class TokenizerConfig:
     def __post_init__(self):
         check_fields(self)
         for what, got, known in (("design", self.design, DESIGNS), ("quantizer", self.quantizer, QUANTIZERS)):
-            if got not in known:
-                raise ValueError(f"there is no {what} {brief(got)}; expected one of {', '.join(known)}")
+            check(got in known, f"there is no {what} {brief(got)}; expected one of {', '.join(known)}")
         self.decoder_multipliers = tuple(self.decoder_multipliers)
         if not 1 <= len(self.decoder_multipliers) <= 10 or not all(type(m) is int and 1 <= m <= 1000 for m in self.decoder_multipliers):
             raise ValueError(f"decoder_multipliers are {brief(self.decoder_multipliers)}, expected 1 to 10 whole numbers of at least 1")
@@ -200,14 +197,12 @@ class TokenizerConfig:
             raise ValueError(f"latent_grid {self.latent_grid} and {len(self.decoder_multipliers)} decoder_multipliers make pictures of "
                              f"{painted} pixels out of {self.vision.image_size}; choose fewer")
         for name, n in (("shallow", self.shallow_layer), ("deep", self.deep_layer), ("shortcut", self.shortcut_layer)):
-            if not 0 <= n <= layers:
-                raise ValueError(f"there is no {name} layer {n}: the ViT has layers 1 to {layers}")
+            check(0 <= n <= layers, f"there is no {name} layer {n}: the ViT has layers 1 to {layers}")
         if max(self.shallow_layer, self.shortcut_layer) > self.deep_layer:
             raise ValueError(f"shallow layer {self.shallow_layer}, deep layer {self.deep_layer}, shortcut layer {self.shortcut_layer}: "
                              f"expected 1 <= shallow <= deep <= {layers} and 0 <= shortcut <= deep")
         for name in ("codebook_size", "depth", "code_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
         if width % self.code_dim:
             raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: projections have width / E heads")
         if self.quantizer == "mcq" and self.code_dim % self.depth:
@@ -260,14 +255,12 @@ PAPER = ("siglip-l-256", "so400m-384", "siglip2-so-256")
 def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) -> TokenizerConfig:
     """The configuration of a preset, perhaps at another image_size or with other layers in the ViT (and then the pixel stream from their
     first quarter), the sizes of a design that has its own, and changes by field name. Raises ValueError where these do not exist or fit."""
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
+    check(name in PRESETS, f"no preset {name!r}; expected one of {', '.join(PRESETS)}")
     design = DESIGNS.get(changes.get("design", "dual"), DESIGNS["dual"])
     row = PRESETS[name] | ({"shallow_layer": 0} if layers else {}) | design.sizes | (design.paper_sizes if name in PAPER else {}) | changes
     vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}), **({"num_hidden_layers": layers} if layers else {}))
     side, scale = vision["image_size"], 2 ** (len(row.get("decoder_multipliers", TokenizerConfig.decoder_multipliers)) - 1)
-    if side < 16:
-        raise ValueError(f"image size {side} is too small; expected at least 16 pixels")
+    check(side >= 16, f"image size {side} is too small; expected at least 16 pixels")
     if side % scale or side < scale:
         raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; "
                          f"choose one, such as {max(1, side // scale) * scale}")
@@ -313,8 +306,7 @@ class TextVocabulary:
     def ids(self, captions: list[str]) -> Tensor:
         """List of B strings -> (B, T) int64, padded to the tower's length; longer captions are cut before their last mark. Raises
         ValueError where the vocabulary or its package is missing, or it is damaged or not this tower's."""
-        if self.lacking:
-            raise ValueError(self.lacking)
+        check(not self.lacking, self.lacking)
         first, last, pad, prepare, encode = self.reader = self.reader or self._read()
         rows = torch.full((len(captions), self.length), pad)
         for row, caption in zip(rows, captions):
@@ -775,8 +767,7 @@ def split_layers(similarity: Tensor) -> tuple[int, int]:
     a layer is, on average over all layers, most similar to the others of its part. A layer that stands alone counts nothing, or the best
     parts would be single layers; since layers are counted, not pairs, no part wins by being long. Raises ValueError below three layers."""
     layers, others = len(similarity), similarity.double().cpu().clone().fill_diagonal_(0)
-    if layers < 3:
-        raise ValueError(f"{layers} layers cannot be split into shallow, middle and deep; expected at least 3")
+    check(layers >= 3, f"{layers} layers cannot be split into shallow, middle and deep; expected at least 3")
     # Over layers first + 1 ... last, the sum of each one's mean similarity to the others among them.
     bright = lambda first, last: others[first:last, first:last].sum().item() / max(1, last - first - 1)
     return max(itertools.combinations(range(1, layers), 2), key=lambda cut: bright(0, cut[0]) + bright(*cut) + bright(cut[1], layers))
@@ -1197,6 +1188,12 @@ def write_json(path: str, content):
     os.replace(path + ".tmp", path)
 
 
+def check(right, words: str):
+    """Raises ValueError with these words where something is not right."""
+    if not right:
+        raise ValueError(words)
+
+
 def brief(value) -> str:
     """As Python writes it, cut: a file can hold anything."""
     text = repr(value)
@@ -1225,8 +1222,7 @@ def read_config(folder: str, name: str = "config.json") -> dict:
     except OSError as error:
         raise ValueError(f"no model in {folder!r}: {path} cannot be read ({error.strerror}); "
                          "expected a folder with config.json and model.safetensors") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object")
+    check(isinstance(config, dict), f"{path} holds a {type(config).__name__}, expected a JSON object")
     return config
 
 
@@ -1243,8 +1239,7 @@ def make_config(cls, values: dict, folder: str, defaults: dict = {}, given: dict
 def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = ()) -> dict[str, Tensor]:
     """All tensors of a safetensors file but the ignored. Raises ValueError for a missing, truncated or damaged file."""
     path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        raise ValueError(f"no weights at {path}; expected a safetensors file")
+    check(os.path.isfile(path), f"no weights at {path}; expected a safetensors file")
     try:
         with safe_open(path, "pt") as file:
             # copied: parts of a mapped file are aligned by its header, and products of unaligned numbers round differently

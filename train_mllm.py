@@ -47,11 +47,11 @@ from data.records import document as read_document
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
-from tokenizer import PRESETS, DualTokenizer, preset_config, read_config, read_json, write_json
-from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System, Table, adamw, bench, bench_growth, check_batch,
+from tokenizer import PRESETS, DualTokenizer, check, preset_config, read_config, read_json, write_json
+from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System, Table, adamw, batched, bench, bench_growth, check_batch,
                              check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter, kept, load_part,
-                             load_teacher, lock, make_table, metrics_of, or_nearest, precision, print_parts, run, save_grid, seconds_of,
-                             shared_flags, step_or_skip, teacher_of, train, whole)
+                             load_teacher, lock, make_table, metrics_of, precision, print_parts, read_text, run, save_grid,
+                             seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -144,12 +144,9 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--max-tokens", type=int, default=0, help="of a record: documents are cut to this after one of their parts, other "
                                                              "longer records are left out; 0: the LLM's context, at most 2048")
     args = p.parse_args(argv)
-    check_shared(args, text_length=2, code_dim=0, max_tokens=0)
-    if args.preset not in STAGES:
-        raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(STAGES)}", [args.preset], STAGES))
+    check_shared(args, STAGES, text_length=2, code_dim=0, max_tokens=0)
     names, records = [row.name for row in STAGES[args.preset]], args.conversations or args.documents
-    if args.stage not in ("all", *names):
-        raise ValueError(f"--stage is {args.stage!r}, expected all, or one of {', '.join(names)}")
+    check(args.stage in ("all", *names), f"--stage is {args.stage!r}, expected all, or one of {', '.join(names)}")
     if args.until and (args.stage != "all" or args.until not in names):
         raise ValueError(f"--until is {args.until!r} and --stage {args.stage!r}: expected --stage all, --until one of {', '.join(names)}")
     for name, wanted, goes_with in (("teacher", args.streams_in == "continuous", "--streams-in continuous"),
@@ -188,8 +185,7 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
     if not there():
         lock(args.out, ranks)
     if not there():     # another run may just have made it
-        if count < ranks.count:
-            raise ValueError(f"{count} pictures for {ranks.count} ranks, expected at least one each; add images or start fewer ranks")
+        check(count >= ranks.count, f"{count} pictures for {ranks.count} ranks, expected one each; add images or start fewer ranks")
         temporary, mine = f"{folder}.{ranks.count}.tmp", range(ranks.rank, count, ranks.count)
         own = lambda rank: [os.path.join(temporary, name) for name in (f"pictures-{rank}.npy", f"said-{rank}.jsonl")]
         os.makedirs(temporary, exist_ok=True)
@@ -290,17 +286,11 @@ class Sequences(torch.utils.data.Dataset):
         self.source, self.args, self.ranks, self.text, self.positions, self.pieces = source, args, ranks, text, config.positions, None
         longest = 2 * (config.positions + 2) + args.text_length + 64        # an edit, with what stands around it
         if longest > (context := config.llm.max_position_embeddings):
-            raise ValueError(f"two pictures and --text-length {args.text_length} make up to {longest} tokens, but the LLM's context is "
-                             f"{context}; choose a shorter length")
+            raise ValueError(f"an edit takes up to {longest} tokens, and the LLM's context is {context}; choose a shorter --text-length")
         if args.text_data:
-            try:
-                with open(args.text_data, encoding="utf-8") as file:
-                    self.pieces = np.array(text.encode(file.read()), dtype=np.uint32)
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"--text-data {args.text_data} cannot be read ({error}); expected a text file in UTF-8") from None
+            self.pieces = np.array(text.encode(read_text(args.text_data)), dtype=np.uint32)
             if len(self.pieces) <= args.text_length:
-                raise ValueError(f"--text-data {args.text_data} has {len(self.pieces)} tokens, "
-                                 f"expected more than --text-length {args.text_length}")
+                raise ValueError(f"{args.text_data} has {len(self.pieces)} tokens, expected more than --text-length {args.text_length}")
             self.kinds = tuple(dict.fromkeys((*self.kinds, "text")))
 
     def add(self, records: "RecordSequences"):
@@ -359,8 +349,7 @@ class Sequences(torch.utils.data.Dataset):
         """-> function of a start step that yields each step's micro-batches of this rank, (batch on the device,), no reports, endlessly."""
         check_batch(row.batch, self.ranks, self.args.accumulate)
         self.row, self.mixture = row, {kind: share for kind, share in row.mixture.items() if kind in self.kinds}
-        if not self.mixture:
-            raise ValueError(f"the data {self.source!r} has none of {', '.join(row.mixture)}; it has {', '.join(self.kinds)}")
+        check(self.mixture, f"the data {self.source!r} has none of {', '.join(row.mixture)}; it has {', '.join(self.kinds)}")
         cuda = self.ranks.device.type == "cuda"
 
         def steps(start):
@@ -423,8 +412,7 @@ class RecordSequences:
         context = config.llm.max_position_embeddings
         self.text, self.positions, self.paints, self.lengths = text, config.positions, bool(config.streams_out), 0.0
         self.limit = args.max_tokens or min(2048, context)
-        if self.limit > context:
-            raise ValueError(f"--max-tokens is {args.max_tokens}, but the LLM's context is {context}; choose fewer")
+        check(self.limit <= context, f"--max-tokens is {args.max_tokens}, but the LLM's context is {context}; choose fewer")
         given = ((args.conversations, conversation), (args.documents, read_document))
         self.records = Records([(path, parse) for files, parse in given for path in files.split(",") if path], args.image_folder)
         good, broken = self.read(ranks)
@@ -498,8 +486,7 @@ class RecordSequences:
                 if room < 0:
                     break
                 pieces.append(picture(part) if isinstance(part, Image) else Words(piece, part.loss))
-            if not learned(parts[:len(pieces)]):
-                raise ValueError(f"nothing that has a loss fits {self.limit} tokens")
+            check(learned(parts[:len(pieces)]), f"nothing that has a loss fits {self.limit} tokens")
             made = document(self.text, pieces)
         if (length := self.tokens(made)) > self.limit:
             raise ValueError(f"{length} tokens, expected at most {self.limit}")
@@ -570,8 +557,7 @@ class ImageSequences(Sequences):
         if train:
             self.pictures, self.captions = codes(parts[0], "train")
             self.told = np.array([i for i, caption in enumerate(self.captions) if caption], np.uint32)
-            if not len(self.told):
-                raise ValueError(f"the images in {source!r} have no captions; add .txt files or a metadata.jsonl")
+            check(len(self.told), f"the images in {source!r} have no captions; add .txt files or a metadata.jsonl")
             reports = list(dict.fromkeys(ranks.gather_rows({"reports": reports})["reports"]))
             for report in reports[:10]:
                 ranks.say(f"  {report}")
@@ -628,13 +614,12 @@ def share(right: list) -> float:
 def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dict:
     """Answers and captions, exactly right or not. Chance: one of the type's answers at random; majority: always its most frequent
     answer to such questions about scenes of the training split."""
-    mine, answers, captions = range(ranks.rank, len(val.scenes), ranks.count), [], []
-    for i in tqdm(range(0, len(mine), 128), "answering", leave=False, disable=not ranks.first):
-        part = mine[i:i + 128]
+    rows = []
+    for part in batched(range(len(val.scenes)), 128, ranks, "answering"):
         pictures = encode(val.render([val.scenes[j] for j in part], ranks.device))
-        answers += model.answer(pictures, [val.asked[j][1] for j in part], longest=16)
-        captions += model.answer(pictures, [""] * len(part), longest=64)
-    rows = ranks.gather_rows({"index": list(mine), "answers": answers, "captions": captions})
+        rows.append({"index": [*part], "answers": model.answer(pictures, [val.asked[j][1] for j in part], longest=16),
+                     "captions": model.answer(pictures, [""] * len(part), longest=64)})
+    rows = ranks.gather_rows(*rows)
     usual, rng = collections.defaultdict(collections.Counter), random.Random(0)
     for scene in shapes.World(val.source, val.size).scenes(range(4000)):
         kind, _, answer = ask(scene, rng)
@@ -653,18 +638,16 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
     """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy, the ceiling: the same
     for the tokenizer's reconstructions of scenes they are true of. fd: Frechet distance to these in pooled features of `look`, a ViT."""
     shown = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
-    mine, rows = range(ranks.rank, len(val.claims), ranks.count), collections.defaultdict(list)
-    for i in tqdm(range(0, len(mine), 64), "painting", leave=False, disable=not ranks.first):
-        part = mine[i:i + 64]
+    rows = []
+    for part in batched(range(len(val.claims)), 64, ranks, "painting"):
         claims, scenes = zip(*(val.claims[j][1:] for j in part))
         real = val.render(list(scenes), ranks.device)
         made = tokenizer.decode(model.paint([claim.text for claim in claims], seeds=list(part), **how))
-        for name, images in (("painted", made), ("ceiling", tokenizer.decode(tokenizer.encode(real)))):
-            rows[name] += [scene is not None and claim.holds(scene) for claim, scene in zip(claims, shapes.read(images, val.source))]
-        rows["real"].append(look(real)[1].float()), rows["made"].append(look(made)[1].float())
-        rows["pictures"] += [(j, picture.cpu()) for j, picture in zip(part, made) if any(j in row for row in shown)]
-        rows["index"] += part
-    rows = ranks.gather_rows({name: torch.cat(value) if isinstance(value[0], Tensor) else value for name, value in rows.items()})
+        holds = lambda images: [scene is not None and claim.holds(scene) for claim, scene in zip(claims, shapes.read(images, val.source))]
+        rows.append({"index": [*part], "painted": holds(made), "ceiling": holds(tokenizer.decode(tokenizer.encode(real))),
+                     "real": look(real)[1].float(), "made": look(made)[1].float(),
+                     "pictures": [(j, picture.cpu()) for j, picture in zip(part, made) if any(j in row for row in shown)]})
+    rows = ranks.gather_rows(*rows)
     skills = [val.claims[i][0] for i in rows["index"]]
     metrics = {what: shares(skills, rows[name]) for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling"))}
     if ranks.first:
@@ -677,12 +660,13 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
 
 def editing(model: DualMLLM, tokenizer: DualTokenizer, encode, val: Validation, ranks: Ranks, how: dict) -> dict:
     """Edits of pictures, marked by the world's reader: whether it reads what was asked for, and all the rest as it was."""
-    mine, right = range(ranks.rank, len(val.edits), ranks.count), []
-    for i in tqdm(range(0, len(mine), 64), "editing", leave=False, disable=not ranks.first):
-        before, kinds, words, after = zip(*(val.edits[j] for j in mine[i:i + 64]))
-        codes = model.paint(list(words), encode(val.render(list(before), ranks.device)), seeds=list(mine[i:i + 64]), **how)
-        right += map(shapes.carried_out, kinds, before, after, shapes.read(tokenizer.decode(codes), val.source))
-    rows = ranks.gather_rows({"kinds": [val.edits[j][1] for j in mine], "right": right})
+    rows = [{"kinds": [], "right": []}]     # of few scenes, none may have an edit
+    for part in batched(range(len(val.edits)), 64, ranks, "editing"):
+        before, kinds, words, after = zip(*(val.edits[j] for j in part))
+        codes = model.paint(list(words), encode(val.render(list(before), ranks.device)), seeds=list(part), **how)
+        read = shapes.read(tokenizer.decode(codes), val.source)
+        rows.append({"kinds": [*kinds], "right": [*map(shapes.carried_out, kinds, before, after, read)]})
+    rows = ranks.gather_rows(*rows)
     return {"editing": shares(rows["kinds"], rows["right"])}
 
 
@@ -703,9 +687,9 @@ def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds
     """Mean cross entropy over the held-out records of each kind: `text` a token with a loss, `codes` a painted position, all its codes."""
     metrics = {}
     for kind in [kind for kind in records.kinds if kind in kinds and len(records.held[kind])]:
-        mine, sums = records.held[kind][ranks.rank::ranks.count], torch.zeros(4)
-        for i in range(0, len(mine), 8):
-            batch = pack([records.made(kind, row) for row in mine[i:i + 8]], records.text, records.positions).to(ranks.device)
+        sums = torch.zeros(4)
+        for part in batched(records.held[kind], 8, ranks):
+            batch = pack([records.made(kind, row) for row in part], records.text, records.positions).to(ranks.device)
             terms = {name: float(value) for name, value in model(batch).items()}
             text = terms.pop("text")
             sums += torch.tensor([text, len(batch.text_target), sum(terms.values()), len(batch.learned) * records.positions])
@@ -852,8 +836,7 @@ def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: 
     @torch.no_grad()
     def encode(images):
         return model(images, c.deep_layer)[0] if config.continuous else model.encode(images)
-    if c.codebook_size > 2 ** 16:
-        raise ValueError(f"a codebook of {c.codebook_size} codes, expected at most {2 ** 16}: codes are kept in 16 bits")
+    check(c.codebook_size <= 2 ** 16, f"a codebook of {c.codebook_size} codes, expected at most {2 ** 16}: codes are kept in 16 bits")
     encode.key = {"encoder": digest(model), "continuous": config.continuous, "layers": [c.shallow_layer, c.deep_layer]}
     return encode
 
@@ -874,8 +857,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
         if args.vocabulary and sizes.vocab_size < 151_936:
             sizes = replace(sizes, vocab_size=math.ceil(text.size / 64) * 64)
         if STAGES[args.preset] is PAPER and not (args.bench or args.parameters or args.dry_run):
-            raise ValueError(f"the stages of --preset {args.preset} start from a pretrained LLM; "
-                             "give its folder with --llm, or train --preset small from scratch")
+            raise ValueError(f"--preset {args.preset} starts from a pretrained LLM; give its folder with --llm, or take --preset small")
     elif os.path.isdir(name := hub.folder(name)):
         llm, text = LLM.from_pretrained(name), TextTokenizer.from_folder(name)
         sizes = llm.config
@@ -950,11 +932,11 @@ def train_table(args):
     if taken or args.tokenizer not in ("out/tokenizer", *PRESETS):
         raise ValueError(f"the rows of a table have --{', --'.join(taken or ['tokenizer'])} of their own; leave that out".replace("_", "-"))
     if args.data not in ("", *shapes.DIFFICULTIES):
-        raise ValueError(f"--data is {args.data!r}, but these tables ask and mark by the built-in world; expected one of "
-                         f"{', '.join(shapes.DIFFICULTIES)}")
+        raise ValueError(f"--data is {args.data!r}, but tables are of the built-in world; expected one of {', '.join(shapes.DIFFICULTIES)}")
     args.out = "out/tables" if args.out == "out/mllm" else args.out
     below = train_tokenizer.flags([
         "--preset", preset, "--out", args.out, "--data", args.data, "--device", args.device, "--eval-images", str(args.eval_images),
+        "--precision", args.precision, "--workers", str(args.workers),
         *(f"--{name}" for name in ("compile", "checkpointing") if getattr(args, name))])
     trained = {}
 
@@ -966,8 +948,7 @@ def train_table(args):
         alike = [{key: metrics["settings"][key] for key in ("preset", "data", "steps", "batch", "lr", "weights")}
                  for metrics in trained.values()]
         if apart := differences({**alike[0], "preset": preset}, alike[-1]):
-            raise ValueError(f"{folder} holds a tokenizer of other settings than the rest ({'; '.join(apart)}); "
-                             "delete it, or name another --out, or --preset")
+            raise ValueError(f"{folder} holds a tokenizer of other settings ({'; '.join(apart)}); delete it, or name another --out")
         row = argparse.Namespace(**vars(args) | dict(seed=seed, out=out, tokenizer=folder, resume=True, table="") | system.changes)
         main(args=row)
         return {**metrics_of(os.path.join(out, f"stage-{row.until}") if row.until else out), "tokenizer": trained[folder]}
@@ -1003,8 +984,7 @@ def main(argv=None, args=None):
         tokenizer, source = DualTokenizer(preset_config(args.tokenizer)).eval(), args.data or "plain"       # random weights, for its shapes
     else:
         tokenizer, source = DualTokenizer.from_pretrained(args.tokenizer), args.data or read_config(args.tokenizer).get("data")
-        if not source:
-            raise ValueError(f"{args.tokenizer}/config.json does not say what the tokenizer was trained on; name the --data")
+        check(source, f"{args.tokenizer}/config.json does not say what the tokenizer was trained on; name the --data")
     tokenizer.to(ranks.device).requires_grad_(False)
     tables, sha256 = code_tables(tokenizer)
     config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size, ranks.say)
@@ -1118,8 +1098,7 @@ def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
 
 
 def to_generate(model: DualMLLM, precision: str, device: torch.device) -> DualMLLM:
-    """The model for painting and answering: weights in bf16 on CUDA, or as `precision` says (auto, bf16, fp32), but code tables in fp32,
-    since small residuals are added to large ones."""
+    """For painting and answering: in bf16 on CUDA or by `precision`, but tables in fp32, since small residuals are added to large ones."""
     low = precision == "bf16" or precision == "auto" and device.type == "cuda"       # on a CPU the products are too small for bf16 to pay
     tables, model = model.tables, model.eval().requires_grad_(False).to(device, *[torch.bfloat16] * low)
     model.tables = tables.to(device)
@@ -1143,11 +1122,10 @@ def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer
 
 
 def bench_answering(ranks: Ranks, model: DualMLLM, words: int = 64):
-    """--bench answer: a picture and a question, one at a time: until the first token, and tokens a second; the same for transformers' Qwen2
-    of this shape, if it is installed."""
+    """--bench answer: a picture and a question, one at a time; beside transformers' Qwen2 of this shape, if it is installed."""
     c, device = model.config, ranks.device
-    begin = lambda: model._begin([turn(model.text, [Picture(torch.zeros(c.positions, len(c.streams), c.depth, dtype=torch.int64)),
-                                                    "what colour is the circle?"])], words)
+    nothing = torch.zeros(c.positions, c.feature_width) if c.continuous else torch.zeros(c.positions, len(c.streams), c.depth).long()
+    begin = lambda: model._begin([turn(model.text, [Picture(nothing), "what colour is the circle?"])], words)
     systems = {"ours": lambda n: list(model.write_words(*begin(), n, lambda logits, t: logits.argmax(-1)))}
     try:
         import transformers
@@ -1183,16 +1161,15 @@ def bench_stage_growth(args, ranks: Ranks):
         parts, model = next(data.batches(row)(0))[0], DualMLLM(config, text).to(ranks.device)
         return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), parts
     width = usual.llm.hidden_size
-    bench_growth(args, ranks, {"positions": [usual.positions * n for n in (1, 2, 4)],
-                               "words": [args.text_length * n for n in (1, 2, 4)], "width": [width * n for n in (1, 2, 4)],
-                               "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
+    bench_growth(args, ranks, f"stage-{row.name}", {
+        "positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)],
+        "width": [width * n for n in (1, 2, 4)], "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
 
 
 def estimate(args):
     """What the stages of a preset cost, over the tokenizer of a preset, whose features or weights are not needed."""
     if args.streams_in == "continuous" or (args.llm and args.llm not in LLMS) or args.vocabulary:
-        raise ValueError("--dry-run is of codes and of a preset's LLM; "
-                         "leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
+        raise ValueError("--dry-run is of codes; leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
     tokenizer, ranks, count = preset_config(tokenizer_preset(args)), Ranks("cpu"), args.ranks or (8 if STAGES[args.preset] is PAPER else 1)
     config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
     many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
@@ -1225,8 +1202,7 @@ def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:
         raise ValueError(f"stage {stage} is not finished in {folder!r}; run it first, or --stage all")
     model = DualMLLM.from_pretrained(folder)
     if model.config.tables_sha256 != config.tables_sha256:
-        raise ValueError(f"{folder} was trained on another tokenizer's codes (tables {model.config.tables_sha256[:12]}, this one's "
-                         f"{config.tables_sha256[:12]}); give that --tokenizer")
+        raise ValueError(f"{folder} was trained on another tokenizer's codes; give that --tokenizer")
     if changed := differences(asdict(model.config), asdict(config)):
         raise ValueError(f"{folder} holds another design ({'; '.join(changed)}); use its flags, or start anew in another --out")
     return model

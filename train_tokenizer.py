@@ -54,7 +54,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -63,8 +63,9 @@ from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import CELLS, ResidualVQ, all_reduce, histogram, usage_and_perplexity
-from tokenizer import (BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, brief, first_line, layer_similarity,
-                       load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers, split_layers, write_json)
+from tokenizer import (BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, brief, check, first_line,
+                       layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers,
+                       split_layers, write_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,43 +135,10 @@ class Parser(argparse.ArgumentParser):
 
 def flags(argv=None) -> argparse.Namespace:
     p = Parser(__doc__)
-    own_flags(p)
-    g = shared_flags(p, tables("nano"), ("quantizer", "growth"))
-    g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
-    g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
-    g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
-    g.add_argument("--semantic-weight", type=float, default=1.0, help="times the preset's weights of the semantic terms")
-    g.add_argument("--shared-gradient", type=float, default=-1.0,
-                   help="share of the semantic gradient that enters layers which feed the pixel stream too; -1: the preset's (paper: 1)")
-    g.add_argument("--fast-vq", action=argparse.BooleanOptionalAction, default=False, help="our Triton kernel, for large codebooks (CUDA)")
-    g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
-    g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
-    args = p.parse_args(argv)
-    check_shared(args, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, layers=0, codebook_size=0, depth=0,
-                 code_dim=0, semantic_weight=0)
-    if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
-        raise ValueError(f"--backbone is {args.backbone!r}, --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
-    if bool(args.vgg) != bool(args.lpips):
-        raise ValueError(f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
-    for name in ("gan_start", "shared_gradient"):
-        if not (getattr(args, name) == -1 or 0 <= getattr(args, name) <= 1):
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a share from 0 to 1, or -1")
-    if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
-        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data")
-    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile",
-                              "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
-    if idle:
-        raise ValueError(f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
-    return args
-
-
-def own_flags(p: argparse.ArgumentParser):
-    """What train_mllm.py does not share: data, model, evaluation."""
     g = p.add_argument_group("what")
     g.add_argument("--preset", default="nano", help=f"sizes and settings: {', '.join(PRESETS)}")
     g.add_argument("--out", default="out/tokenizer", help="run folder")
-    g.add_argument("--data", default="",
-                   help="plain, textured, a folder of images, or tar shards such as cc12m/{00000..01242}.tar; default: the preset's")
+    g.add_argument("--data", default="", help="plain, textured, a folder of images, or shards (cc12m/{0..9}.tar); default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
     g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, others each time, by shards if there are many; 0: all")
     g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, SigLIP2 (fixed resolution) or CLIP in Hugging Face's "
@@ -186,7 +154,9 @@ def own_flags(p: argparse.ArgumentParser):
     g.add_argument("--depth", type=int, default=0, help="D, codes of a position and stream; 0: the preset's")
     g.add_argument("--code-dim", type=int, default=0, help="E; 0: the preset's")
     g.add_argument("--layers", type=int, default=0, help="of the ViT, where it is trained here; 0: the preset's")
-    g.add_argument("--shallow-layer", type=lambda word: word if word in ("quarter", "split") else int(word), default=0,
+    layer = lambda word: word if word in ("quarter", "split") else int(word)
+    layer.__name__ = "layer"        # what argparse calls it in an error
+    g.add_argument("--shallow-layer", type=layer, default=0,
                    help="layer the pixel stream leaves after; quarter: a quarter of all; split: the last shallow one by the similarity of "
                         "the layers; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
@@ -199,6 +169,31 @@ def own_flags(p: argparse.ArgumentParser):
     g.add_argument("--templates", default="", help="file with a prompt a line, {} for the class, to average; default: a photo of a {}.")
     g.add_argument("--retrieval-data", default="", help="captions as Flickr8k's, image,caption or image#number TAB caption, for retrieval")
     g.add_argument("--retrieval-images", default="", help="folder of their images; default: Images or images beside the file, or its own")
+    g = shared_flags(p, tables("nano"), ("quantizer", "growth"))
+    g.add_argument("--vgg", default="", help="file of torchvision's VGG16 (.pth or .safetensors), for the perceptual term; default: none")
+    g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
+    g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
+    g.add_argument("--semantic-weight", type=float, default=1.0, help="times the preset's weights of the semantic terms")
+    g.add_argument("--shared-gradient", type=float, default=-1.0,
+                   help="share of the semantic gradient that enters layers which feed the pixel stream too; -1: the preset's (paper: 1)")
+    g.add_argument("--fast-vq", action=argparse.BooleanOptionalAction, default=False, help="our Triton kernel, for large codebooks (CUDA)")
+    g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
+    g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
+    args = p.parse_args(argv)
+    check_shared(args, SETTINGS, siglip_steps=0, num_samples=0, image_size=0, deep_layer=0, shortcut_layer=0, layers=0, codebook_size=0,
+                 depth=0, code_dim=0, semantic_weight=0)
+    if args.backbone and (args.siglip or not args.backbone.startswith("timm:")):
+        raise ValueError(f"--backbone is {args.backbone!r}, --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
+    check(bool(args.vgg) == bool(args.lpips), f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
+    for name in ("gan_start", "shared_gradient"):
+        if not (getattr(args, name) == -1 or 0 <= getattr(args, name) <= 1):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a share from 0 to 1, or -1")
+    if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
+        raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data")
+    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile",
+                              "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
+    check(not idle, f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
+    return args
 
 
 def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
@@ -208,8 +203,7 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                    help="auto: bf16 autocast on CUDA and on a CPU with AVX-512 BF16, else fp32; quantizers are always fp32")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="torch.compile transformer layers and the decoder's levels")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile layers and the decoder's levels")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations to save memory")
     g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
     g = p.add_argument_group("run")
@@ -225,8 +219,7 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     g.add_argument("--bench", nargs="?", const="steps", default="", choices=("steps", *benches),
                    help="time 20 steps of each stage, or something else, and write nothing")
     g = p.add_argument_group("dry run: what a run would cost, before there are data, weights or a GPU")
-    g.add_argument("--dry-run", action="store_true",
-                   help="only print parameters, FLOPs, memory and time of each stage, with and without --checkpointing")
+    g.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and time, with and without --checkpointing")
     g.add_argument("--ranks", type=int, default=0, help="GPUs that it is for; 0: 8 in the paper's presets, 1 in ours")
     g.add_argument("--utilisation", type=float, default=0.4, help="share of an H100's dense bf16 FLOP/s that is reached")
     g = p.add_argument_group("optimisation (0: the preset's)")
@@ -239,19 +232,18 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     return g
 
 
-def check_shared(args, **more: int):
-    """ValueError for a flag below its least value; more: those of one script, by name."""
+def check_shared(args, presets: dict, **more: int):
+    """ValueError for a preset that is not there, or a flag below its least value; more: those of one script, by name."""
+    if args.preset not in presets:
+        raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(presets)}", [args.preset], presets))
     if args.seeds != 1 and not args.table or args.table and (args.bench or args.dry_run):
         raise ValueError("--seeds goes with --table, and --table goes without --bench and --dry-run")
     least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1,
                  keep_checkpoints=1, eval_images=2, lr=0, ranks=0, seeds=1)
     for name, value in {**least, **more}.items():
-        if not getattr(args, name) >= value:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {value}")
-    if not args.clip > 0:
-        raise ValueError(f"--clip is {args.clip}, expected more than 0")
-    if not 0 < args.utilisation <= 1:
-        raise ValueError(f"--utilisation is {args.utilisation}, expected a share above 0 and up to 1")
+        check(getattr(args, name) >= value, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {value}")
+    check(args.clip > 0, f"--clip is {args.clip}, expected more than 0")
+    check(0 < args.utilisation <= 1, f"--utilisation is {args.utilisation}, expected a share above 0 and up to 1")
     if (args.ranks or args.utilisation != 0.4) and not args.dry_run:
         raise ValueError("--ranks and --utilisation are those of an estimate; they go with --dry-run")
 
@@ -273,8 +265,7 @@ class Ranks:
                 torch.backends.cudnn.allow_tf32 = False     # as for products: rounded features have other codes, and fp32 is wanted here
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); "
-                             "expected auto, cpu, or a device that this torch sees") from None
+            raise ValueError(f"--device {device} cannot be used here ({first_line(error)}); expected auto, cpu or one of torch's") from None
         if "RANK" in os.environ and not dist.is_initialized():
             if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 raise ValueError("after a restart, ranks would find the addresses of those before in torchrun's store: give each start its "
@@ -319,15 +310,21 @@ class Ranks:
         for part in [*parts, model]:
             fully_shard(part, mesh=mesh, shard_placement_fn=along)
 
-    def gather_rows(self, rows: dict) -> dict:
-        """Per-rank {name: tensor or list} -> the same of all ranks, concatenated in rank order, tensors on the CPU."""
-        rows = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in rows.items()}
-        parts = [rows]
+    def gather_rows(self, *rows: dict) -> dict:
+        """This rank's batches of {name: tensor or list}, maybe none -> those of all ranks in one, in rank order, tensors on the CPU."""
+        rows = parts = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in row.items()} for row in rows]
         if self.count > 1:
             parts = [None] * self.count
             dist.all_gather_object(parts, rows)
+            parts = sum(parts, [])
         return {name: torch.cat([p[name] for p in parts]) if isinstance(value, Tensor) else sum((p[name] for p in parts), [])
-                for name, value in rows.items()}
+                for name, value in parts[0].items()}
+
+
+def batched(items, size: int, ranks: Ranks, what: str = ""):
+    """This rank's share of items, every so-manieth, `size` at a time; what: the words of a bar on the screen."""
+    mine = items[ranks.rank::ranks.count]
+    return tqdm([mine[i:i + size] for i in range(0, len(mine), size)], what, leave=False, disable=not what or not ranks.first)
 
 
 def whole(x):
@@ -345,12 +342,8 @@ def share_of(x: Tensor, like: Tensor) -> Tensor:
 
 def whole_state(state, first: bool):
     """A state dict, or a part of one, as of one rank: on the CPU of the first alone, by single tensors, as the device may not hold all."""
-    if isinstance(state, (dict, list)):
-        items = state.items() if isinstance(state, dict) else enumerate(state)
-        gathered = {key: whole_state(value, first) for key, value in items}
-        return gathered if isinstance(state, dict) else [*gathered.values()]
-    state = whole(state)
-    return (state.cpu() if first else None) if isinstance(state, Tensor) else state
+    gathered = lambda x: x.cpu() if first else None
+    return tree_map(lambda x: gathered(whole(x)) if isinstance(x, Tensor) else x, state)
 
 
 def load_part(part, state: dict, source: str):
@@ -359,14 +352,12 @@ def load_part(part, state: dict, source: str):
         own = part.state_dict()
         return load_weights(part, {name: share_of(value, own.get(name)) for name, value in state.items()}, source)
     parameters = [p for group in part.param_groups for p in group["params"]]
-    names, rows = {"momentum"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}, state["state"]
-    for i, row in rows.items():     # torch looks at none of this before it steps
-        shapes = (parameters[i].shape, torch.Size())
-        if row.keys() != names or not all(x.is_floating_point() and x.shape == shapes[name == "step"] for name, x in row.items()):
-            raise ValueError(f"{source} holds the state of another optimiser ({brief(', '.join(map(str, row)))} for parameter {i} of shape "
-                             f"{tuple(shapes[0])}); start anew, or take an older copy of it")
-    if missing := [i for i, p in enumerate(parameters) if p in part.state and i not in rows]:
-        raise ValueError(f"{source} lacks the optimiser's state for parameter {missing[0]}; start anew, or take an older copy of it")
+    rows = state["state"]
+    for i, p in enumerate(parameters):      # torch looks at none of this before it steps
+        shapes = {"momentum": p.shape} if isinstance(part, Muon) else {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        row = {name: x.is_floating_point() and x.shape for name, x in rows.get(i, {}).items()}
+        if row != shapes and (row or p in part.state):
+            raise ValueError(f"{source} has an optimiser's state {brief(row)} for parameter {i}, expected {shapes}; start anew")
     fit = lambda p, value: share_of(value, p) if value.shape == p.shape else value
     # Learning rates and the like are not the file's: `settings` says that they are the same.
     part.load_state_dict({"param_groups": part.state_dict()["param_groups"],
@@ -374,8 +365,7 @@ def load_part(part, state: dict, source: str):
 
 
 def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float, besides: list = ()) -> torch.optim.AdamW:
-    """AdamW over what is trainable, `besides` those that have another optimiser; no decay on biases, norms and other vectors. Fused: it can
-    skip a step by a flag on the device."""
+    """AdamW over what is trainable but `besides`; no decay on biases, norms and other vectors. Fused: a flag on the device skips a step."""
     besides = {id(p) for p in besides}
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in besides]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -537,10 +527,8 @@ def hold(folder: str, ranks: Ranks) -> bool:
         except BlockingIOError:
             time.sleep(0.5 if wait < 20 else 0)
         except OSError as error:
-            os.close(descriptor)
             ranks.say(f"  {folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
             return True
-    os.close(descriptor)
     return False
 
 
@@ -586,8 +574,7 @@ def never_ending(batches, start: int, say):
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             if failed == step:
-                raise ValueError(f"the processes that read the data for step {step + 1} died twice ({first_line(error)}); "
-                                 "give the machine more memory, or lower --workers") from None
+                raise ValueError(f"workers for step {step + 1} died twice ({first_line(error)}); add memory or lower --workers") from None
             failed = step
             say(f"  a process that reads data died at step {step + 1}; it and the others are started again")
 
@@ -765,11 +752,10 @@ def write_state(stage: Stage, state: dict):
             os.remove(path + ".tmp")
         raise OSError(f"{path} cannot be written at step {state['step']} ({first_line(error)}); "
                       "the checkpoint before it is kept: make room, then --resume") from None
-    copies = [path, *(os.path.join(stage.folder, f"state-{n}.pt") for n in range(1, keep))]
-    for n in range(keep - 1, 0, -1):
-        if os.path.exists(copies[n - 1]):
-            os.replace(copies[n - 1], copies[n])
-    os.replace(path + ".tmp", path)
+    copies = [path + ".tmp", path, *(os.path.join(stage.folder, f"state-{n}.pt") for n in range(1, keep))]
+    for newer, older in reversed([*itertools.pairwise(copies)]):
+        if os.path.exists(newer):
+            os.replace(newer, older)
 
 
 def load_state(stage: Stage) -> tuple[int, float, dict | None]:
@@ -795,8 +781,7 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
     else:
         raise ValueError(f"{'; '.join(words for _, words in damaged)}; expected what a run of this script wrote")
     if stage.ranks.agree(step) != -stage.ranks.agree(-step):
-        raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; "
-                         "look at the disk, and start them again")
+        raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; look at the disk")
     if changed:
         words = "; ".join([*changed[:4], *([f"{len(changed) - 4} more"] if len(changed) > 4 else [])])
         raise ValueError(f"{path} is of a run with other settings ({words}); resume with the same ones, or start anew in another --out")
@@ -804,8 +789,7 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
         for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
             load_part(part, state[name], path)
     except (KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); "
-                         "start anew, or take an older copy of it") from None
+        raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); take an older copy of it") from None
     if stage.ranks.first:
         kept = [line for line in read_log(stage.folder) if line["step"] <= step]
         path = os.path.join(stage.folder, "log.jsonl")
@@ -819,19 +803,13 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
     return step, seconds, since_log
 
 
-def differences(old: dict, new: dict, name: str = "") -> list[str]:
-    """Settings of `new` that are others in `old`, those inside dicts and lists by dotted names."""
-    found = []
-    for key, value in new.items():
-        was = old.get(key)
-        if isinstance(value, (list, tuple)) and isinstance(was, (list, tuple)) and len(value) == len(was):
-            value, was = dict(enumerate(value)), dict(enumerate(was))
-        if isinstance(value, dict) and isinstance(was, dict):
-            found += differences(was, value, f"{name}{key}.")
-        elif was != value:
-            short = lambda x: x if len(x) <= 80 else f"{x[:25]}...{x[-50:]}"
-            found.append(f"{name}{key} {short(' '.join(str(was).split()))} -> {short(str(value))}")
-    return found
+def differences(old: dict, new: dict) -> list[str]:
+    """Settings that are others in `new` than in `old`, or in one of them alone; those inside dicts and lists by dotted names."""
+    name = lambda path: ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    old, new = ({name(path): value for path, value in tree_flatten_with_path(settings)[0]} for settings in (old, new))
+    short = lambda x: x if len(x) <= 80 else f"{x[:25]}...{x[-50:]}"
+    return [f"{key} {short(' '.join(str(old.get(key)).split()))} -> {short(str(new.get(key)))}" for key in new | old
+            if old.get(key) != new.get(key)]
 
 
 def to_picture(images: Tensor) -> list[Image.Image]:
@@ -904,15 +882,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def commit() -> str:
-    """The commit of this code, or "unknown"."""
-    try:
-        return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                                       stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s, for model FLOPs utilisation
 
 
@@ -967,8 +936,7 @@ def bench(stage: Stage, batches, what: str = ""):
 
 
 def bench_quantizer(args, ranks: Ranks):
-    """Training and evaluation of a residual quantizer of the size that peers are measured at, beside vector-quantize-pytorch where it is
-    installed; whether its codes are the nearest; how its time grows."""
+    """A residual quantizer's time, beside vector-quantize-pytorch's where that is installed, and how it grows; are codes the nearest?"""
     cuda = ranks.device.type == "cuda"
     M, K, E, D = (32 * 729, 16_384, 32, 8) if cuda else (4096, 1024, 32, 4)
 
@@ -1005,53 +973,40 @@ def bench_quantizer(args, ranks: Ranks):
                 ours_left, least_left = ours_left + left.square().sum(), least_left + nearest.values.square().sum()
         ranks.say(f"  {1 - wrong / codes.numel():.4%} of the codes are the nearest in float64; what they leave is "
                   f"{ours_left / least_left - 1:.1e} more than the least")
-        curves, usual = {}, {"vectors": M, "codebook size": K, "depth": D}
-        for name, size in usual.items():
-            sizes = [size * n for n in (1, 2, 4)]
-            times = [1000 * seconds_of(ours(*(usual | {name: size}).values())[1], ranks.device) for size in sizes]
-            grows = f"ms in training, exponent {exponent(sizes, times):.2f}"
-            ranks.say(f"  {name} {', '.join(map(str, sizes))}: {', '.join(f'{t:.2f}' for t in times)} {grows}")
-            curves[f"{name}: {grows}"] = list(zip(sizes, times))
-        draw_growth(curves, args, ranks)
+        usual = {"vectors": M, "codebook size": K, "depth": D}
+        growth(args, ranks, "ours", {what: [size * n for n in (1, 2, 4)] for what, size in usual.items()}, ("ms in training",),
+               lambda what, size: [1000 * seconds_of(ours(*(usual | {what: size}).values())[1], ranks.device)])
 
 
-def exponent(sizes, values) -> float:
-    """Of the power law through values at these sizes, by least squares of the logarithms."""
-    x, y = torch.tensor(sizes).double().log(), torch.tensor(values).double().log()
-    return ((x - x.mean()) * (y - y.mean())).sum().item() / (x - x.mean()).square().sum().item()
-
-
-def draw_growth(curves: dict[str, list], args, ranks: Ranks):
-    """A picture in the run's folder: panels in which linear growth is a straight line."""
-    path = os.path.join(args.out, f"bench-{args.bench}.png")
+def growth(args, ranks: Ranks, name: str, axes: dict, units: tuple, measured):
+    """How measured(what, size), a number for each unit, grows along axes {what: sizes}: the power law's exponent, by least squares of the
+    logarithms, and a picture in the run's folder, panels in which linear growth is a straight line."""
+    curves, path = {}, os.path.join(args.out, f"bench-{args.bench}.png")
+    for what, sizes in axes.items():
+        said = []
+        for values, unit in zip(zip(*(measured(what, size) for size in sizes)), units):
+            law = statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, values)])
+            grows = f"{unit}, exponent {law.slope:.2f}"
+            curves[f"{what}: {grows}"] = list(zip(sizes, values))
+            said.append(f"{', '.join(f'{x:.3f}' for x in values)} {grows}")
+        ranks.say(f"{name}, {what} {', '.join(map(str, sizes))}: {'; '.join(said)}")
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
         draw_panels(curves, path, "size", origin=True)
     ranks.say(path)
 
 
-def bench_growth(args, ranks: Ranks, axes: dict, make):
-    """How a step's time and memory grow. axes: {what: sizes}; make(what, size) -> (stage, micro-batches). Memory is the device's peak on
-    CUDA, else what the dry run counts."""
-    cuda, listed, curves = ranks.device.type == "cuda", lambda numbers: ", ".join(f"{x:.3f}" for x in numbers), {}
-    for what, sizes in axes.items():
-        rows = []
-        for size in sizes:
-            stage = parts = None        # that of the size before
-            gc.collect()
-            stage, parts = make(what, size)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            stage.wrapped = ranks.wrap(stage.model)
-            seconds = seconds_of(lambda: whole_step(stage, parts), ranks.device, rounds=3)
-            rows.append((seconds, peak_memory_gib(ranks.device) if cuda else measure(stage, parts).memory / 2 ** 30))
-        said = []
-        for values, unit in zip(zip(*rows), ("s a step", "GiB")):
-            grows = f"{unit}, exponent {exponent(sizes, values):.2f}"
-            curves[f"{what}: {grows}"] = list(zip(sizes, values))
-            said.append(f"{listed(values)} {grows}")
-        ranks.say(f"{stage.name}, {what} {', '.join(map(str, sizes))}: {'; '.join(said)}")
-    draw_growth(curves, args, ranks)
+def bench_growth(args, ranks: Ranks, name: str, axes: dict, make):
+    """A step's time and memory, on CUDA the device's peak, else what the dry run counts. make(what, size) -> (stage, micro-batches)."""
+    def measured(what, size):
+        gc.collect()        # the stage of the size before
+        stage, parts = make(what, size)
+        if cuda := ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        stage.wrapped = ranks.wrap(stage.model)
+        seconds = seconds_of(lambda: whole_step(stage, parts), ranks.device, rounds=3)
+        return seconds, peak_memory_gib(ranks.device) if cuda else measure(stage, parts).memory / 2 ** 30
+    growth(args, ranks, name, axes, ("s a step", "GiB"), measured)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1061,8 +1016,7 @@ def bench_growth(args, ranks: Ranks, axes: dict, make):
 
 @contextlib.contextmanager
 def fake():
-    """Tensors made in it have no memory. They lie on a CPU, and their modules stay there, since torch cannot move them; quantizers take as
-    many distances at once as on a GPU."""
+    """Tensors made in it have no memory; modules stay where they are, as torch cannot move them; quantizers work in a GPU's portions."""
     moves, nn.Module.to, cells = nn.Module.to, lambda module, *_: module, CELLS.pop("cpu")
     try:
         with FakeTensorMode() as mode, warnings.catch_warnings():
@@ -1126,15 +1080,11 @@ class Cost:
         return self.weights + self.gradients + self.optimiser + self.reduced + self.activations
 
 
-def tensors(*modules: nn.Module) -> list[Tensor]:
-    return [x for module in modules for x in (*module.parameters(), *module.buffers())]
-
-
 def measure(stage: Stage, parts: list[tuple], ranks: int = 1, fsdp: bool = False) -> Cost:
     """One step's forward and backward over these micro-batches, of which two stand for all: the second finds the gradients of the first."""
     few, counter, marks, model = parts[:2], flop_counter(), [], stage.model
-    modules = [x for x in vars(stage).values() if isinstance(x, nn.Module)]
-    live, stage.wrapped = Live(tensors(*modules), ranks if fsdp else 1), model
+    modules, tensors = [x for x in vars(stage).values() if isinstance(x, nn.Module)], lambda x: [*x.parameters(), *x.buffers()]
+    live, stage.wrapped = Live(itertools.chain(*map(tensors, modules)), ranks if fsdp else 1), model
     weights, own = live.now, sum({x.untyped_storage()._cdata: x.nbytes for x in tensors(model)}.values())
     hooks = [p.register_post_accumulate_grad_hook(live.accumulated) for x in modules for p in x.parameters() if p.requires_grad]
     hooks += [register(lambda *_: marks.append(counter.get_total_flops()))
@@ -1227,8 +1177,7 @@ class Table:
 def make_table(args, tables: dict[str, Table], measure):
     """Runs, or finds, every system of --table with every seed; measure(seed, system) -> its metrics. Prints the table and writes it into
     --out, as JSON, Markdown and bars. Raises ValueError for a table that is not there, and for rows that do not compare."""
-    if args.table not in tables:
-        raise ValueError(f"--table is {args.table!r}, expected one of {', '.join(tables)}")
+    check(args.table in tables, f"--table is {args.table!r}, expected one of {', '.join(tables)}")
     table, seeds, begun = tables[args.table], range(args.seed, args.seed + args.seeds), time.time()
     found, rows = [[measure(seed, system) for seed in seeds] for system in table.systems], []
     for system, runs in zip(table.systems, found):
@@ -1303,8 +1252,7 @@ def draw_bars(table: Table, rows: list[dict], path: str, room: int = 260, line: 
             end = at(max(ours["values"])) + 5 if ours else left
             draw.text((end, high), show(ours["mean"]) if ours else "-", fill="black", font_size=12)
             draw.text((left + room + 70, high), "" if paper is None else f"{paper:g}", fill=(130, 130, 130), font_size=12)
-    sheet.save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    sheet.save(path)
 
 
 def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, height: int = 420):
@@ -1338,8 +1286,7 @@ def draw_curve(table: Table, rows: list[dict], path: str, width: int = 620, heig
             label += " (a line: it has no semantics)"
         draw.text((a + 7, b - 14), str(n), fill="black", font_size=13)
         draw.text((left, height + 20 * (n - 1)), label, fill="black", font_size=12)
-    sheet.save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    sheet.save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1363,12 +1310,10 @@ class Data:
         self.source, self.size, self.args, self.ranks, self.worlds = source, size, args, ranks, source in shapes.DIFFICULTIES
         self.drawn = source + f" ({args.num_samples:,} an epoch)" * bool(args.num_samples)        # what a resumed run must share
         least = max(2, ranks.count)
-        if args.eval_images < least:
-            raise ValueError(f"--eval-images is {args.eval_images}, expected at least {least}")
+        check(args.eval_images >= least, f"--eval-images is {args.eval_images}, expected at least {least}")
         if self.worlds:
             if val_source or args.num_samples:
-                flag = "--val-data" if val_source else "--num-samples"
-                raise ValueError(f"{flag} goes with images, and --data is the built-in world {source!r}; leave it out")
+                raise ValueError(f"--{'val-data' if val_source else 'num-samples'} goes with images, not with {source!r}; leave it out")
             self.train, self.captioned = shapes.World(source, size, args.seed), True
             self.val = shapes.World(source, size, VALIDATION_SEED, "val")
             return
@@ -1378,12 +1323,10 @@ class Data:
         for report in dict.fromkeys(self.train.broken + self.val.broken):
             ranks.say(f"  {report}")
         n, held_out, epoch = len(self.train), len(self.val), args.num_samples or len(self.train)
-        if epoch > n:
-            raise ValueError(f"--num-samples is {epoch:,}, expected at most the {n:,} images to train on, or 0 for all of them")
+        check(epoch <= n, f"--num-samples is {epoch:,}, expected at most the {n:,} images to train on, or 0 for all of them")
         epochs = ", epochs in this run: " * bool(runs) + ", ".join(f"{stage} {images / epoch:.2f}" for stage, images in runs.items())
         ranks.say(f"data: {n:,} images to train on, {held_out:,} held out; {epoch:,} of {n:,} samples an epoch{epochs}")
-        if held_out < least:
-            raise ValueError(f"{held_out} images to evaluate on, expected at least {least}; add images, or name some with --val-data")
+        check(held_out >= least, f"{held_out} images to evaluate on, expected at least {least}; add images, or name some with --val-data")
 
     def batches(self, batch: int):
         """-> function of a start step that yields this rank's part of each global batch, without end: micro-batches (images (b, 3, H, W) on
@@ -1415,9 +1358,8 @@ class Data:
         """Yields (images, captions), this rank's share of the first --eval-images held-out samples."""
         rank, ranks, n = self.ranks.rank, self.ranks.count, self.args.eval_images
         if self.worlds:
-            mine = range(rank, n, ranks)
-            for i in range(0, len(mine), batch):
-                yield self.val.batch(mine[i:i + batch], self.ranks.device)
+            for part in batched(range(n), batch, self.ranks):
+                yield self.val.batch(part, self.ranks.device)
             return
         local = max(1, min(batch, len(self.val) // ranks))
         stop, seen = math.ceil(math.ceil(n / ranks) / local), set()
@@ -1439,41 +1381,33 @@ def retrieval(image: Tensor, text: Tensor, captions: list[str], owner: list[int]
     image, text, captions = image[pictures], text[told], [captions[k] for k in told]
     if len(set(captions)) < 2:
         return {}
-    right, i2t = set(zip(of.tolist(), captions)), 0
-    best, nearest = text.new_full((len(text),), -2.0), torch.zeros_like(text[:, 0], dtype=torch.int64)
-    for start in range(0, len(image), 1024):        # of 31,000 pictures and 155,000 captions, all likenesses at once would be 19 GB
-        similar = image[start:start + 1024] @ text.T
-        i2t += sum((start + n, captions[k]) in right for n, k in enumerate(similar.argmax(1).tolist()))
-        rows = similar.argmax(0)
-        value = similar.gather(0, rows[None])[0]
-        nearest, best = torch.where(value > best, rows + start, nearest), torch.maximum(value, best)
-    t2i = sum((n, captions[k]) in right for k, n in enumerate(nearest.tolist()))
-    return {"i2t": i2t / len(image), "t2i": t2i / len(text)}
+    # of 31,000 pictures and 155,000 captions, all likenesses at once would be 19 GB
+    right, nearest = set(zip(of.tolist(), captions)), lambda x, y: torch.cat([(part @ y.T).argmax(1) for part in x.split(1024)]).tolist()
+    return {"i2t": sum((n, captions[k]) in right for n, k in enumerate(nearest(image, text))) / len(image),
+            "t2i": sum((n, captions[k]) in right for k, n in enumerate(nearest(text, image))) / len(text)}
 
 
-def zero_shot(pool, siglip: SigLIP, data: Data, split: str) -> float:
-    """Accuracy on single-shape scenes of the built-in world among the captions "a COLOUR SHAPE": over the pairs seen in training (split
-    val), or over all pairs, on scenes with the others (split held_out). pool: images -> (B, C)."""
-    seen, rank, ranks = shapes.seen_pairs(data.source), data.ranks.rank, data.ranks.count
-    pairs = seen if split == "val" else seen + shapes.held_out_pairs(data.source)
-    world = shapes.World(data.source, data.size, VALIDATION_SEED, split, single=1.0)
-    text = siglip.encode_text(siglip.text_ids([f"a {c} {s}" for c, s in pairs]).to(data.ranks.device))
-    mine, right = range(rank, data.args.eval_images // 2, ranks), 0
-    for i in range(0, len(mine), 128):
-        scenes = world.scenes(mine[i:i + 128])
-        label = torch.tensor([pairs.index((scene[0].colour, scene[0].shape)) for scene in scenes], device=data.ranks.device)
-        image = F.normalize(pool(shapes.render(scenes, data.size, data.ranks.device)).float(), dim=-1)
-        right += ((image @ text.T).argmax(1) == label).sum()
-    total = all_reduce(torch.tensor([float(right), len(mine)], device=data.ranks.device))
-    return (total[0] / total[1]).item()
+def zero_shot(pools: dict, siglip: SigLIP, data: Data) -> dict[str, float]:
+    """Accuracy of `pools`, {name: images -> (B, C)}, on single-shape scenes of the built-in world among the captions "a COLOUR SHAPE": over
+    the pairs seen in training, and, as NAME_held_out, over all pairs, on scenes with the others."""
+    seen, ranks, found = shapes.seen_pairs(data.source), data.ranks, {}
+    for split, end, pairs in (("val", "", seen), ("held_out", "_held_out", seen + shapes.held_out_pairs(data.source))):
+        world, right = shapes.World(data.source, data.size, VALIDATION_SEED, split, single=1.0), []
+        text = siglip.encode_text(siglip.text_ids([f"a {c} {s}" for c, s in pairs]).to(ranks.device))
+        for part in batched(range(data.args.eval_images // 2), 128, ranks):
+            scenes = world.scenes(part)
+            label = torch.tensor([pairs.index((scene[0].colour, scene[0].shape)) for scene in scenes], device=ranks.device)
+            images = shapes.render(scenes, data.size, ranks.device)
+            right.append({name: (F.normalize(pool(images).float(), dim=-1) @ text.T).argmax(1) == label for name, pool in pools.items()})
+        found |= {name + end: hits.double().mean().item() for name, hits in ranks.gather_rows(*right).items()}
+    return found
 
 
 def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]:
     """On single-shape validation scenes: the share that the reader reads right, and the share of those right in reconstructions too."""
-    world = shapes.World(data.source, data.size, VALIDATION_SEED, "val", single=1.0)
-    mine, counts = range(data.ranks.rank, data.args.eval_images // 2, data.ranks.count), torch.zeros(3, device=data.ranks.device)
-    for i in range(0, len(mine), 128):
-        scenes = world.scenes(mine[i:i + 128])
+    world, counts = shapes.World(data.source, data.size, VALIDATION_SEED, "val", single=1.0), torch.zeros(3, device=data.ranks.device)
+    for part in batched(range(data.args.eval_images // 2), 128, data.ranks):
+        scenes = world.scenes(part)
         images = shapes.render(scenes, data.size, data.ranks.device)
         sides = [shapes.read(x, data.source) for x in (images, tokenizer.decode(tokenizer.encode(images)))]
         original, rebuilt = ([shapes.same(a, b) for a, b in zip(scenes, side)] for side in sides)
@@ -1486,15 +1420,12 @@ def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]
 def evaluate_siglip(siglip: SigLIP, data: Data) -> dict:
     """Retrieval, and zero-shot on the built-in world."""
     siglip.eval()
-    image, text, words = [], [], []
-    for images, captions in data.validation():
-        image.append(siglip.encode_image(images)), text.append(siglip.encode_text(siglip.text_ids(captions).to(images.device)))
-        words += captions
-    rows = data.ranks.gather_rows({"image": torch.cat(image), "text": torch.cat(text), "captions": words})
+    read = lambda captions: siglip.encode_text(siglip.text_ids(captions).to(data.ranks.device))
+    rows = data.ranks.gather_rows(*({"image": siglip.encode_image(images), "text": read(captions), "captions": captions}
+                                    for images, captions in data.validation()))
     metrics = {f"retrieval_{k}": v for k, v in retrieval(rows["image"], rows["text"], rows["captions"]).items()}
     if data.worlds:
-        metrics |= {"zero_shot": zero_shot(lambda x: siglip.vision_model(x)[1], siglip, data, "val"),
-                    "zero_shot_held_out": zero_shot(lambda x: siglip.vision_model(x)[1], siglip, data, "held_out")}
+        metrics |= zero_shot({"zero_shot": lambda x: siglip.vision_model(x)[1]}, siglip, data)
     siglip.train()
     return metrics
 
@@ -1508,22 +1439,19 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
     device, c = data.ranks.device, tokenizer.config
     paints, streams = tokenizer.design.paints, c.streams
     reads = tokenizer.design.means and not siglip.vocabulary.lacking
-    rows = {name: [] for name in ("real",) + ("psnr", "ssim", "fake") * paints + ("image", "text") * reads}
-    counts, words = {s: torch.zeros(c.depth, c.codebook_size, device=device) for s in streams}, []
+    rows, counts = [], {s: torch.zeros(c.depth, c.codebook_size, device=device) for s in streams}
     for images, captions in data.validation():
-        codes = tokenizer.encode(images)
-        rows["real"].append(teacher(images, c.deep_layer)[1].float())
+        codes, look = tokenizer.encode(images), lambda x: teacher(x, c.deep_layer)[1].float()
+        rows.append({"real": look(images), "captions": captions})
         if paints:
             rebuilt = tokenizer.decode(codes)
-            rows["psnr"].append(psnr(rebuilt, images)), rows["ssim"].append(ssim(rebuilt, images))
-            rows["fake"].append(teacher(rebuilt, c.deep_layer)[1].float())
+            rows[-1] |= {"psnr": psnr(rebuilt, images), "ssim": ssim(rebuilt, images), "fake": look(rebuilt)}
         if reads:
-            rows["image"].append(F.normalize(tokenizer.pool_codes(codes).float(), dim=-1))
-            rows["text"].append(siglip.encode_text(siglip.text_ids(captions).to(device)))
-        words += captions
+            rows[-1] |= {"image": F.normalize(tokenizer.pool_codes(codes).float(), dim=-1),
+                         "text": siglip.encode_text(siglip.text_ids(captions).to(device))}
         for s, stream in enumerate(streams):
             counts[stream] += histogram(codes[:, :, s], c.codebook_size)
-    rows = data.ranks.gather_rows({**{name: torch.cat(value) for name, value in rows.items()}, "captions": words})
+    rows = data.ranks.gather_rows(*rows)
     metrics = {"retrieval": retrieval(rows["image"], rows["text"], rows["captions"]),
                "teacher_retrieval": retrieval(F.normalize(rows["real"], dim=-1), rows["text"], rows["captions"])} if reads else {}
     metrics |= {"psnr": rows["psnr"].mean().item(), "ssim": rows["ssim"].mean().item(),
@@ -1536,30 +1464,26 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
         metrics[what] = over_all if c.shared_codebook else {s: sum(v) / len(v) for s, v in by_depth.items()}
         metrics[f"{what}_by_depth"] = by_depth
     if data.worlds and reads:
-        metrics |= {"zero_shot": zero_shot(tokenizer.pool, siglip, data, "val"),
-                    "teacher_zero_shot": zero_shot(lambda x: teacher(x)[1], siglip, data, "val"),
-                    "zero_shot_held_out": zero_shot(tokenizer.pool, siglip, data, "held_out"),
-                    "teacher_zero_shot_held_out": zero_shot(lambda x: teacher(x)[1], siglip, data, "held_out")}
+        metrics |= zero_shot({"zero_shot": tokenizer.pool, "teacher_zero_shot": lambda x: teacher(x)[1]}, siglip, data)
     if data.worlds and paints:
         metrics["reader_originals"], metrics["reader_accuracy"] = reader_accuracy(tokenizer, data)
     tokenizer.train(was_training)
     return metrics
 
 
-def read_lines(path: str) -> list[str]:
-    """The lines of a text file. Raises ValueError for none, or other bytes than UTF-8."""
+def read_text(path: str) -> str:
+    """A text file. Raises ValueError for none, or other bytes than UTF-8."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return file.read().splitlines()
+            return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); expected a text file in UTF-8") from None
 
 
 def told(path: str) -> list[str]:
     """Its lines that say something. Raises ValueError where there are none."""
-    found = [line.strip() for line in read_lines(path) if line.strip()]
-    if not found:
-        raise ValueError(f"{path} is empty, expected something on each line")
+    found = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    check(found, f"{path} is empty, expected something on each line")
     return found
 
 
@@ -1579,8 +1503,7 @@ def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], li
     for n, name in enumerate(classes):
         found = sorted(os.path.join(top, file) for top, _, files in os.walk(os.path.join(folder, name)) for file in files
                        if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."))
-        if not found:
-            raise ValueError(f"the class folder {os.path.join(folder, name)} has no pictures; fill it, or take the class out")
+        check(found, f"the class folder {os.path.join(folder, name)} has no pictures; fill it, or take the class out")
         paths += found
         labels += [n] * len(found)
     return paths, labels, [[line.replace("{}", word) for line in prompts] for word in words]
@@ -1590,8 +1513,7 @@ def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[in
     """--retrieval-data, --retrieval-images -> the pictures' paths, captions, the picture of each, and the names of pictures that are
     missing. Raises ValueError, with the line's number, for another form than Kaggle's Flickr8k (CSV with the header image,caption) or the
     original one (image#number, a tab, caption)."""
-    if not os.path.isfile(path):
-        raise ValueError(f"--retrieval-data {path!r} is no file; expected captions as Flickr8k has them")
+    check(os.path.isfile(path), f"--retrieval-data {path!r} is no file; expected captions as Flickr8k has them")
     home = os.path.dirname(path)
     folder = folder or next((f for f in (os.path.join(home, "Images"), os.path.join(home, "images")) if os.path.isdir(f)), home)
     rows, expected = [], "expected the header image,caption and such lines, or lines of image#number, a tab and a caption"
@@ -1619,35 +1541,32 @@ def read_captions(path: str, folder: str) -> tuple[list[str], list[str], list[in
 
 def text_vectors(siglip: SigLIP, groups: list[list[str]], ranks: Ranks, what: str) -> Tensor:
     """G groups of equally many texts -> (G, C) on the CPU: the mean of a group's unit vectors, normalised again. Ranks take turns."""
-    mine, step, rows = range(ranks.rank, len(groups), ranks.count), max(1, 256 // len(groups[0])), []
-    for i in tqdm(range(0, len(mine), step), what, disable=not ranks.first):
-        some = [groups[n] for n in mine[i:i + step]]
-        vectors = siglip.encode_text(siglip.text_ids(sum(some, [])).to(ranks.device)).float()
-        rows.append(F.normalize(vectors.unflatten(0, (len(some), -1)).mean(1), dim=-1).cpu())
-    rows = ranks.gather_rows({"vector": torch.cat([torch.empty(0), *rows]), "group": list(mine)})      # some ranks may have none
+    rows = []
+    for part in batched(range(len(groups)), max(1, 256 // len(groups[0])), ranks, what):
+        vectors = siglip.encode_text(siglip.text_ids(sum((groups[n] for n in part), [])).to(ranks.device)).float()
+        rows.append({"group": [*part], "vector": F.normalize(vectors.unflatten(0, (len(part), -1)).mean(1), dim=-1)})
+    rows = ranks.gather_rows(*rows)
     return rows["vector"][torch.tensor(rows["group"]).argsort()]
 
 
-def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, data: Data, what: str, keep) -> dict:
-    """keep(numbers, unit vectors through the codes (b, C), the teacher's (b, C)), a dict of rows, over all pictures that can be read, of
-    all ranks, on the CPU; "broken" counts the others, which are named on the screen. Raises ValueError where nothing is left."""
-    ranks, rows, broken = data.ranks, [], []
-    if len(paths) < ranks.count:
-        raise ValueError(f"{what}: {len(paths)} pictures for {ranks.count} ranks; add pictures, or start fewer")
+def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, data: Data, what: str) -> dict:
+    """-> "number" (n,) of the pictures that can be read, of all ranks, and their unit vectors (n, C), "codes" through the codes, "teacher"
+    the teacher's, on the CPU; "broken": what is wrong with the others, said too. Raises ValueError where nothing is left."""
+    ranks, rows = data.ranks, []
+    check(len(paths) >= ranks.count, f"{what}: {len(paths)} pictures for {ranks.count} ranks; add pictures, or start fewer")
     mine = torch.arange(ranks.rank, len(paths), ranks.count)
     loader = torch.utils.data.DataLoader(Pictures(paths, data.size), 64, sampler=mine.tolist(), num_workers=data.args.workers,
                                          worker_init_fn=start_worker, generator=torch.Generator())
     for numbers, (images, reports) in zip(mine.split(64), tqdm(loader, what, disable=not ranks.first)):
         good, images = torch.tensor([not report for report in reports]), data._signed(images)
-        broken += filter(None, reports)
-        vectors = (F.normalize(pool(images).float(), dim=-1).cpu()[good] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))
-        rows.append(keep(numbers[good], *vectors))
-    rows = ranks.gather_rows({**{name: torch.cat([row[name] for row in rows]) for name in rows[0]}, "broken": broken})
+        codes, target = (F.normalize(pool(images).float(), dim=-1).cpu()[good] for pool in (tokenizer.pool, lambda x: teacher(x)[1]))
+        rows.append({"number": numbers[good], "codes": codes, "teacher": target, "broken": [*filter(None, reports)]})
+    rows = ranks.gather_rows(*rows)
     for report in rows["broken"]:
         ranks.say(f"  left out: {report}")
     if len(rows["broken"]) == len(paths):
         raise ValueError(f"{what}: none of {len(paths)} pictures can be read, the first: {rows['broken'][0]}")
-    return {**rows, "broken": len(rows["broken"])}
+    return rows
 
 
 @torch.no_grad()
@@ -1658,24 +1577,23 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
     if classes:
         paths, labels, prompts = classes
         text, labels = text_vectors(siglip, prompts, data.ranks, "class names"), torch.tensor(labels)
-        rows = on_pictures(paths, tokenizer, teacher, data, "zero-shot", lambda numbers, *sides: {
-            name: ((side @ text.T).argmax(1) == labels[numbers]).double() for name, side in zip(("zero_shot", "teacher_zero_shot"), sides)})
-        metrics |= {name: rows[name].mean().item() for name in ("zero_shot", "teacher_zero_shot")}
-        metrics |= {"zero_shot_images": len(rows["zero_shot"]), "zero_shot_classes": len(prompts), "zero_shot_broken": rows["broken"]}
+        rows = on_pictures(paths, tokenizer, teacher, data, "zero-shot")
+        for name, side in (("zero_shot", "codes"), ("teacher_zero_shot", "teacher")):
+            metrics[name] = ((rows[side] @ text.T).argmax(1) == labels[rows["number"]]).double().mean().item()
+        metrics |= {"zero_shot_images": len(rows["number"]), "zero_shot_classes": len(prompts), "zero_shot_broken": len(rows["broken"])}
     if captions:
         paths, words, owner, missing = captions
         text = text_vectors(siglip, [[caption] for caption in words], data.ranks, "captions")
-        rows = on_pictures(paths, tokenizer, teacher, data, "retrieval",
-                           lambda numbers, *sides: {"picture": numbers, "retrieval": sides[0], "teacher_retrieval": sides[1]})
-        place = {picture: n for n, picture in enumerate(rows["picture"].tolist())}
+        rows = on_pictures(paths, tokenizer, teacher, data, "retrieval")
+        place = {picture: n for n, picture in enumerate(rows["number"].tolist())}
         kept = [k for k, picture in enumerate(owner) if picture in place]      # not the captions of broken pictures
-        for name in ("retrieval", "teacher_retrieval"):
-            vectors = rows[name].to(device), text[kept].to(device)
+        for name, side in (("retrieval", "codes"), ("teacher_retrieval", "teacher")):
+            vectors = rows[side].to(device), text[kept].to(device)
             metrics[name] = retrieval(*vectors, [words[k] for k in kept], [place[owner[k]] for k in kept])
         for name in missing:
             data.ranks.say(f"  left out: {name} is not there")
         metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept),
-                    "retrieval_missing": len(missing), "retrieval_broken": rows["broken"]}
+                    "retrieval_missing": len(missing), "retrieval_broken": len(rows["broken"])}
     tokenizer.train(was_training)
     return metrics
 
@@ -1859,7 +1777,8 @@ FACTS = ("preset", "design", "streams", "steps", "seed", "data", "device", "rank
 def machine(ranks: Ranks) -> dict:
     """What a number was computed on, and by which code."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {"device": name, "ranks": ranks.count, "torch": torch.__version__, "commit": commit()}
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True)
+    return {"device": name, "ranks": ranks.count, "torch": torch.__version__, "commit": git.stdout.decode().strip() or "unknown"}
 
 
 def finish(stage: Stage):
@@ -1884,10 +1803,7 @@ def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP,
     begun, path, c = time.time(), os.path.join(args.out, "metrics.json"), tokenizer.config
     facts = {"preset": c.preset, "design": c.design, "streams": list(c.streams)}
     if os.path.exists(path):
-        try:
-            facts = {name: value for name, value in read_json(path).items() if name in FACTS}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no JSON object ({error}): what it says of training cannot be kept; mend or delete it") from None
+        facts = {name: value for name, value in read_config(args.out, "metrics.json").items() if name in FACTS}
     tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
     for quantizer in tokenizer.quantizers.values():
         quantizer.fused = args.fast_vq
@@ -1915,8 +1831,7 @@ def train_table(args):
     taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]
     if args.table == "trade":
         taken += [name for name, default in (("semantic_weight", 1), ("shared_gradient", -1)) if getattr(args, name) != default]
-    if taken:
-        raise ValueError(f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
+    check(not taken, f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
     if args.backbone and args.table in ("7", "9"):
         raise ValueError(f"--table {args.table} counts the layers of a SigLIP; give it with --siglip in place of --backbone, or train one")
     args.out = "out/tables" if args.out == "out/tokenizer" else args.out
@@ -1945,8 +1860,6 @@ def train_row(args, seed: int, name: str, changes: dict) -> dict:
 def main(argv=None, args=None, siglip_folder: str = ""):
     """A run, or those of a table. args: in place of argv; siglip_folder: where a SigLIP trained first goes, by default into --out."""
     args = args or flags(argv)
-    if args.preset not in SETTINGS:
-        raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(SETTINGS)}", [args.preset], SETTINGS))
     if args.table:
         return train_table(args)
 
@@ -1975,16 +1888,16 @@ def main(argv=None, args=None, siglip_folder: str = ""):
         raise ValueError(f"--fast-vq is a kernel for CUDA, and the device is {ranks.device.type}; leave it out")
     if args.bench in ("quantizer", "growth"):
         return bench_quantizer(args, ranks) if args.bench == "quantizer" else bench_stage_growth(args, s, ranks, changes)
-    args.siglip, args.init = args.siglip and hub.folder(args.siglip), args.init or (args.out if args.eval else "")
+    args.init = args.init or (args.out if args.eval else "")
     init = load_init(args, changes) if args.init else None
     side = init.config.vision.image_size if init else args.image_size
-    siglip = (SigLIP.from_pretrained(args.siglip, side) if args.siglip else
+    given = args.siglip and hub.folder(args.siglip)     # config.json keeps the name, which other machines know too
+    siglip = (SigLIP.from_pretrained(given, side) if given else
               SigLIP.from_timm(args.backbone[5:], side, not args.bench) if args.backbone else None)
     if siglip:
         changes |= {"vision": asdict(siglip.vision_config), "text": asdict(siglip.text_config)}
     if init and siglip.vision_config != init.config.vision:
-        raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {init.config.vision}; "
-                         "name the SigLIP that it was trained from with --siglip")
+        raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {init.config.vision}; give its own with --siglip")
     config = init.config if init else preset_config(args.preset, args.image_size, args.layers, **changes)
     if idle := [name for name, default in idle_flags(config.design).items() if getattr(args, name) != default]:
         words = f"--{', --'.join(idle)}".replace("_", "-")
@@ -2007,7 +1920,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
         data.batches(batch)                 # raises before anything is written
     ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers "
               f"fp32), data {s.data} at {side} px, out {args.out}")
-    trained_for = read_config(args.siglip)["vision_config"].get("image_size", VisionConfig.image_size) if args.siglip else side
+    trained_for = read_config(given)["vision_config"].get("image_size", VisionConfig.image_size) if given else side
     if trained_for != side:
         ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {side}")
     if siglip:
@@ -2024,8 +1937,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
         if not data.captioned:
-            raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; "
-                             "add some (.txt files or a metadata.jsonl), or give --siglip FOLDER")
+            raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; add .txt files, or give --siglip FOLDER")
         stage = SigLIPStage(args, ranks, s, config, data, siglip_folder)
         if args.bench:
             bench(stage, data.batches(stage.batch))
@@ -2062,8 +1974,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
 
 def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
-    """The tables of the paper that are about tokenizers. 7 and 9 have ViTs of so many layers each, by default the preset's and twice as
-    many, which are trained here."""
+    """The paper's tables about tokenizers. 7 and 9 have ViTs of `layers`, or, trained here, of the preset's number and twice as many."""
     every = dict(zero_shot="zero-shot accuracy", fd="Frechet distance", psnr="PSNR, dB", ssim="SSIM")
     some, lower = {name: every[name] for name in ("zero_shot", "fd", "psnr")}, ("fd",)
     own, usual = PRESETS[preset]["vision"]["num_hidden_layers"], preset_config(preset).shallow_layer
@@ -2158,9 +2069,9 @@ def bench_stage_growth(args, s: Settings, ranks: Ranks, changes: dict):
         stage = TokenizerStage(args, ranks, s, config, argparse.Namespace(drawn="random"), SigLIP(config.vision, config.text))
         side, share = config.vision.image_size, s.batch // (args.accumulate * ranks.count)
         return stage, [(torch.randn(share, 3, side, side, device=ranks.device).clamp(-1, 1), [""] * share) for _ in range(args.accumulate)]
-    bench_growth(args, ranks, {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)],
-                               "codebook size": [usual.codebook_size * n for n in (1, 4, 16)],
-                               "depth": [usual.depth * n for n in (1, 2, 4)]}, make)
+    bench_growth(args, ranks, "tokenizer", {"image size": [usual.vision.image_size * n // 2 for n in (2, 3, 4)],
+                                            "codebook size": [usual.codebook_size * n for n in (1, 4, 16)],
+                                            "depth": [usual.depth * n for n in (1, 2, 4)]}, make)
 
 
 def teacher_of(folder: str) -> str:
@@ -2184,14 +2095,14 @@ def load_init(args, changes: dict) -> DualTokenizer:
         raise ValueError(f"--image-size, the design, its sizes and layers are those of --init {args.init}; leave these flags out")
     ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
     elsewhere = os.path.realpath(args.init) != os.path.realpath(args.out)
+    check(elsewhere or args.eval or args.bench, f"--init {args.init} is --out too, and training would overwrite it; name another --out")
     if args.eval and elsewhere and os.path.exists(os.path.join(args.out, "model.safetensors")):
         raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and its metrics.json; name another --out")
     if ours and not teacher:
         teacher = teacher_of(args.init)
         args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
-    if not teacher:
-        raise ValueError(f"{args.init} holds a tokenizer without the SigLIP that it is compared with; give it with --siglip")
-    return DualTokenizer.from_pretrained(args.init) if ours else DualTokenizer.from_released(args.init, args.siglip)
+    check(teacher, f"{args.init} holds a tokenizer without the SigLIP that it is compared with; give it with --siglip")
+    return DualTokenizer.from_pretrained(args.init) if ours else DualTokenizer.from_released(args.init, hub.folder(args.siglip))
 
 
 def kept(stage: Stage) -> bool:
@@ -2222,8 +2133,7 @@ def train(stage: Stage, batches):
 
 
 def leave_alone(error: BaseException | None):
-    """Ends a process that failed among others on NCCL, saying why. NCCL's groups end together: the others may be waiting for this one, and
-    torchrun stops them once it is gone."""
+    """Ends a process that failed among others on NCCL, saying why: these may wait for it, and torchrun stops them once it is gone."""
     if error is not None and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
         code = getattr(error, "code", None)     # of SystemExit: a number, or words
         if not isinstance(error, SystemExit):

@@ -62,15 +62,17 @@ def _downloaded(name: str) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX)        # of several processes on a machine one downloads; a process that ends leaves no lock
         except ImportError:                         # Windows: each downloads for itself
             pass
+        if all(os.path.exists(os.path.join(found, file)) for file in ("config.json", *_weights(found))):
+            return found        # weights come last
         if not _fetch(url, found, "config.json"):
             raise ValueError(f"{name!r} is no folder here, and {url} has no config.json; check the spelling")
+        for file in BESIDES:
+            _fetch(url, found, file)
         if not _fetch(url, found, "model.safetensors") and not _fetch(url, found, "model.safetensors.index.json"):
             raise ValueError(f"{name!r} has no weights as safetensors at {url}; convert it, or name another model")
         for file in _weights(found):
             if not _fetch(url, found, file):
                 raise ValueError(f"{url} lacks {file}, which its index names; try again, or name another model")
-        for file in BESIDES:
-            _fetch(url, found, file)
     return found
 
 
