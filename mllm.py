@@ -28,9 +28,9 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import unicodedata
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +42,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from tokenizer import (attend, brief, check, check_fields, load_weights, lower, make_config, read_config, read_weights, recomputed,
-                       save_model, unbuilt)
+from data import hub
+from tokenizer import (attend, brief, check, check_fields, init, load_weights, lower, make_config, read_config, read_weights, recomputed,
+                       save_files, save_model, unbuilt)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text as ids: UTF-8 bytes without any file, or a GPT-2, Qwen2.5 or SmolLM2 vocabulary from local files; in each, four marks for images
@@ -80,15 +81,14 @@ def _ranks(vocab: dict, merges: list) -> dict[bytes, int]:
     made = [vocab.get(left + right) if left in vocab and right in vocab else None for left, right in pairs]
     *_, first, single = KNOWN.get(len(ordinary), (0, 0))
     if single and made != list(range(first + single, first + len(ordinary))):
-        raise ValueError(f"its {len(merges)} merges do not make the tokens {first + single} to {first + len(ordinary) - 1}, "
-                         "in this order, out of known ones")
+        raise ValueError(f"its {len(merges)} merges do not make tokens {first + single}, ... in order, out of known ones")
     return {bytes(BYTE[char] for char in token): id for token, id in ordinary.items()}
 
 
 class TextTokenizer:
-    """`marks` {name: id}; `end`, `turn_start`, `turn_end` (or None); `ordinary` ids; `size`, highest id + 1; `files` read."""
+    """`marks` {name: id}; `end`, `turn_start`, `turn_end` (or None); `ordinary` ids; `size`, highest id + 1; `files` as read."""
 
-    def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool, specials: list[str], files: list[Path]):
+    def __init__(self, ranks: dict[bytes, int], split: str, nfc: bool, specials: list[str], files: dict[str, bytes]):
         self.ordinary, self.size = {*ranks.values()}, len(ranks) + len(specials) + len(MARKS)
         self.specials = dict(zip([*specials, *MARKS], (id for id in range(self.size) if id not in self.ordinary)))      # the free ids
         self.lacking = [b for b in range(256) if bytes([b]) not in ranks]       # these get ids that no text keeps
@@ -101,14 +101,16 @@ class TextTokenizer:
     @classmethod
     def bytes(cls) -> "TextTokenizer":
         """UTF-8 bytes 0 to 255, <|endoftext|> 256, the marks 257 to 260."""
-        return cls({bytes([b]): b for b in range(256)}, r"(?s).+", False, SPECIALS[:1], [])
+        return cls({bytes([b]): b for b in range(256)}, r"(?s).+", False, SPECIALS[:1], {})
 
     @classmethod
     def from_folder(cls, folder: str) -> "TextTokenizer":
         """GPT-2's, Qwen2.5's or SmolLM2's vocabulary. Raises ValueError if the folder has none, another, or a damaged one."""
-        files, ranks, added = _files(folder), {}, []
+        paths, ranks, added = _files(folder), {}, []
         try:
-            match [json.loads(f.read_text("utf-8")) if f.suffix == ".json" else f.read_text("utf-8").splitlines() for f in files]:
+            files = {path.name: path.read_bytes() for path in paths}
+            texts = {name: content.decode("utf-8") for name, content in files.items()}
+            match [json.loads(text) if name.endswith(".json") else text.splitlines() for name, text in texts.items()]:
                 case [{"model": {"vocab": dict(vocab), "merges": list(merges)}, "added_tokens": list(added)}]:
                     ranks = _ranks(vocab, merges)
                 case [dict(vocab), list(lines)]:
@@ -123,9 +125,8 @@ class TextTokenizer:
             if odd := [token.get("content") for token in added if made.specials.get(token.get("content")) != token.get("id")]:
                 raise ValueError(f"the added tokens {str(odd)[:200]} are others, or have other ids")
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"no vocabulary in {' and '.join(map(str, files)) or folder} ({error}); expected the 50256 tokens of GPT-2, "
-                             "151643 of Qwen2.5 or 49135 of SmolLM2 as tokenizer.json, vocab.json + merges.txt or qwen.tiktoken: "
-                             "copy it there") from None
+            raise ValueError(f"no vocabulary in {' and '.join(map(str, paths)) or folder} ({error}); expected 50256 of GPT-2, 151643 of "
+                             "Qwen2.5 or 49135 of SmolLM2: copy tokenizer.json, vocab.json + merges.txt or qwen.tiktoken") from None
         return made
 
     def encode(self, text: str) -> list[int]:
@@ -145,17 +146,11 @@ class TextTokenizer:
         return self.encoding.decode([id for id in ids if id in self.ordinary])
 
     def save(self, folder: str):
-        """Copies `files`, so that `from_folder(folder)` gives the same tokenizer. Raises ValueError if it would not or copying fails."""
-        copies = [Path(folder, path.name) for path in self.files]
+        """Writes `files`, so that `from_folder(folder)` gives the same tokenizer. Raises ValueError if it would not."""
+        copies = [Path(folder, name) for name in self.files]
         if (found := _files(folder, copies)) != copies:
             raise ValueError(f"{' and '.join(map(str, found))} would be read instead of what is saved; remove it or choose another folder")
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for path, copy in zip(self.files, copies):
-                copy.with_suffix(".tmp").write_bytes(path.read_bytes())
-                copy.with_suffix(".tmp").replace(copy)
-        except OSError as error:
-            raise ValueError(f"{' and '.join(map(str, self.files))} cannot be copied into {folder} ({error}); check both") from None
+        save_files(folder, self.files)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,8 +189,7 @@ def document(text: TextTokenizer, parts: list) -> list:
     return [Words([text.end]), *middle, Words([text.end], loss=True)]
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Packed sequences. Places are indices into the flattened (B * T) grid; a place's hidden state predicts what comes next."""
     ids: Tensor             # (B, T) int64; 0 where a picture or nothing is
     mask: Tensor            # (B, T) bool: false in the padding
@@ -211,12 +205,9 @@ class Batch:
     def to(self, device) -> "Batch":
         return self.map(lambda x: x.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
-        return self.map(Tensor.pin_memory)
-
     def map(self, function) -> "Batch":
         """The same of other tensors."""
-        return Batch(*(x if x is None else function(x) for x in (getattr(self, f.name) for f in fields(self))))
+        return Batch(*(x if x is None else function(x) for x in self))
 
 
 def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = False, limit: int | None = None, later: float = 1.0,
@@ -286,8 +277,7 @@ class LLMConfig:
         check_fields(self)
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % groups or self.hidden_size // heads % 2:
-            raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key-value heads: expected heads of even width, and "
-                             "key-value heads that divide heads")
+            raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads, {groups} key-value heads: expected divisors and even width")
 
 
 def _sizes(width, mlp, layers, heads, groups, tied=True, vocab=151936, theta=1e6, length=32768, **more):
@@ -364,14 +354,6 @@ class LLMLayer(nn.Module):
         return x + self.mlp(lower(self.post_attention_layernorm(x)))
 
 
-def _init(module: nn.Module):
-    """Weights such that outputs are as large as inputs, zero biases; norms stay at one."""
-    if isinstance(module, (nn.Embedding, nn.Linear)):
-        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-
-
 class LLM(nn.Module):
     """Decoder-only transformer; parameters, function and files as Hugging Face's Qwen2ForCausalLM and LlamaForCausalLM."""
 
@@ -384,7 +366,7 @@ class LLM(nn.Module):
         self.model.layers = nn.ModuleList(LLMLayer(c) for _ in range(c.num_hidden_layers))
         self.model.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.apply(_init)
+        self.apply(partial(init, embedding=c.hidden_size ** -0.5))
         for layer in self.model.layers:     # what joins the residual stream starts small, by the number of its summands (GPT-2)
             for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 module.weight.data /= math.sqrt(2 * c.num_hidden_layers)
@@ -411,10 +393,8 @@ class LLM(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         rope, bias = (angle.cos().to(dtype), angle.sin().to(dtype)), None if bias is None else bias[:, None]
         for n, layer in enumerate(self.model.layers):
-            if cache is None:
-                x = recomputed(self.checkpointing, lambda y, layer=layer: layer(y, rope, bias), x)
-            else:
-                x = layer(x, rope, bias, slots, cache.k[n], cache.v[n])
+            kept = () if cache is None else (slots, cache.k[n], cache.v[n])
+            x = recomputed(self.checkpointing, lambda y, layer=layer, kept=kept: layer(y, rope, bias, *kept), x)
         if cache is not None:
             cache.filled += T
         return self.model.norm(x)
@@ -438,46 +418,26 @@ class LLM(nn.Module):
         ValueError if anything is missing, left over or misshapen, and for variants of Qwen2 and Llama that this is not."""
         config = read_config(folder)
         rope, qwen = config.get("rope_parameters") or config.get("rope_scaling") or {}, config.get("model_type") == "qwen2"
-        check(isinstance(rope, dict), f"{folder}/config.json has rope_parameters {brief(rope)}, expected an object")
-        for what, got, expected in (("model_type", config.get("model_type"), "qwen2" if qwen else "llama"),
-                                    ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-                                    ("use_sliding_window", config.get("use_sliding_window", False), False),
-                                    ("attention_bias", config.get("attention_bias", qwen), qwen),
-                                    ("mlp_bias", config.get("mlp_bias", False), False),
-                                    ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
-            if got != expected:
-                raise ValueError(f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: this LLM is Qwen2's, or Llama's")
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}      # of another type, it is no known one
         # Llama's defaults, where they differ from Qwen2's
         llama = dict(vocab_size=32000, intermediate_size=11008, num_key_value_heads=config.get("num_attention_heads", 32),
                      max_position_embeddings=2048)
         defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "attention_bias": qwen} | ({} if qwen else llama)
         sizes = make_config(LLMConfig, defaults | {name: value for name, value in config.items() if value is not None}, folder)
+        each = sizes.hidden_size // sizes.num_attention_heads
+        for what, got, expected in (("model_type", config.get("model_type"), "qwen2" if qwen else "llama"),
+                                    ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+                                    ("use_sliding_window", config.get("use_sliding_window", False), False),
+                                    ("attention_bias", config.get("attention_bias", qwen), qwen),
+                                    ("mlp_bias", config.get("mlp_bias", False), False), ("head_dim", config.get("head_dim") or each, each),
+                                    ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
+            if got != expected:
+                raise ValueError(f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: this LLM is Qwen2's, or Llama's")
         model = unbuilt(lambda: cls(sizes), folder)      # no time for random weights that are not used
-        if (width := config.get("head_dim")) not in (None, model.config.hidden_size // model.config.num_attention_heads):
-            raise ValueError(f"{folder}/config.json has head_dim {brief(width)}, expected hidden_size / num_attention_heads: "
-                             "this LLM's heads share its width")
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
-        load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder, assign=True)
+        weights = {name: value.float() for file in hub.weight_files(folder) for name, value in read_weights(folder, file, ignore).items()}
+        load_weights(model, weights, folder, assign=True)
         return model
-
-
-def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names. ValueError: one is missing."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(os.path.join(folder, "model.safetensors")) or not os.path.exists(index):
-        return read_weights(folder, ignore=ignore)
-    try:
-        with open(index, encoding="utf-8") as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {error}); "
-                         "expected a weight_map from tensor to file") from None
-    weights = {}
-    for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name or not name.isprintable() or len(name) > 200:
-            raise ValueError(f"{index} names the file {brief(name)}, expected one beside it")
-        weights |= read_weights(folder, name, ignore)
-    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -650,8 +610,7 @@ class MLLMConfig:
             raise ValueError(f"streams in {brief(self.streams_in)}, streams out {brief(self.streams_out)}: "
                              f"expected some of {brief(self.streams)}, or to read ('continuous',)")
         if self.streams_out and not set(self.streams_in) & set(self.streams_out):
-            raise ValueError(f"the painted streams {self.streams_out} are not among those read, {self.streams_in}: "
-                             "the model could not see what it paints")
+            raise ValueError(f"the painted streams {self.streams_out} are not among those read, {self.streams_in}: it could not see them")
         check(self.head_width % self.head_heads == 0, f"head_width {self.head_width} is not a multiple of head_heads {self.head_heads}")
 
     @property
@@ -753,9 +712,8 @@ class DualMLLM(nn.Module):
         limit, device = self.config.llm.max_position_embeddings, self.marks.device
         batch = pack(sequences, self.text, self.config.positions, left=True, limit=limit - room).to(device)
         x = self.embed(batch)
-        autocast = torch.is_autocast_enabled(device.type)
         length = math.ceil((x.shape[1] + room) / multiple) * multiple
-        cache = Cache(self.config.llm, len(x), length, device, torch.get_autocast_dtype(device.type) if autocast else x.dtype)
+        cache = Cache(self.config.llm, len(x), length, device, lower(x[:0]).dtype)
         return self.llm.hidden(x, batch.mask, cache)[:, -1], cache
 
     @torch.no_grad()
@@ -804,8 +762,7 @@ class DualMLLM(nn.Module):
     @torch.no_grad()
     def answer(self, pictures: Tensor | None, questions: list[str], longest: int = 64, temperature: float = 0.0, top_k: int = 0,
                top_p: float = 1.0, seeds: list[int] | None = None) -> list[str]:
-        """Text about pictures (B, N, S, D) (or features, or None), one question each; the empty question asks for a caption. At most
-        `longest` tokens, and nothing but text: marks are never written."""
+        """Text about pictures (B, N, S, D) (or features, or None), one question each, "" for a caption: up to `longest` tokens, no mark."""
         text, stop = self.text, self.text.turn_end if self.text.turn_start is not None else self.text.end
         rows = [turn(text, [*([] if pictures is None else [Picture(pictures[i].cpu())]), question]) for i, question in enumerate(questions)]
         h, cache = self._begin(rows, longest)
@@ -851,10 +808,7 @@ class DualMLLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str) -> "DualMLLM":
         """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
-        config = read_config(folder)
-        if config.get("model_type") != "dualmllm":
-            raise ValueError(f"{folder}/config.json is no multimodal LLM of ours: "
-                             f"model_type is {brief(config.get('model_type'))}, expected 'dualmllm'")
+        config = read_config(folder, kind="dualmllm")
         config["llm"] = make_config(LLMConfig, config.get("llm"), folder)
         config = make_config(MLLMConfig, config, folder)
         text = TextTokenizer.bytes() if config.text == "bytes" else TextTokenizer.from_folder(folder)

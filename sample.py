@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -107,11 +108,7 @@ def read_images(paths: list[str], size: int) -> Tensor:
 
 def numbered(names: list[str]) -> list[str]:
     """Names of pictures, numbered where two are equal."""
-    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
-
-
-def stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
+    return names if len({*names}) == len(names) else [f"{name}-{i}" for i, name in enumerate(names)]
 
 
 def slug(words: str) -> str:
@@ -127,8 +124,7 @@ def pictures_for(args, size: int, least: int, device, most: int = 256, **world) 
     there = len(data) if args.images else max(args.n, most)
     n = args.n or min(there, most)
     if not least <= n <= there:
-        raise ValueError(f"--figure {args.figure} needs {max(least, args.n)} pictures, got {min(n, there)} of {source}; "
-                         "add pictures, or change --n")
+        raise ValueError(f"{args.figure} needs {max(least, args.n)} pictures, got {min(n, there)} of {source}; add pictures, or change --n")
     if not args.images:
         return data.batch(range(n), device)[0], data.scenes(range(n)), f"{n} scenes of the {source} built-in world"
     images, _, broken = zip(*(data.sample(i * there // n) for i in range(n)))
@@ -141,7 +137,7 @@ def reconstruct(args, tokenizer: DualTokenizer, device):
     """Original and reconstruction side by side, one PNG per image."""
     size, n = tokenizer.config.vision.image_size, args.n or 8
     if args.reconstruct:
-        images, names = read_images(args.reconstruct, size).to(device), numbered([stem(path) for path in args.reconstruct])
+        images, names = read_images(args.reconstruct, size).to(device), numbered([Path(path).stem for path in args.reconstruct])
     else:
         images, names = pictures_for(args, size, 1, device, most=8)[0], [f"scene-{i}" for i in range(n)]
     rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in images.split(16)])
@@ -172,7 +168,7 @@ def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device,
         for path, answer in zip(args.image, model.answer(pictures, [args.ask] * len(images))):
             print(answer if len(images) == 1 else f"{path}: {answer}")
         return
-    for i, name in enumerate(numbered([stem(path) for path in args.image])):
+    for i, name in enumerate(numbered([Path(path).stem for path in args.image])):
         codes = model.paint([args.edit] * n, pictures[i:i + 1].expand(n, *pictures.shape[1:]), seeds=list(range(args.seed, args.seed + n)),
                             progress=True, **how)
         path = os.path.join(args.out, f"{name}-{slug(args.edit)}.png")
@@ -251,7 +247,7 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
     sides, broken = [], both[0].broken + both[1].broken
     for folder, data in zip(args.fd, both):
         moments, loader = None, data.load(args.batch_size * ranks.count, rank=ranks.rank, ranks=ranks.count)
-        for images, _, reports in tqdm(loader, folder, disable=not ranks.first):
+        for images, _, reports in tqdm(loader, folder, -(-len(data) // (args.batch_size * ranks.count)), disable=not ranks.first):
             broken += reports
             features = look(images.to(ranks.device))
             moments = moments or Moments(features.shape[1], ranks.device)
@@ -368,9 +364,8 @@ def draw_features(sheet, draw, args, tokenizer: DualTokenizer, device, side: int
 
 
 def telling_codes(codes: Tensor, k: int, pictures: int) -> tuple[list[int], list[int]]:
-    """Codes (B, N), one a position -> at most k codes that mark things, and the pictures that show them best. A thing is elsewhere in each
-    picture, and all in one place: the variance of the code's mean position between pictures, less that of its positions within one, is
-    large. Of a ground, or a corner, it is not."""
+    """Codes (B, N), one a position -> at most k codes that mark things, and the pictures that show them best. Of a thing, not a ground or
+    a corner, the variance of the code's mean position between pictures, less that of its positions within one, is large."""
     grid, found = round(codes.shape[1] ** 0.5), codes.unique()
     place, scores = torch.cartesian_prod(*[torch.arange(grid) / grid] * 2), []                  # (N, 2)
     for code in found:

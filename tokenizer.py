@@ -336,13 +336,6 @@ class TextVocabulary:
         encode = lambda text: reader.encode(text, add_special_tokens=False).ids
         return [table[first]] if first else [], [table[last]], table[pad], prepare, encode
 
-    def save(self, folder: str):
-        """Copies its files, if any, each under a temporary name first."""
-        for name, content in self.files.items():
-            with open(os.path.join(folder, name + ".tmp"), "wb") as file:
-                file.write(content)
-            os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SigLIP: two transformers and a sigmoid; and CLIP, by fields of the configuration
@@ -529,7 +522,7 @@ class SigLIP(nn.Module):
             self.register_buffer("logit_bias", torch.zeros(()), persistent=False)
         else:
             self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
-        self.apply(_init)
+        self.apply(init)
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight)  # padding is most of a text: small differences would drown in it
         waves = 0.5 * _waves(vision.grid, vision.hidden_size)
         self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):] = waves
@@ -560,7 +553,7 @@ class SigLIP(nn.Module):
         config |= {"projection_dim": self.vision_config.projection_dim} if kind == "clip" else {}
         theirs = {ours: name for name, ours in CLIP_NAMES.items()} if kind == "clip" else {}
         save_model(folder, {renamed(name, theirs): value for name, value in self.state_dict().items()}, config)
-        self.vocabulary.save(folder)
+        save_files(folder, self.vocabulary.files)
 
     @classmethod
     def from_pretrained(cls, folder: str, image_size: int = 0) -> "SigLIP":
@@ -627,11 +620,11 @@ def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
     return vision, make_config(TextConfig, config["text_config"], folder, defaults[kind][1])
 
 
-def _init(module: nn.Module):
+def init(module: nn.Module, embedding: float = 0.2):
     """Weights such that outputs are as large as inputs, zero biases; norms stay at one. Embeddings start large: at the usual 0.02 they
     drown in what the first layer adds, and training from scratch is slower."""
     if isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.2)
+        nn.init.normal_(module.weight, std=embedding)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         if module.bias is not None:
@@ -957,7 +950,7 @@ class DualTokenizer(nn.Module):
         self.decoder = Decoder(c) if self.design.paints else None
         self.encoder = ConvEncoder(c) if "encoder" in self.design.features else None
         self.semantic_decoder = nn.Sequential(*(Layer(c.vision) for _ in range(self.design.semantic_layers)))
-        self.semantic_decoder.apply(_init)
+        self.semantic_decoder.apply(init)
         self.teacher = copy.deepcopy(self.siglip_model.vision_model).requires_grad_(False) if "teacher" in self.design.features else None
         self.shared_gradient = 1.0      # share of the semantic losses' gradient that enters the layers which feed the pixel stream too
 
@@ -1070,15 +1063,12 @@ class DualTokenizer(nn.Module):
     def save_pretrained(self, folder: str, **more):
         """config.json, model.safetensors and the text tower's vocabulary; `more` goes into config.json too."""
         save_model(folder, self.state_dict(), {"model_type": "dualtoken", **asdict(self.config), **more})
-        self.siglip_model.vocabulary.save(folder)
+        save_files(folder, self.siglip_model.vocabulary.files)
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "DualTokenizer":
         """What `save_pretrained` wrote, in eval mode. Raises ValueError if anything is missing, left over or misshapen."""
-        config = read_config(folder)
-        if config.get("model_type") != "dualtoken":
-            raise ValueError(f"{folder}/config.json is no tokenizer of ours: "
-                             f"model_type is {brief(config.get('model_type'))}, expected 'dualtoken'")
+        config = read_config(folder, kind="dualtoken")
         for name, kind in (("vision", VisionConfig), ("text", TextConfig)):
             config[name] = make_config(kind, config.get(name), folder)
         config = make_config(TokenizerConfig, config, folder)
@@ -1180,6 +1170,15 @@ def save_model(folder: str, weights: dict[str, Tensor], config: dict):
     write_json(os.path.join(folder, "config.json"), config)
 
 
+def save_files(folder: str, files: dict[str, bytes]):
+    """Files by name, each under a temporary one first."""
+    os.makedirs(folder, exist_ok=True)
+    for name, content in files.items():
+        with open(os.path.join(folder, name + ".tmp"), "wb") as file:
+            file.write(content)
+        os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
+
+
 def write_json(path: str, content):
     """Pretty JSON under a temporary name, then renamed."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
@@ -1214,8 +1213,8 @@ def read_json(path: str):
         raise ValueError(f"{path} is no JSON: {error}; copy or write it again") from None
 
 
-def read_config(folder: str, name: str = "config.json") -> dict:
-    """config.json of a folder, or another. Raises ValueError if there is none or it is no JSON object."""
+def read_config(folder: str, name: str = "config.json", kind: str = "") -> dict:
+    """config.json of a folder, or another. Raises ValueError if there is none, it is no JSON object, or of no model of this kind."""
     path = os.path.join(folder, name)
     try:
         config = read_json(path)
@@ -1223,6 +1222,8 @@ def read_config(folder: str, name: str = "config.json") -> dict:
         raise ValueError(f"no model in {folder!r}: {path} cannot be read ({error.strerror}); "
                          "expected a folder with config.json and model.safetensors") from None
     check(isinstance(config, dict), f"{path} holds a {type(config).__name__}, expected a JSON object")
+    if kind and config.get("model_type") != kind:
+        raise ValueError(f"{path} is no model of ours: model_type is {brief(config.get('model_type'))}, expected {kind!r}")
     return config
 
 

@@ -20,7 +20,6 @@ stages, main; the plumbing is train_tokenizer.py's.
 
 import argparse
 import collections.abc
-import contextlib
 import copy
 import hashlib
 import itertools
@@ -174,8 +173,8 @@ CHUNK = 128             # pictures encoded at a time
 
 def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[np.ndarray, "Texts"]:
     """Codes or features of `count` pictures and what is said of them, kept in --out/codes/KEY, where no other tokenizer or data finds them
-    -> memory map (count, ...), texts. chunks(mine) yields (images, texts), CHUNK at a time, of this rank's share, or of what a stopped
-    extraction by as many ranks left of it. encode(images) -> (b, ...). For --bench the first stands for all; nothing is written."""
+    -> memory map (count, ...), texts. chunks(mine) yields (images, texts), CHUNK at a time, of this rank's share of them, or of what a
+    stopped extraction left. encode(images) -> (b, ...). For --bench the first stands for all; nothing is written."""
     if args.bench:
         images, texts = next(iter(chunks(range(min(count, CHUNK)))))
         values = kept_form(encode(images[:1].to(ranks.device)))
@@ -185,39 +184,32 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
     if not there():
         lock(args.out, ranks)
     if not there():     # another run may just have made it
-        check(count >= ranks.count, f"{count} pictures for {ranks.count} ranks, expected one each; add images or start fewer ranks")
-        temporary, mine = f"{folder}.{ranks.count}.tmp", range(ranks.rank, count, ranks.count)
-        own = lambda rank: [os.path.join(temporary, name) for name in (f"pictures-{rank}.npy", f"said-{rank}.jsonl")]
+        temporary, step = f"{folder}.tmp", CHUNK * ranks.count
+        path, said = (os.path.join(temporary, name) for name in ("pictures.npy", "said.jsonl"))
         os.makedirs(temporary, exist_ok=True)
-        path, said = own(ranks.rank)
-        done = keep_whole_chunks(said)
-        with (open(said, "a", encoding="utf-8") as file,
-              tqdm(total=len(mine), initial=done, desc="extracting codes", leave=False, disable=not ranks.first) as bar):
-            for images, texts in chunks(mine[done:]) if done < len(mine) else ():
-                values = kept_form(encode(images.to(ranks.device)))
-                if not done:
-                    np.lib.format.open_memmap(path, "w+", values.dtype, (len(mine), *values.shape[1:])).flush()
-                rows = np.load(path, mmap_mode="r+")
-                rows[done:done + len(values)] = values
-                rows.flush()
-                file.writelines(json.dumps(text) + "\n" for text in texts)
-                file.flush()
-                done += len(values)
-                bar.update(len(values))
-        ranks.agree(0)          # all have written: files, since ranks may be on several nodes
+        done = ranks.agree(keep_whole(said, step) if ranks.first else 0)
+        mine = range(done + ranks.rank, count, ranks.count)
+        parts = iter(chunks(mine) if mine else ())
+        for start in tqdm(range(done, count, step), "extracting codes", leave=False, disable=not ranks.first):
+            rows = []
+            for images, texts in itertools.islice(parts, 1):        # in the last round some ranks may have none
+                rows = [*zip(range(start + ranks.rank, count, ranks.count), kept_form(encode(images.to(ranks.device))), texts)]
+            rows = sorted(ranks.gather_rows({"rows": rows})["rows"], key=lambda row: row[0])
+            if ranks.first:     # alone writes: ranks may be on several nodes
+                _, values, texts = zip(*rows)
+                if not start:
+                    np.lib.format.open_memmap(path, "w+", values[0].dtype, (count, *values[0].shape)).flush()
+                kept = np.load(path, mmap_mode="r+")
+                kept[start:start + len(values)] = values
+                kept.flush()
+                with open(said, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(text) + "\n" for text in texts)
         if ranks.first:
-            parts = [own(rank) for rank in range(ranks.count)]
-            shares = [np.load(pictures, mmap_mode="r") for pictures, _ in parts]
-            rows = np.lib.format.open_memmap(os.path.join(temporary, "pictures.npy"), "w+", shares[0].dtype, (count, *shares[0].shape[1:]))
-            for rank, values in enumerate(shares):
-                rows[rank::ranks.count] = values
-            rows.flush()
-            Texts.merge([said for _, said in parts], count, temporary)
+            with open(said, "rb") as file:      # where its lines end
+                np.save(os.path.join(temporary, "said.npy"), np.cumsum(np.fromiter(itertools.chain([0], map(len, file)), np.int64)))
             write_json(os.path.join(temporary, "key.json"), key)
             os.rename(temporary, folder)
-            for name in sum(parts, []):
-                os.remove(os.path.join(folder, os.path.basename(name)))
-        ranks.agree(0)          # and may read
+        ranks.agree(0)          # all may read
     return np.load(os.path.join(folder, "pictures.npy"), mmap_mode="r"), Texts(folder)
 
 
@@ -227,13 +219,13 @@ def kept_form(values: Tensor) -> np.ndarray:
     return values.astype(np.uint16 if values.dtype == np.int64 else np.float16)
 
 
-def keep_whole_chunks(path: str) -> int:
-    """How many texts a stopped extraction wrote, in whole chunks; what follows them is cut off."""
+def keep_whole(path: str, step: int) -> int:
+    """How many texts a stopped extraction wrote, in whole steps; what follows them is cut off."""
     if not os.path.exists(path):
         return 0
     with open(path, "r+b") as file:
         ends = list(itertools.accumulate(len(line) for line in file if line.endswith(b"\n")))
-        done = len(ends) // CHUNK * CHUNK
+        done = len(ends) // step * step
         file.truncate(ends[done - 1] if done else 0)
     return done
 
@@ -243,19 +235,6 @@ class Texts(collections.abc.Sequence):
 
     def __init__(self, folder: str):
         self.path, self.ends = os.path.join(folder, "said.jsonl"), np.load(os.path.join(folder, "said.npy"), mmap_mode="r")
-
-    @staticmethod
-    def merge(parts: list[str], count: int, folder: str):
-        """The files of all ranks, whose texts take turns -> said.jsonl, and where its lines end."""
-        ends = np.zeros(count + 1, np.int64)
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(part, "rb")) for part in parts]
-            whole = stack.enter_context(open(os.path.join(folder, "said.jsonl"), "wb"))
-            for i in range(count):
-                line = next(files[i % len(files)])
-                whole.write(line)
-                ends[i + 1] = ends[i] + len(line)
-        np.save(os.path.join(folder, "said.npy"), ends)
 
     def __len__(self):
         return len(self.ends) - 1
@@ -286,7 +265,7 @@ class Sequences(torch.utils.data.Dataset):
         self.source, self.args, self.ranks, self.text, self.positions, self.pieces = source, args, ranks, text, config.positions, None
         longest = 2 * (config.positions + 2) + args.text_length + 64        # an edit, with what stands around it
         if longest > (context := config.llm.max_position_embeddings):
-            raise ValueError(f"an edit takes up to {longest} tokens, and the LLM's context is {context}; choose a shorter --text-length")
+            raise ValueError(f"two pictures and --text-length {args.text_length} make {longest} tokens, but the LLM's context is {context}")
         if args.text_data:
             self.pieces = np.array(text.encode(read_text(args.text_data)), dtype=np.uint32)
             if len(self.pieces) <= args.text_length:
@@ -318,6 +297,12 @@ class Sequences(torch.utils.data.Dataset):
     def painted(self, index: int, words: str, rng: random.Random, *given: Picture) -> list:
         """A sequence that paints a picture, after its words (dropped now and then) and the pictures given."""
         return turn(self.text, [*given, "" if rng.random() < DROP else words], [self.picture(index, True)])
+
+    def captioned(self, kind: str, index: int, words: str, rng: random.Random) -> list:
+        """A picture's caption, the picture from its words, or these as a text."""
+        if kind == "text":
+            return document(self.text, [words])
+        return self.painted(index, words, rng) if kind == "paint" else turn(self.text, [self.picture(index)], [words])
 
     def kinds_of(self, step: int) -> dict[str, float]:
         """Shares of the kinds in a step's global batch: one kind of those `apart`, or all the others."""
@@ -396,13 +381,10 @@ class WorldSequences(Sequences):
             _, question, answer = ask(scene, rng)
             return turn(text, [self.picture(i), question], [answer])
         words = shapes.caption(scene, rng.randrange(1 << 30)).text
-        if kind == "caption":
-            return turn(text, [self.picture(i)], [words])
-        if rng.random() < RELATIONS and (relations := [claim.text for claim in shapes.claims(scene) if claim.skill == "relation"]):
+        related = (claim.text for claim in shapes.claims(scene) if claim.skill == "relation")
+        if kind != "caption" and rng.random() < RELATIONS and (relations := [*related]):
             words = rng.choice(relations)
-        if kind == "paint":
-            return self.painted(i, words, rng)
-        return document(text, [f"{words}\n{question}\n{answer}" for _, question, answer in [ask(scene, rng)]])
+        return self.captioned(kind, i, "\n".join([words, *ask(scene, rng)[1:]]) if kind == "text" else words, rng)
 
 
 class RecordSequences:
@@ -565,10 +547,7 @@ class ImageSequences(Sequences):
 
     def sequence(self, kind, rng):
         i = self.told[rng.randrange(len(self.told))]
-        words = self.cut(self.captions[i])
-        if kind == "text":
-            return document(self.text, [words])
-        return self.painted(i, words, rng) if kind == "paint" else turn(self.text, [self.picture(i)], [words])
+        return self.captioned(kind, i, self.cut(self.captions[i]), rng)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,8 +591,7 @@ def share(right: list) -> float:
 
 
 def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dict:
-    """Answers and captions, exactly right or not. Chance: one of the type's answers at random; majority: always its most frequent
-    answer to such questions about scenes of the training split."""
+    """Answers and captions, exactly right or not; chance: any of the type's answers; majority: its most frequent one in training scenes."""
     rows = []
     for part in batched(range(len(val.scenes)), 128, ranks, "answering"):
         pictures = encode(val.render([val.scenes[j] for j in part], ranks.device))
@@ -827,8 +805,7 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 # main
 
 def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
-    """-> function from images (B, 3, H, W) to what the model reads: codes, or the deep features of the teacher, by default the tokenizer's.
-    Its `key` tells kept codes of different encoders apart."""
+    """-> function: images (B, 3, H, W) -> codes, or deep features of the teacher (default: the tokenizer's); `key` tells encoders apart."""
     c, model = tokenizer.config, tokenizer
     if config.continuous:
         model = load_teacher(folder, c.vision.image_size, teacher).to(next(tokenizer.parameters()).device)
@@ -867,8 +844,7 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
             say(f"the vocabulary of {sizes.vocab_size} has no spare rows and grows by four: the image marks become tokens "
                 f"{text.marks['<image_start>']} to {text.size - 1}")
     else:
-        raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a folder with config.json, weights and vocabulary, or a "
-                         "name on the hub such as Qwen/Qwen2.5-3B")
+        raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a checkpoint's folder, or a name such as Qwen/Qwen2.5-3B")
     c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name not in ("", "none"))
     paints = split(args.streams_out) if args.streams_out else c.streams if c.image_stream else ()
     config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=split(args.streams_in) or c.streams, streams_out=paints,
@@ -1076,10 +1052,7 @@ class DrySequences(Sequences):
     kinds = ("caption", "question", "paint", "text")
 
     def sequence(self, kind, rng):
-        words = "a" * self.args.text_length
-        if kind == "text":
-            return document(self.text, [words])
-        return self.painted(0, words, rng) if kind == "paint" else turn(self.text, [self.picture(0)], [words])
+        return self.captioned(kind, 0, "a" * self.args.text_length, rng)
 
 
 def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
@@ -1197,14 +1170,12 @@ def estimate(args):
 
 
 def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:
-    """The model that a stage left. ValueError: there is none, or it is of another tokenizer or design."""
+    """The model that a stage left. ValueError: there is none, or it is of another tokenizer (`tables_sha256`) or design."""
     if not os.path.exists(os.path.join(folder, "metrics.json")):
         raise ValueError(f"stage {stage} is not finished in {folder!r}; run it first, or --stage all")
     model = DualMLLM.from_pretrained(folder)
-    if model.config.tables_sha256 != config.tables_sha256:
-        raise ValueError(f"{folder} was trained on another tokenizer's codes; give that --tokenizer")
     if changed := differences(asdict(model.config), asdict(config)):
-        raise ValueError(f"{folder} holds another design ({'; '.join(changed)}); use its flags, or start anew in another --out")
+        raise ValueError(f"{folder} is of another tokenizer or design ({'; '.join(changed)}); use its flags, or another --out")
     return model
 
 

@@ -6,6 +6,7 @@
 What is downloaded: config.json, the weights as safetensors (one file, or an index and its shards), the vocabulary, and the pixels' mean and
 deviation. A file gets its name only when it is whole: a broken connection leaves nothing that looks finished, a whole file is kept.
 """
+import contextlib
 import json
 import os
 import re
@@ -32,12 +33,12 @@ def _cached(name: str) -> str | None:
     try:
         with open(os.path.join(model, "refs", "main"), encoding="utf-8") as file:
             found = os.path.join(model, "snapshots", file.read().strip())
-        return found if all(os.path.exists(os.path.join(found, file)) for file in ("config.json", *_weights(found))) else None
+        return found if all(os.path.exists(os.path.join(found, file)) for file in ("config.json", *weight_files(found))) else None
     except (OSError, ValueError):
         return None
 
 
-def _weights(found: str) -> list[str]:
+def weight_files(found: str) -> list[str]:
     """The weight files that a folder has or, by its index, should have. Raises ValueError for an index that is none."""
     path = os.path.join(found, "model.safetensors.index.json")
     if os.path.exists(os.path.join(found, "model.safetensors")) or not os.path.exists(path):
@@ -45,11 +46,11 @@ def _weights(found: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
-        if all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in names):
-            return names
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise ValueError(f"{path} is no index of safetensors files; delete it to fetch it again")
+        if odd := [name for name in names if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)]:
+            raise ValueError(f"got {odd[0][:100]!r}, expected files beside it")
+        return names
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no index of safetensors files ({type(error).__name__}: {error}); copy or fetch it again") from None
 
 
 def _downloaded(name: str) -> str:
@@ -57,12 +58,10 @@ def _downloaded(name: str) -> str:
     found = os.path.join(torch.hub.get_dir(), "nanodualtoken", *name.split("/"))
     os.makedirs(found, exist_ok=True)
     with open(os.path.join(found, ".lock"), "w") as lock:
-        try:
+        with contextlib.suppress(ImportError):      # Windows: each downloads for itself
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)        # of several processes on a machine one downloads; a process that ends leaves no lock
-        except ImportError:                         # Windows: each downloads for itself
-            pass
-        if all(os.path.exists(os.path.join(found, file)) for file in ("config.json", *_weights(found))):
+        if all(os.path.exists(os.path.join(found, file)) for file in ("config.json", *weight_files(found))):
             return found        # weights come last
         if not _fetch(url, found, "config.json"):
             raise ValueError(f"{name!r} is no folder here, and {url} has no config.json; check the spelling")
@@ -70,7 +69,7 @@ def _downloaded(name: str) -> str:
             _fetch(url, found, file)
         if not _fetch(url, found, "model.safetensors") and not _fetch(url, found, "model.safetensors.index.json"):
             raise ValueError(f"{name!r} has no weights as safetensors at {url}; convert it, or name another model")
-        for file in _weights(found):
+        for file in weight_files(found):
             if not _fetch(url, found, file):
                 raise ValueError(f"{url} lacks {file}, which its index names; try again, or name another model")
     return found
@@ -94,8 +93,7 @@ def _fetch(url: str, found: str, file: str) -> bool:
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return False
-        raise ValueError(f"{url} answers {error.code} ({error.reason}); "
-                         "a model that asks for consent has to be downloaded by hand: give its folder") from None
+        raise ValueError(f"{url} answers {error.code} ({error.reason}); download it by hand, and give its folder") from None
     except OSError as error:
         raise ValueError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}); "
                          "without a connection, give a folder that holds the model") from None

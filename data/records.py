@@ -45,8 +45,7 @@ class Records:
             try:
                 spans.append(np.array([(number, *span) for span in _spans(path, parse is document)], np.int64).reshape(-1, 3))
             except (OSError, ValueError) as error:
-                raise ValueError(f"{path} cannot be read as records ({error}); expected one in each line, "
-                                 "or for conversations also one JSON list of them") from None
+                raise ValueError(f"{path} cannot be read as records ({error}); expected one a line, or conversations as a list") from None
         self.spans = np.concatenate(spans)                              # (records, 3): file, first byte, bytes
 
     def __len__(self):
@@ -70,8 +69,7 @@ class Records:
 
 
 def _spans(path: str, lists: bool):
-    """File -> (first byte, bytes) of each record: its lines that are not empty; or, where it begins with [ and its lines are not to be
-    lists, that list's items."""
+    """File -> (first byte, bytes) of each record: its lines, or, where it begins with [ and lines are no lists, that list's items."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else io.BytesIO() as data:
         if lists or isinstance(data, io.BytesIO) or not re.match(rb"(?:\xef\xbb\xbf)?\s*\[", data):
             begin = 0

@@ -83,7 +83,7 @@ class Scene(tuple):
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of scenes as int64 tensors on the CPU; slots from `count` on are unused. Iterating, or `scenes[i]`, gives `Scene`s."""
+    """A batch of scenes as int64 tensors on the CPU; slots from `count` on are unused. Iterating gives `Scene`s."""
     count: Tensor       # (B,)       1..4
     shape: Tensor       # (B, 4)     index into SHAPES
     colour: Tensor      # (B, 4)     index into COLOURS
@@ -101,15 +101,11 @@ class Scenes:
             slots = zip(shape[:n], colour, size, xy)
             yield Scene((Object(SHAPES[s], COLOURS[c], SIZES[r], x / GRID, y / GRID) for s, c, r, (x, y) in slots), look)
 
-    def __getitem__(self, i: int) -> Scene:
-        return list(self)[i]
-
 
 def pack(scenes: list[Scene]) -> Scenes:
     """The inverse of iterating over `Scenes`: readable scenes to tensors (objects sorted again), so that edited scenes can be rendered."""
     if not scenes or not all(1 <= len(scene) <= SLOTS for scene in scenes):
-        raise ValueError(f"pack: scenes of {sorted({len(s) for s in scenes})} shapes, "
-                         f"expected at least one, each of 1 to {SLOTS}; drop the others")
+        raise ValueError(f"pack: scenes of {sorted({len(s) for s in scenes})} shapes, expected at least one, each of 1 to {SLOTS}")
     rows = []
     for scene in scenes:
         objects = sorted((round(o.y * GRID), round(o.x * GRID), SHAPES.index(o.shape), COLOURS.index(o.colour), SIZES.index(o.size))
@@ -181,10 +177,9 @@ class World:
     pair). ValueError: an unknown difficulty or split, fewer than 16 pixels, or a share outside [0, 1]."""
 
     def __init__(self, difficulty: str = "plain", size: int = 32, seed: int = 0, split: str = "train", single: float | None = None):
-        if difficulty not in DIFFICULTIES:
-            raise ValueError(f"difficulty is {difficulty!r}, expected one of {', '.join(DIFFICULTIES)}")
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+        for what, got, known in (("difficulty", difficulty, DIFFICULTIES), ("split", split, SPLITS)):
+            if got not in known:
+                raise ValueError(f"{what} is {got!r}, expected one of {', '.join(known)}")
         if size < 16:
             raise ValueError(f"size is {size} pixels, expected at least 16: smaller shapes cannot be told apart")
         self.difficulty, self.size, self.seed, self.split = difficulty, size, seed, split
@@ -224,11 +219,6 @@ class World:
         # A held-out pair gets another colour (another shape where colours are shared), all others with equal chance.
         shift = held * (1 + bits[:, 6:] // n % (n - 1))
         return torch.where(common == 1, shape + shift, shape) % n, torch.where(common == 1, colour, colour + shift) % n
-
-    def claims(self, indices) -> list["Claim"]:
-        """The captions of these scenes, as claims that can be checked."""
-        scenes = self.scenes(indices)
-        return [caption(scene, roll) for scene, roll in zip(scenes, scenes.roll.tolist())]
 
     def batch(self, indices, device="cpu") -> tuple[Tensor, list[str]]:
         """Images (B, 3, size, size) float32 in [-1, 1] on the device, and their captions."""
@@ -510,8 +500,7 @@ MATCH, AHEAD = 0.86, 0.008      # overlap that a shape needs with its template, 
 
 @lru_cache(maxsize=8)
 def _templates(size: int, difficulty: str, device: str) -> tuple[Tensor, list[tuple[int, int, float, float]]]:
-    """Every shape, size and sub-pixel shift, drawn by the renderer itself in the middle of a window of w pixels: (M, w * w), and
-    (shape, size, dx, dy) of each."""
+    """Every shape, size and sub-pixel shift, drawn amid a window of w pixels: (M, w * w), and (shape, size, dx, dy) of each."""
     half, shifts = math.ceil(RADII[1].item() * size) + 2, [i / 4 for i in range(-4, 5)]
     rows = list(itertools.product(range(KINDS[difficulty]), (1,) if difficulty == "plain" else (0, 1), shifts, shifts))
     shape, radius = torch.tensor([row[0] for row in rows]), RADII[[row[1] for row in rows]] * size
@@ -593,8 +582,7 @@ def _match(images: Tensor, difficulty: str) -> list[list[Object | None]]:
 
 @torch.no_grad()
 def read(images: Tensor, difficulty: str = "textured") -> list[Scene | None]:
-    """Images (B, 3, H, H) in [-1, 1] back to scenes; None where an image is no clear scene. `plain` looks only for what the plain world
-    has. ValueError: another shape of tensor, or an unknown difficulty."""
+    """Images (B, 3, H, H) in [-1, 1], else ValueError, to scenes of what this world has; None where an image is no clear scene."""
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"read: images of shape {tuple(images.shape)}, expected (B, 3, H, H); add the batch dimension or crop to a square")
     if difficulty not in DIFFICULTIES:
@@ -602,16 +590,13 @@ def read(images: Tensor, difficulty: str = "textured") -> list[Scene | None]:
     images = (images.float() / 2 + 0.5).clamp(0, 1)
     if images.shape[-1] > READ_SIZE:
         images = F.adaptive_avg_pool2d(images, READ_SIZE)
-    scenes, look = [], (DIFFICULTIES.index(difficulty),) + (0,) * 8
-    for chunk in images.split(128) if len(images) else ():
-        for objects in _match(chunk, difficulty):
-            scenes.append(Scene(sorted(objects, key=lambda o: (o.y, o.x)), look) if objects and None not in objects else None)
-    return scenes
+    look = (DIFFICULTIES.index(difficulty),) + (0,) * 8
+    found = (objects for chunk in images.split(128) if len(chunk) for objects in _match(chunk, difficulty))
+    return [Scene(sorted(objects, key=lambda o: (o.y, o.x)), look) if objects and None not in objects else None for objects in found]
 
 
 def same(a: Scene | None, b: Scene | None, tolerance: float = 0.06) -> bool:
-    """Whether two scenes show the same shapes, colours and sizes, each object within this distance, in image sides. Their order plays no
-    part, and an unreadable scene (None) equals nothing."""
+    """Whether two scenes show the same objects in any order, each within this distance in image sides; None (unreadable) equals none."""
     if a is None or b is None or len(a) != len(b):
         return False
     return any(all(p[:3] == q[:3] and math.hypot(p.x - q.x, p.y - q.y) <= tolerance for p, q in zip(a, order))
