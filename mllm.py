@@ -707,6 +707,14 @@ class DualMLLM(nn.Module):
 
     # ---- generation
 
+    def lacks_room(self, asked: list, room: int) -> str:
+        """Why what is asked, and so many tokens of a reply, would not fit; "" where they do."""
+        try:
+            pack([turn(self.text, asked)], self.text, self.config.positions, limit=self.config.llm.max_position_embeddings - room)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def _begin(self, sequences: list, room: int, multiple: int = 1) -> tuple[Tensor, Cache]:
         """Read the prompts, padded on the left -> state at their ends (B, C), a cache with room for more; of a `multiple` of slots."""
         limit, device = self.config.llm.max_position_embeddings, self.marks.device

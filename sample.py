@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data import hub, shapes
 from data.images import ImageData, Pictures
 from losses import Moments, frechet_distance, psnr, ssim
-from mllm import EDIT_GUIDANCE, GUIDANCE, DualMLLM, code_tables
+from mllm import EDIT_GUIDANCE, GUIDANCE, DualMLLM, Picture, code_tables
 from rvq import all_reduce
 from tokenizer import DualTokenizer, check, first_line, layer_similarity, read_config, read_json, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge, to_generate
@@ -183,6 +183,9 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
     prompts, n = read_text(args.paint_file).splitlines(), args.n or 1
     wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts)
               if prompt.strip() for k in range(n)]
+    for i, prompt in enumerate(prompts, 1):
+        if why := model.lacks_room([prompt.strip()], model.config.positions + 1):
+            raise ValueError(f"{args.paint_file}, line {i}: {why}")
     missing = [item for item in wanted if not os.path.exists(item[2])]
     path, sampling = os.path.join(args.out, "asked.json"), {name: value for name, value in how.items() if name != "graph"}
     asked = {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model), **sampling}
@@ -207,8 +210,11 @@ def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: 
     for number, line in enumerate(read_text(args.answer_file).splitlines(), 1):
         try:
             record = json.loads(line)
-            path, question = os.path.join(os.path.dirname(args.answer_file), record["image"]), str(record.get("question", ""))
-            records.append((number, record, path, question))
+            path, question = os.path.join(os.path.dirname(args.answer_file), record["image"]), str(record.get("question") or "")
+            if why := model.lacks_room([Picture(torch.zeros(model.config.positions, 1, 1)), question], 64):
+                broken.append(f"line {number}: {why}") if ranks.first else None
+            else:
+                records.append((number, record, path, question))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken.append(f"line {number} is no record with an image: {line[:60]!r}") if line.strip() and ranks.first else None
     for part in batched(records, args.batch_size, ranks, "answering"):
@@ -475,7 +481,8 @@ def main(argv=None):
         check(data.source != "none", f"{args.mllm} was trained on records alone; its metrics.json has what training measured of them")
         os.makedirs(args.out, exist_ok=True)
         if data.source not in shapes.DIFFICULTIES:
-            more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", "")])
+            more = train_flags(["--out", args.out, "--val-data", run_config.get("val_data", ""),
+                                "--text-length", str(run_config.get("text_length", 256))])
             data = ImageSequences(data.source, more, ranks, model.text, model.config, tokenizer.config.vision.image_size, encode,
                                   train=False)
         kinds = ("caption", "question", *(("paint", "edit") if model.heads else ()))

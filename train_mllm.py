@@ -283,7 +283,7 @@ class Sequences(torch.utils.data.Dataset):
 
     def cut(self, words: str) -> str:
         """At most --text-length tokens of them."""
-        return self.text.decode(self.text.encode(words)[:self.args.text_length])
+        return self.text.decode(self.text.encode(words)[:self.args.text_length]).rstrip("\ufffd")       # not half a letter
 
     def make(self, kind: str, rng: random.Random) -> list:
         """The segments of one sequence of this kind."""
@@ -507,10 +507,10 @@ def ask(scene, rng: random.Random) -> tuple[str, str, str]:
 def fingerprint(data: ImageData) -> str:
     """SHA-256 of which images there are, and of the sizes and times of the files that hold them and their captions."""
     sha = hashlib.sha256(data.records.tobytes() + data.names)
-    for source in data.files:
-        inside = (os.path.join(root, name) for root, _, names in os.walk(source) for name in names)
-        for path in [source] if os.path.isfile(source) else sorted(inside):
-            sha.update(state(path).encode("utf-8", "surrogateescape"))
+    alone = (os.path.splitext(data.path(record)) for record in data.records[data.records["image"] < 0])
+    files = (os.fsdecode(stem + end) for stem, suffix in alone for end in (suffix, b".txt"))
+    for path in itertools.chain(filter(os.path.isfile, data.files), files):
+        sha.update(state(path).encode("utf-8", "surrogateescape"))
     return sha.hexdigest()
 
 
@@ -753,7 +753,7 @@ class MLLMStage(Stage):
 
     def save(self, weights):
         self.model.save_pretrained(self.folder, weights, stage=self.row.name, data=self.data.source, val_data=self.args.val_data,
-                                   teacher=self.args.teacher)
+                                   text_length=self.args.text_length, teacher=self.args.teacher)
 
 
 @torch.no_grad()

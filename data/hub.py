@@ -7,6 +7,7 @@ What is downloaded: config.json, the weights as safetensors (one file, or an ind
 deviation. A file gets its name only when it is whole: a broken connection leaves nothing that looks finished, a whole file is kept.
 """
 import contextlib
+import errno
 import json
 import os
 import re
@@ -95,6 +96,8 @@ def _fetch(url: str, found: str, file: str) -> bool:
             return False
         raise ValueError(f"{url} answers {error.code} ({error.reason}); download it by hand, and give its folder") from None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise       # no matter of the connection
         raise ValueError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}); "
                          "without a connection, give a folder that holds the model") from None
     finally:

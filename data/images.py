@@ -406,6 +406,10 @@ class ImageData:
             rng.shuffle(window)
         return rows
 
+    def path(self, record):
+        """Of a record's image, as bytes: its file, or its shard and its name there."""
+        return os.path.join(os.fsencode(self.files[record["file"]]), self.names[record["name"]:record["name"] + record["name_size"]])
+
     def sample(self, position):
         """-> (image (3, size, size) uint8, caption, reports), a function of seed and position alone. For a broken image comes the next
         healthy one in index order, or one from anywhere, where its shard is gone or ten in a row are broken; a missing caption is "".
@@ -413,7 +417,7 @@ class ImageData:
         index, broken = self.order(position), []
         for attempt in range(TRIES):
             record = self.records[index]
-            path = os.path.join(os.fsencode(self.files[record["file"]]), self.names[record["name"]:record["name"] + record["name_size"]])
+            path = self.path(record)
             name = path.decode("utf-8", "replace")
             try:
                 image = decode(self._read(path, record["file"], record["image"], record["image_size"]), name, near=self.size)
