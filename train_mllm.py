@@ -47,10 +47,10 @@ from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, check, preset_config, read_config, read_json, write_json
-from train_tokenizer import (VALIDATION_SEED, Muon, Parser, Ranks, Stage, System, Table, adamw, batched, bench, bench_growth, check_batch,
-                             check_shared, common, compile_parts, differences, digest, dry_run, fake, flop_counter, kept, load_part,
-                             load_teacher, lock, make_table, metrics_of, precision, print_parts, read_text, run, save_grid,
-                             seconds_of, shared_flags, step_or_skip, teacher_of, train, whole)
+from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, Stage, System, Table, batched, bench, bench_growth, check_batch, check_shared,
+                             common, compile_parts, differences, digest, dry_run, fake, flop_counter, kept, load_part, load_teacher, lock,
+                             make_table, metrics_of, precision, print_parts, read_text, run, save_grid, seconds_of, shared_flags,
+                             teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -690,20 +690,19 @@ class MLLMStage(Stage):
         self.design, self.streams = tokenizer.config.design, tokenizer.config.streams
         self.folder = args.out if last else os.path.join(args.out, self.name)
         self.steps, self.batch, self.lr, self.warmup = row.steps, row.batch, row.lr, row.warmup
+        muon = args.preset in MUON if args.muon is None else args.muon
         pieces = "" if data.pieces is None else hashlib.sha256(data.pieces.tobytes()).hexdigest()
         self.settings = json.loads(json.dumps({
             "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length],
-            "row": {**asdict(row), "mixture": data.mixture}, "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)],
+            "row": {**asdict(row), "mixture": data.mixture}, "muon": muon, "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)],
             "config": asdict(model.config), "from": digest(model), **common(args, ranks)}))
         model.requires_grad_(False)
         for part in row.trains:
             for parameter in model.parts()[part]:
                 parameter.requires_grad_(True)
         model.llm.checkpointing = args.checkpointing
-        matrices = [p for name, p in model.named_parameters()
-                    if args.preset in MUON and p.requires_grad and p.dim() >= 2 and MATRICES.search(name)]
-        self.optimizer = adamw([model], self.lr, (0.9, 0.95), 0.01, besides=matrices)
-        self.muon = Muon(matrices, self.lr, 0.01) if matrices else None
+        self.optimise((0.9, 0.95), 0.01, [p for name, p in model.named_parameters()
+                                          if muon and p.requires_grad and p.dim() >= 2 and MATRICES.search(name)])
         self.metrics, self.earlier = {}, {}     # earlier: seconds of the stages before
         self.evaluated = True                   # whether it is worth the time
 
@@ -712,14 +711,6 @@ class MLLMStage(Stage):
         counts = torch.tensor([[len(part.text_target), len(part.learned) * self.data.positions, len(part.all_depths)] for part, in parts],
                               dtype=torch.float32).sum(0)
         self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device, non_blocking=True)).clamp(min=1)
-
-    def after_step(self, bad):
-        if self.muon:
-            with self.autocast():
-                step_or_skip(self.muon, self.optimizer.param_groups[0]["lr"], bad)
-
-    def extra_state(self):
-        return {"muon": self.muon} if self.muon else {}
 
     def loss(self, batch, *, step):
         terms, total, depths, kinds = {}, 0.0, DEPTHS.get(self.args.preset, (1.0,)), self.data.kinds_of(step).keys()

@@ -83,6 +83,7 @@ class Settings:
     lr: float = 7.2e-5              # peak, AdamW; cosine to zero
     betas: tuple = (0.5, 0.9)
     weight_decay: float = 1e-4      # not on biases and norms
+    muon: bool = False              # Muon for the matrices and kernels of layers and decoder
     warmup: int = 10_000            # steps of linear rise
     shared_gradient: float = 1.0    # dual: share of the semantic gradient that enters the layers below the shallow one
     gan: bool = True
@@ -97,14 +98,15 @@ class Settings:
 # In a trial of 300 steps (patches of 8, one seed), 0.02 in place of 0.2 gave 24.4 dB in place of 21.6, for a zero-shot accuracy of .973 in
 # place of .984. With all of the semantic gradient in the shared layers, dual reconstructs .3 and 1.5 dB worse than recon-shallow (seeds 0
 # and 1); with a tenth, .3 dB better and .5 worse.
-_TOY = dict(betas=(0.9, 0.95), warmup=50, shared_gradient=0.1, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
+_TOY = dict(betas=(0.9, 0.95), warmup=50, muon=True, shared_gradient=0.1, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
-    "nano": Settings(data="plain", siglip_steps=1000, siglip_batch=128, siglip_lr=1e-3, steps=560, batch=64, lr=2e-3, **_TOY),
+    "nano": Settings(data="plain", siglip_steps=1000, siglip_batch=128, siglip_lr=1e-3, steps=400, batch=64, lr=2e-3, **_TOY),
     "nano-64": Settings(data="textured", siglip_steps=500, siglip_batch=128, siglip_lr=1e-3, steps=500, batch=64, lr=2e-3, **_TOY),
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
 }
+MATRICES = re.compile(r"layers\.|^(semantic_)?decoder\.(?!conv_out)|^encoder\.(?!conv_in)")      # of a tokenizer, those for Muon
 VALIDATION_SEED = 12_345            # whatever --seed is, so that numbers of different runs compare
 
 
@@ -228,6 +230,8 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     g.add_argument("--lr", type=float, default=0.0, help="peak learning rate of the tokenizer stage, or of the --stage that is named")
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches of a rank's share of a step, where memory is short")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    g.add_argument("--muon", action=argparse.BooleanOptionalAction, default=None,
+                   help="Muon for the matrices in layers (and the tokenizer's decoder), AdamW for the rest; default: the preset's")
     g.add_argument("--max-bad-steps", type=int, default=20, help="stop after so many steps in a row whose gradient is not finite")
     return g
 
@@ -375,7 +379,8 @@ def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float
 
 class Muon(torch.optim.Optimizer):
     """Steps of a matrix's momentum, made orthogonal (Jordan et al. 2024), of the size of AdamW's, so that its learning rates and decay
-    fit (Liu et al. 2025). For weights (..., m, n). Unlike torch's: equal shapes go together, and a flag on the device can skip a step."""
+    fit (Liu et al. 2025). For weights (m, n), stacks of them, and kernels (m, ., ., .), of which a row is all that makes one output. Unlike
+    torch's: equal shapes go together, and a flag on the device can skip a step."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -406,8 +411,10 @@ class Muon(torch.optim.Optimizer):
                 gradient = torch.stack([whole(p.grad) for p in parameters]).nan_to_num(0, 0, 0)
                 old = torch.stack([whole(self.state[p]["momentum"]) for p in parameters])
                 momentum = old.lerp(gradient, good * (1 - group["momentum"]))
-                size = good * group["lr"] * 0.2 * max(shape[-2:]) ** 0.5        # 0.2: how large AdamW's steps are
-                steps = size * self.orthogonal(gradient.lerp(momentum, group["momentum"]))
+                rows = gradient.lerp(momentum, group["momentum"])
+                rows = rows.flatten(2) if len(shape) == 4 else rows
+                size = good * group["lr"] * 0.2 * max(rows.shape[-2:]) ** 0.5           # 0.2: how large AdamW's steps are
+                steps = (size * self.orthogonal(rows)).view(gradient.shape)
                 for p, kept, change in zip(parameters, momentum, steps):
                     self.state[p]["momentum"].copy_(share_of(kept, p))
                     p.mul_(1 - good * group["lr"] * group["weight_decay"]).sub_(share_of(change, p))
@@ -446,6 +453,11 @@ class Stage:
         self.autocast = lambda: (torch.autocast(ranks.device.type, torch.bfloat16, cache_enabled=keeps)
                                  if self.precision == "bf16" else contextlib.nullcontext())
 
+    def optimise(self, betas: tuple, weight_decay: float, matrices: list[nn.Parameter] = ()):
+        """Muon for these weights of the model, AdamW for the others that train."""
+        self.optimizer = adamw([self.model], self.lr, betas, weight_decay, besides=matrices)
+        self.muon = Muon(matrices, self.lr, weight_decay) if matrices else None
+
     def before_step(self, parts: list[tuple]):
         """Before the first micro-batch of a step; parts are all of this rank's."""
 
@@ -454,11 +466,11 @@ class Stage:
         raise NotImplementedError
 
     def after_step(self, bad: Tensor):
-        """After the optimiser's step, which was skipped where bad."""
+        """After the optimisers' step, which was skipped where bad."""
 
     def extra_state(self) -> dict:
-        """What to keep in a checkpoint besides model and optimiser: {name: module or optimiser}."""
-        return {}
+        """What to keep in a checkpoint besides model and AdamW: {name: module or optimiser}."""
+        return {"muon": self.muon} if self.muon else {}
 
     def log(self) -> dict:
         """More numbers for the log line."""
@@ -496,6 +508,9 @@ def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
     norm = whole(nn.utils.clip_grad_norm_([p for p in stage.model.parameters() if p.requires_grad], stage.args.clip))
     bad = ~norm.isfinite()
     step_or_skip(stage.optimizer, lr, bad)
+    if stage.muon:
+        with stage.autocast():
+            step_or_skip(stage.muon, lr, bad)
     stage.after_step(bad)
     return norm, bad
 
@@ -1652,7 +1667,7 @@ class SigLIPStage(Stage):
         self.model.vision_model.checkpointing = args.checkpointing
         if args.compile:
             compile_parts(self.model)
-        self.optimizer = adamw([self.model], self.lr, (0.9, 0.95), settings.weight_decay)
+        self.optimise((0.9, 0.95), settings.weight_decay)
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
                          "batch": self.batch, "lr": self.lr, "vision": asdict(config.vision),
                          "text": asdict(config.text), **common(args, ranks)}
@@ -1693,7 +1708,9 @@ class TokenizerStage(Stage):
         self.perceptual = load_lpips(args.vgg, args.lpips).to(ranks.device) if args.vgg and self.model.design.paints else None
         if args.compile:
             compile_parts(self.model, self.teacher)
-        self.optimizer = adamw([self.model], self.lr, settings.betas, settings.weight_decay)
+        matrices = [p for name, p in self.model.named_parameters()
+                    if settings.muon and p.requires_grad and p.dim() in (2, 4) and MATRICES.search(name)]
+        self.optimise(settings.betas, settings.weight_decay, matrices)
         self.gan_from = round(settings.gan_start * self.steps) if gan else self.steps + 1
         if gan:
             self.discriminator = Discriminator(settings.gan_width, settings.gan_layers).to(ranks.device)
@@ -1701,7 +1718,7 @@ class TokenizerStage(Stage):
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.gan_steps, self.codes, self.pictures, self.counted = 0, None, None, {"gan_skipped": torch.zeros((), device=ranks.device)}
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
-                         "batch": self.batch, "lr": self.lr, "weights": asdict(settings.weights),
+                         "batch": self.batch, "lr": self.lr, "muon": settings.muon, "weights": asdict(settings.weights),
                          "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start,
                          "config": json.loads(json.dumps(asdict(config))), "teacher": digest(self.teacher),
                          **({"init": digest(init)} if init else {}),
@@ -1737,7 +1754,8 @@ class TokenizerStage(Stage):
             self.gan_steps = 0
 
     def extra_state(self):
-        return {"discriminator": self.discriminator, "gan_optimizer": self.gan_optimizer} if self.gan_from <= self.steps else {}
+        gan = {"discriminator": self.discriminator, "gan_optimizer": self.gan_optimizer} if self.gan_from <= self.steps else {}
+        return super().extra_state() | gan
 
     def log(self):
         counts = (all_reduce(histogram(codes, self.model.config.codebook_size).sum(0)) for codes in self.codes.unbind(2))
@@ -1870,6 +1888,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
                 siglip_steps=args.siglip_steps or s.siglip_steps, siglip_batch=args.batch_size or s.siglip_batch,
                 gan=s.gan if args.gan is None else args.gan, gan_start=s.gan_start if args.gan_start < 0 else args.gan_start,
                 shared_gradient=s.shared_gradient if args.shared_gradient < 0 else args.shared_gradient,
+                muon=s.muon if args.muon is None else args.muon,
                 weights=replace(s.weights, **semantic))
     changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer",
                                                       "deep_layer", "shortcut_layer") if getattr(args, name)}
