@@ -582,7 +582,7 @@ def repeat(step, times: int, graph: str, progress: bool):
 
 @dataclass
 class MLLMConfig:
-    """Everything that rebuilds a DualMLLM, besides a vocabulary's files. The heads' defaults are the paper's (App. F.4)."""
+    """Everything that rebuilds a DualMLLM, besides a vocabulary's files. The heads' defaults make the paper's 258 M (App. D.1)."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     streams: tuple = ("pixel", "semantic")      # of the tokenizer
     streams_in: tuple = ("pixel", "semantic")   # what is read; or ("continuous",): features (N, C) in place of codes

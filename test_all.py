@@ -2597,6 +2597,36 @@ def test_muon_makes_every_matrix_orthogonal():
         assert values.shape[:-1] == p.shape[:-2] and values.min() > 0.5 and values.max() < 1.3
 
 
+def test_muon_steps_a_kernel_as_the_matrix_of_its_rows():
+    """Also beside a matrix of the same number of weights, and in the second step, whose momentum is not the gradient."""
+    torch.manual_seed(0)
+    kernel, matrix = torch.nn.Parameter(torch.randn(8, 4, 3, 3)), torch.nn.Parameter(torch.zeros(8, 36))
+    matrix.data.copy_(kernel.data.flatten(1))
+    optimizer = train_tokenizer.Muon([kernel, matrix], 0.02, 0.1)
+    for step in range(2):
+        kernel.grad = torch.randn(8, 4, 3, 3)
+        matrix.grad, before = kernel.grad.flatten(1), kernel.detach().clone()
+        train_tokenizer.step_or_skip(optimizer, 0.02, torch.tensor(False))
+        assert close(kernel.detach().flatten(1), matrix.detach(), 1e-6) and (kernel - before).norm() > 0.01
+
+
+@pytest.mark.parametrize("flags, some", [([], True), (["--no-muon"], False)])
+def test_muon_trains_the_layers_and_kernels_of_a_tokenizer(tmp_path, monkeypatch, flags, some):
+    """And AdamW the rest, among it what reads colours and what writes them; without it, AdamW trains all."""
+    stages = []
+    monkeypatch.setattr(train_tokenizer, "train", lambda stage, *_: stages.append(stage))
+    train_tokenizer.main(["--siglip", os.path.join(HERE, "weights/tokenizer/siglip"), "--out", str(tmp_path), "--device", "cpu", *flags])
+    stage, = stages
+    names = {id(p): name for name, p in stage.model.named_parameters() if p.requires_grad}
+    muon, adamw = ({names[id(p)] for group in optimizer.param_groups for p in group["params"]} if optimizer else set()
+                   for optimizer in (stage.muon, stage.optimizer))
+    assert not muon & adamw and muon | adamw == {*names.values()} and stage.settings["muon"] == some
+    assert ({"siglip_model.vision_model.encoder.layers.0.mlp.fc1.weight", "decoder.conv_in.weight", "decoder.mid.attn_1.q.weight",
+             "decoder.up.0.block.0.conv1.weight"} <= muon) == some
+    assert {"siglip_model.vision_model.embeddings.patch_embedding.weight", "decoder.conv_out.weight",
+            "siglip_model.vision_model.encoder.layers.0.mlp.fc1.bias"} <= adamw
+
+
 def test_muon_skipped_step_changes_nothing():
     parameters = matrices()
     optimizer, before = train_tokenizer.Muon(parameters, 0.02, 0.1), []

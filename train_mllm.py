@@ -105,7 +105,7 @@ POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares wi
 COUNTS = {"caption": (0.6, 0.25, 0.1, 0.05), "question": (0.6, 0.25, 0.1, 0.05), "paint": (0.15, 0.75, 0.05, 0.05),
           "text": (0.3, 0.7, 0.0, 0.0)}
 RELATIONS = 0.7  # share of the words painted from (and of the texts) that tell how two shapes stand to each other, where there are two
-SAMPLING = dict(temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; the paper's
+SAMPLING = dict(temperature=1.0, top_k=900, top_p=0.96)     # in evaluation; VILA-U's, since the papers name none
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -912,7 +912,7 @@ def train_table(args):
         folder, out = os.path.join(args.out, f"seed-{seed}", name), os.path.join(args.out, f"seed-{seed}", system.name)
         there = os.path.exists(os.path.join(folder, "metrics.json"))       # of whatever settings, but all the same ones
         trained[folder] = metrics_of(folder) if there else train_tokenizer.train_row(below, seed, name, changes)
-        alike = [{key: metrics["settings"][key] for key in ("preset", "data", "steps", "batch", "lr", "weights")}
+        alike = [{key: metrics["settings"].get(key) for key in ("preset", "data", "steps", "batch", "lr", "muon", "weights")}
                  for metrics in trained.values()]
         if apart := differences({**alike[0], "preset": preset}, alike[-1]):
             raise ValueError(f"{folder} holds a tokenizer of other settings ({'; '.join(apart)}); delete it, or name another --out")
