@@ -101,7 +101,7 @@ class Settings:
 _TOY = dict(betas=(0.9, 0.95), warmup=50, muon=True, shared_gradient=0.1, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
-    "nano": Settings(data="plain", siglip_steps=1000, siglip_batch=128, siglip_lr=1e-3, steps=400, batch=64, lr=2e-3, **_TOY),
+    "nano": Settings(data="plain", siglip_steps=1000, siglip_batch=128, siglip_lr=1e-3, steps=400, batch=64, lr=3e-3, **_TOY),
     "nano-64": Settings(data="textured", siglip_steps=500, siglip_batch=128, siglip_lr=1e-3, steps=500, batch=64, lr=2e-3, **_TOY),
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
