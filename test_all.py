@@ -3759,7 +3759,8 @@ def test_sample_figure_depth_ends_at_the_reconstruction(run_folder, drawn):
 def test_sample_figure_features_of_two_designs(run_folder, design_folders, drawn):
     """Beside dual's two layers, the encoder of its own that feeds a dual encoder's pixel stream."""
     words = " ".join(drawn("features", "--n", "20", "--other", str(design_folders["dual-encoder"])))
-    assert all(name in words for name in ("shallow layer 2", "deep layer 5", "dual\nthe", "dual-encoder\nthe")) and words.count("spreads") == 2
+    names = ("shallow layer 2", "deep layer 5", "encoder", "dual\nthe", "dual-encoder\nthe")
+    assert all(name in words for name in names) and words.count("spreads") == 2
 
 
 def test_sample_figure_of_a_folder(tmp_path, drawn):
@@ -5890,7 +5891,7 @@ def test_train_mllm_table_of_other_tokenizers_is_refused(tmp_path, monkeypatch):
                         (["--seeds", "2"], "--seeds goes with --table"), (["--table", "4", "--bench"], "without --bench")):
         assert words in mllm_words("--out", str(tmp_path), *argv), argv
     shrink(monkeypatch, replace(TWO_ROWS[0], name="2", steps=1), replace(TWO_ROWS[1], name="4-1"))
-    train_tokenizer.main(["--table", "10", "--out", str(tmp_path / "more"), *TINY[-8:-2]])
+    train_tokenizer.main(["--table", "10", "--out", str(tmp_path / "more"), "--precision", "fp32", *TINY[-8:-2]])
     monkeypatch.setitem(train_tokenizer.SETTINGS, "nano", replace(train_tokenizer.SETTINGS["nano"], steps=3))
     assert "(steps 2 -> 3)" in mllm_words("--out", str(tmp_path / "more"), "--table", "4")
 
@@ -6835,7 +6836,8 @@ def make_answers(folder):
     (folder / "ask.jsonl").write_text('{"image": "a.png", "question": "what is this?"}\n{"image": "a.png"}\n')
     stubs = (SimpleNamespace(answer_file=str(folder / "ask.jsonl"), out=str(folder), batch_size=1),
              SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=16))),
-             SimpleNamespace(answer=lambda codes, questions: [BYTES.decode(BYTES.encode(q)) for q in questions]), lambda x: x,
+             SimpleNamespace(config=SimpleNamespace(positions=4), lacks_room=lambda asked, room: "too long" * (len(asked[1]) > 1000),
+                             answer=lambda codes, questions: [BYTES.decode(BYTES.encode(q)) for q in questions]), lambda x: x,
              train_tokenizer.Ranks("cpu"))
 
     def read():
@@ -6944,7 +6946,7 @@ def make_llm(folder):
 
     def read():
         with contextlib.suppress(ValueError):
-            hub._weights(str(folder))
+            hub.weight_files(str(folder))
         used(LLM.from_pretrained(str(folder)))
     return read
 
@@ -7038,7 +7040,7 @@ def make_hub(folder):
             patch.setenv("HF_HUB_CACHE", str(folder / "hub"))
             if not hub._cached("a/b"):
                 raise ValueError("hub: not there")
-        hub._weights(str(found))
+        hub.weight_files(str(found))
     return read
 
 
