@@ -28,6 +28,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import unicodedata
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -42,7 +43,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import hub
 from tokenizer import (attend, brief, check, check_fields, init, load_weights, lower, make_config, read_config, read_weights, recomputed,
                        save_files, save_model, unbuilt)
 
@@ -435,9 +435,22 @@ class LLM(nn.Module):
                 raise ValueError(f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: this LLM is Qwen2's, or Llama's")
         model = unbuilt(lambda: cls(sizes), folder)      # no time for random weights that are not used
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
-        weights = {name: value.float() for file in hub.weight_files(folder) for name, value in read_weights(folder, file, ignore).items()}
-        load_weights(model, weights, folder, assign=True)
+        load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder, assign=True)
         return model
+
+
+def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names. ValueError: one is missing."""
+    index, names = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
+    if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+            if odd := [name for name in names if os.path.basename(name) != name or not name.isprintable() or len(name) > 200]:
+                raise ValueError(f"got {brief(odd[0])}, expected files beside it")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is no index of safetensors files ({type(error).__name__}: {error}); copy it again") from None
+    return {key: value for name in names for key, value in read_weights(folder, name, ignore).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -176,8 +176,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--lpips", default="", help="file of lpips' linear layers on VGG16; goes with --vgg")
     g.add_argument("--siglip-steps", type=int, default=0, help="steps of the SigLIP stage")
     g.add_argument("--semantic-weight", type=float, default=1.0, help="times the preset's weights of the semantic terms")
-    g.add_argument("--shared-gradient", type=float, default=-1.0,
-                   help="share of the semantic gradient that enters layers which feed the pixel stream too; -1: the preset's (paper: 1)")
+    g.add_argument("--shared-gradient", type=float, default=-1.0, help="part of the semantic gradient in shared layers; -1: the preset's")
     g.add_argument("--fast-vq", action=argparse.BooleanOptionalAction, default=False, help="our Triton kernel, for large codebooks (CUDA)")
     g.add_argument("--gan", action=argparse.BooleanOptionalAction, default=None, help="adversarial term; default: the preset's")
     g.add_argument("--gan-start", type=float, default=-1.0, help="share of the run after which it starts; -1: the preset's")
@@ -188,8 +187,8 @@ def flags(argv=None) -> argparse.Namespace:
         raise ValueError(f"--backbone is {args.backbone!r}, --siglip is {args.siglip!r}: expected one of them, and --backbone as timm:NAME")
     check(bool(args.vgg) == bool(args.lpips), f"--vgg is {args.vgg!r} and --lpips is {args.lpips!r}: the perceptual term needs both files")
     for name in ("gan_start", "shared_gradient"):
-        if not (getattr(args, name) == -1 or 0 <= getattr(args, name) <= 1):
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a share from 0 to 1, or -1")
+        given = getattr(args, name)
+        check(given == -1 or 0 <= given <= 1, f"--{name.replace('_', '-')} is {given}, expected a share from 0 to 1, or -1")
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
         raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data")
     idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile",
