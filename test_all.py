@@ -2501,6 +2501,7 @@ def test_train_goes_on_from_another_tokenizer(run_folder, tmp_path, capsys):
     assert near(state(run_folder), state(tmp_path / "on")) and not near(state(run_folder),
         state(train(tmp_path / "other", "--siglip", str(run_folder / "siglip"), "--lr", "1e-12")))
     assert "leave these flags out" in stopped(*TINY, "--init", str(run_folder), "--shallow-layer", "1", "--out", str(tmp_path / "x"))
+    assert "is --out too" in stopped(*TINY, "--init", str(run_folder), "--out", str(run_folder))
     assert "the released layout" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--siglip", str(run_folder / "siglip"), "--out",
                                             str(tmp_path / "x"))
     assert "give it with --siglip" in stopped(*TINY, "--init", str(run_folder / "siglip"), "--out", str(tmp_path / "x"))
@@ -2625,6 +2626,27 @@ def test_muon_trains_the_layers_and_kernels_of_a_tokenizer(tmp_path, monkeypatch
              "decoder.up.0.block.0.conv1.weight"} <= muon) == some
     assert {"siglip_model.vision_model.embeddings.patch_embedding.weight", "decoder.conv_out.weight",
             "siglip_model.vision_model.encoder.layers.0.mlp.fc1.bias"} <= adamw
+
+
+def test_train_settings_that_are_gone_are_differences():
+    old, new = {"lr": 1, "perceptual": "x", "row": {"a": [1, 2]}}, {"lr": 1, "row": {"a": [1, 3]}, "more": 0}
+    assert sorted(train_tokenizer.differences(old, new)) == ["more None -> 0", "perceptual x -> None", "row.a.1 2 -> 3"]
+
+
+def test_train_mllm_captions_are_not_cut_inside_a_letter():
+    cut = lambda words, n: train_mllm.Sequences.cut(SimpleNamespace(text=BYTES, args=SimpleNamespace(text_length=n)), words)
+    assert cut("赤い円", 7) == "赤い" and cut("赤い円", 9) == "赤い円" and cut("red", 2) == "re"
+
+
+def test_train_mllm_changed_pictures_behind_a_link_are_others(tmp_path):
+    (tmp_path / "elsewhere").mkdir(), (tmp_path / "photos").mkdir()
+    flat(3).save(tmp_path / "elsewhere" / "a.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "more")
+    of = lambda: train_mllm.fingerprint(images.ImageData(str(tmp_path / "photos"), 8, train=False))
+    before = of()
+    flat(200, 50).save(tmp_path / "elsewhere" / "a.png")
+    os.utime(tmp_path / "elsewhere" / "a.png", (1, 1))
+    assert of() != before and of() == of()
 
 
 def test_muon_skipped_step_changes_nothing():
@@ -4998,7 +5020,7 @@ def serve(files, name, folder):
             files[f"/{name}/resolve/main/{file}"] = Path(folder, file).read_bytes()
 
 
-def test_hub_fetches_a_model_once(served, tokenizer, tmp_path):
+def test_hub_fetches_a_model_once(served, tokenizer, tmp_path, monkeypatch):
     files, asked = served
     tokenizer.siglip_model.save_pretrained(tmp_path / "siglip")
     serve(files, "owner/siglip-1.0", tmp_path / "siglip")
@@ -5007,6 +5029,8 @@ def test_hub_fetches_a_model_once(served, tokenizer, tmp_path):
     assert sorted(os.listdir(folder)) == [".lock", "config.json", "model.safetensors"]
     gets = [path for command, path in asked if command == "GET"]
     assert hub.folder("owner/siglip-1.0") == folder and [path for command, path in asked if command == "GET"] == gets
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")         # nobody listens: what is there does without a connection
+    assert hub.folder("owner/siglip-1.0") == folder
 
 
 def test_hub_fetches_shards_and_vocabulary(served, tmp_path):
@@ -6307,15 +6331,15 @@ def test_sample_answers_a_file(there, photo, tmp_path, capsys):
     shutil.copy(photo, tmp_path / "photo.png")
     (tmp_path / "broken.png").write_bytes(b"x")
     records = [{"image": "photo.png", "question": "what is it?", "id": 7}, {"image": "broken.png", "question": "?"},
-               {"question": "no image"}, {"image": "photo.png", "question": "is it é?"}]
+               {"question": "no image"}, {"image": "photo.png", "question": "is it é?"}, {"image": "photo.png", "question": "a" * 2000}]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n{\n")
     sample.main(["--answer-file", str(tmp_path / "questions.jsonl"), *there, "--out", str(tmp_path / "out"), "--batch-size", "1"])
     answers, said = [json.loads(line) for line in open(tmp_path / "out/answers.jsonl", encoding="utf-8")], capsys.readouterr().out
     assert [{k: v for k, v in answer.items() if k != "answer"} for answer in answers] == [records[0], records[3]]
     capsys.readouterr(), sample.main(["--ask", "what is it?", "--image", photo, *there])
     assert answers[0]["answer"] == capsys.readouterr().out.removesuffix("\n")
-    assert "2 answers, 3 records left out" in said and "line 2: " in said
-    assert "line 3 is no record" in said and "line 5 is no record" in said
+    assert "2 answers, 4 records left out" in said and "line 2: " in said and "line 5: a sequence of " in said
+    assert "line 3 is no record" in said and "line 6 is no record" in said
 
 
 def test_sample_compares_folders(run_folder, tmp_path, capsys):

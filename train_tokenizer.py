@@ -96,8 +96,8 @@ class Settings:
 
 # Deep features of a small SigLIP from scratch are large (variance 25), so their squared error at the release's weight drowns the pixels'.
 # In a trial of 300 steps (patches of 8, one seed), 0.02 in place of 0.2 gave 24.4 dB in place of 21.6, for a zero-shot accuracy of .973 in
-# place of .984. With all of the semantic gradient in the shared layers, dual reconstructs .3 and 1.5 dB worse than recon-shallow (seeds 0
-# and 1); with a tenth, .3 dB better and .5 worse.
+# place of .984. With AdamW and all of the semantic gradient in the shared layers, dual reconstructs .3 and 1.5 dB worse than
+# recon-shallow (seeds 0 and 1); with a tenth, .3 dB better and .5 worse.
 _TOY = dict(betas=(0.9, 0.95), warmup=50, muon=True, shared_gradient=0.1, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
@@ -191,8 +191,8 @@ def flags(argv=None) -> argparse.Namespace:
         check(given == -1 or 0 <= given <= 1, f"--{name.replace('_', '-')} is {given}, expected a share from 0 to 1, or -1")
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
         raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data")
-    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "compile",
-                              "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
+    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "muon",
+                              "compile", "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
     check(not idle, f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
     return args
 
