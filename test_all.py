@@ -8,6 +8,7 @@ import base64
 import collections
 import contextlib
 import copy
+import errno
 import functools
 import glob
 import http.server
@@ -5083,6 +5084,19 @@ def test_hub_breaks_off_with_a_sentence_and_leaves_no_half_file(served, monkeypa
         hub.folder("owner/else")
 
 
+def test_hub_full_disk_is_none_of_the_connection(served, monkeypatch):
+    files, _ = served
+    files["/owner/model/resolve/main/config.json"] = b"{}"
+
+    def full(url, path):
+        Path(path).write_bytes(b"{")
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        hub.folder("owner/model")
+    assert os.listdir(os.path.join(torch.hub.get_dir(), "nanodualtoken/owner/model")) == [".lock"]
+
+
 def test_hub_prefers_a_folder_and_hugging_faces_cache(served, tmp_path, monkeypatch):
     _, asked = served
     monkeypatch.chdir(tmp_path)
@@ -5104,6 +5118,8 @@ def test_hub_names_are_taken_by_the_scripts(served, run_folder, tmp_path):
     files, _ = served
     serve(files, "owner/siglip", run_folder / "siglip")
     train(tmp_path / "run", "--siglip", "owner/siglip")
+    assert json.loads((tmp_path / "run/config.json").read_text())["teacher"] == "owner/siglip"      # which other machines know too
+    assert train_tokenizer.teacher_of(str(tmp_path / "run")) == "owner/siglip"
     assert "broke off" in (files.update({"/owner/cut/resolve/main/config.json": b"cut"})
                            or stopped(*TINY, "--siglip", "owner/cut", "--out", str(tmp_path / "x")))
     assert "has no config.json" in mllm_words("--llm", "owner/none", "--tokenizer", str(run_folder), "--out", str(tmp_path / "y"))
@@ -5737,15 +5753,17 @@ def test_train_mllm_benches_write_a_picture_of_growth_alone(tmp_path, monkeypatc
     there = [*TINY_MLLM, "--tokenizer", "nano", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
     monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
-    for what, words in (("paint", ["1 at a time, 64 positions, guided: 0.500 s, 2.00 images/s",
-                                   "16 at a time, 64 positions, guided: 0.500 s, 32.00 images/s"]),
-                        ("answer", ["ours: 500.0 ms until the first token"]),
-                        ("growth", ["stage-4-2, positions 64, 128, 256: 0.500", "stage-4-2, words 256, 512, 1024",
-                                    "stage-4-2, width 128, 256, 512", "stage-4-2, codebook size 256, 1024, 4096"])):
+    first = ["ours: 500.0 ms until the first token"]
+    for what, more, words in (("paint", (), ["1 at a time, 64 positions, guided: 0.500 s, 2.00 images/s",
+                                             "16 at a time, 64 positions, guided: 0.500 s, 32.00 images/s"]),
+                              ("answer", (), first), ("answer", ("--streams-in", "continuous"), first),
+                              ("growth", ("--batch-size", "4"), [
+                                  "stage-4-2, positions 64, 128, 256: 0.500", "stage-4-2, words 256, 512, 1024",
+                                  "stage-4-2, width 128, 256, 512", "stage-4-2, codebook size 256, 1024, 4096"])):
         if what == "answer":        # at an instant speed, tokens a second divide by zero
             took = iter((0.5, 1.0, 0.25, 0.75))
             monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), next(took))[1])
-        train_mllm.main([*there, "--bench", what, *(["--batch-size", "4"] if what == "growth" else [])])
+        train_mllm.main([*there, "--bench", what, *more])
         out = capsys.readouterr().out
         assert all(word in out for word in words), out
     assert os.listdir(tmp_path / "run") == ["bench-growth.png"]
@@ -6393,16 +6411,17 @@ def test_sample_evaluates(mllm_stages, there, tmp_path, capsys):
 
 
 def test_sample_evaluates_images_as_training_did(captioned, tokenizer_folder, tmp_path, monkeypatch, capsys):
-    """On the pictures that were held out then, --val-data included."""
+    """On the pictures that were held out then, --val-data included, with captions as long as they were."""
     shrink(monkeypatch, replace(TWO_ROWS[0], trains=("projector", "llm")), evaluates=lambda stage: True)
-    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"))
+    train_tiny(tmp_path / "run", tokenizer_folder, "--data", str(captioned / "train"), "--val-data", str(captioned / "val"),
+               "--text-length", "9")
     before, scored = sorted(glob.glob(str(tmp_path / "run/codes/*"))), []
     score = DualMLLM.score
     monkeypatch.setattr(DualMLLM, "score", lambda self, pictures, captions: scored.extend(captions) or score(self, pictures, captions))
     sample.main(["--eval", "--eval-images", "32", "--device", "cpu", "--tokenizer", str(tokenizer_folder), "--mllm", str(tmp_path / "run"),
                  "--out", str(tmp_path / "out")])
-    assert {int(caption.split(", ")[1])
-            for caption in scored} == set(range(12, 18)) and sorted(glob.glob(str(tmp_path / "run/codes/*"))) == before
+    captions = {(captioned / f"val/{n}.txt").read_text()[:9] for n in range(12, 18)}
+    assert {*scored} == captions and sorted(glob.glob(str(tmp_path / "run/codes/*"))) == before
     trained, metrics = (json.load(open(tmp_path / name / "metrics.json")) for name in ("run", "out"))
     assert metrics["caption_retrieval"] == trained["caption_retrieval"]
 
