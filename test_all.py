@@ -2783,9 +2783,10 @@ def test_train_workers_that_die_are_started_again(tmp_path, monkeypatch):
 
     def dies(start):
         yield from range(start, 3)
-        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-    with pytest.raises(ValueError, match="for step 4 died twice .*Killed.*lower --workers"):
-        list(train_tokenizer.never_ending(dies, 0, said.append))
+        raise RuntimeError(words)
+    for words in ("DataLoader worker (pid 1) is killed by signal: Killed.", "Pin memory thread exited unexpectedly"):
+        with pytest.raises(ValueError, match=f"for step 4 died twice .*{words[-10:]}.*lower --workers"):
+            list(train_tokenizer.never_ending(dies, 0, said.append))
     with pytest.raises(RuntimeError, match="shapes"):
         list(train_tokenizer.never_ending(lambda start: (_ for _ in ()).throw(RuntimeError("shapes")), 0, print))
 
@@ -3192,13 +3193,26 @@ def test_train_dry_run_shards_what_fsdp_shards():
     assert ddp.weights / 4 < fsdp.weights < ddp.weights and 0 < fsdp.reduced < ddp.weights
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_train_flops_of_attention_are_counted(dtype):
-    """On a CPU too, and on tensors without memory; 4 h N N d forward, 2.5 times that backward, where scores are computed again."""
+def test_train_fast_vq_is_for_cuda_and_short_codes(monkeypatch, capsys):
+    assert "--fast-vq is a kernel for CUDA, and the device is cpu" in stopped(*TINY, "--fast-vq")
+    train_tokenizer.main(["--dry-run", "--fast-vq"])        # what it costs does not depend on it
+    monkeypatch.setattr(train_tokenizer, "Ranks", lambda device: SimpleNamespace(device=torch.device("cuda")))
+    assert "up to 128 numbers a code, and --code-dim is 256" in stopped("--preset", "small", "--fast-vq", "--code-dim", "256")
+
+
+@pytest.mark.parametrize("dtype, groups", [(torch.float32, 4), (torch.float16, 4), (torch.float16, 2)])
+def test_train_flops_of_attention_are_counted(dtype, groups, monkeypatch):
+    """On a CPU too, and on tensors without memory; 4 h N N d forward, 2.5 times that backward, where scores are computed again. Groups as
+    well, of which torch 2.11 does not count any."""
+    for name in ("sdpa_flop_count", "sdpa_backward_flop_count"):
+        def strict(*shapes, count=getattr(torch.utils.flop_counter, name)):
+            assert len({shape[1] for shape in shapes}) == 1
+            return count(*shapes)
+        monkeypatch.setattr(torch.utils.flop_counter, name, strict)
     for place in (contextlib.nullcontext, train_tokenizer.fake):
         with place(), train_tokenizer.flop_counter() as counter:
-            q, k, v = (torch.rand(2, 4, 10, 8, dtype=dtype, requires_grad=True) for _ in range(3))
-            y = F.scaled_dot_product_attention(q, k, v)
+            q, k, v = (torch.rand(2, heads, 10, 8, dtype=dtype, requires_grad=True) for heads in (4, groups, groups))
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
             forward = counter.get_total_flops()
             y.sum().backward()
         assert forward == 4 * 2 * 4 * 10 * 10 * 8 and counter.get_total_flops() == 3.5 * forward
@@ -5203,6 +5217,7 @@ def test_mllm_attention_in_bf16_is_that_in_fp32(kind):
     q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool) if kind == "mask" else None
     exact = mllm.attend(q, k, v, mask, causal=kind == "causal")
+    torch.testing.assert_close(exact, F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == "causal", enable_gqa=True))
     low = mllm.attend(q.bfloat16(), k, v, mask, causal=kind == "causal")
     assert low.dtype == torch.bfloat16 and 0 < (low - exact).abs().max() < 0.05
     assert (mllm.attend(q, k, v) - exact).abs().max() > 0.5 or kind == "all"

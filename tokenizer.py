@@ -651,6 +651,8 @@ def lower(x: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention (B, heads, T, d), grouped where k and v have fewer heads. By hand in bf16 on a CPU, where torch's kernel is slow."""
+    if mask is not None and (n := q.shape[1] // k.shape[1]) > 1:    # a group's heads become places: torch's fast kernels take no groups
+        return attend(q.unflatten(1, (-1, n)).flatten(2, 3), k, v, mask.repeat(1, 1, n, 1)).unflatten(2, (n, -1)).flatten(1, 2)
     with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):       # meta has no autocast
         k, v = k.to(q.dtype), v.to(q.dtype)
         if q.device.type != "cpu" or q.dtype != torch.bfloat16:
@@ -843,7 +845,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (p(y).flatten(2).transpose(1, 2)[:, None] for p in (self.q, self.k, self.v))        # (B, 1, hw, width)
+        # (B, 1, hw, width); torch's fast kernels want them so in memory too
+        q, k, v = (p(y).flatten(2).transpose(1, 2)[:, None].contiguous() for p in (self.q, self.k, self.v))
         return x + self.proj_out(attend(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 

@@ -266,6 +266,7 @@ class Ranks:
                 self.device = torch.device("cuda", self.device.index or int(os.environ.get("LOCAL_RANK", 0)))
                 torch.cuda.set_device(self.device)
                 torch.backends.cudnn.allow_tf32 = False     # as for products: rounded features have other codes, and fp32 is wanted here
+                torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention takes a second to plan for each new length of a text
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} cannot be used here ({first_line(error)}); expected auto, cpu or one of torch's") from None
@@ -585,7 +586,7 @@ def never_ending(batches, start: int, say):
                 yield batch
                 step += 1
         except (RuntimeError, EOFError, ConnectionError) as error:      # the last two where it died in the middle of a batch
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            if isinstance(error, RuntimeError) and not re.search("DataLoader worker|Pin memory thread", str(error)):
                 raise
             if failed == step:
                 raise ValueError(f"workers for step {step + 1} died twice ({first_line(error)}); add memory or lower --workers") from None
@@ -888,6 +889,13 @@ def draw_panels(series: dict[str, list], path: str, across: str, origin: bool = 
     os.replace(path + ".tmp", path)
 
 
+def begin_peak(device: torch.device):
+    """Frees the stage before, which its own functions refer to, and on CUDA begins the peak of memory anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory used so far: the device's on CUDA, else this process's."""
     if device.type == "cuda":
@@ -901,11 +909,17 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 
 
 def flop_counter() -> FlopCounterMode:
     """torch's, with a CPU's attention; what is masked counts too. Not by module: that would hold on to recomputed activations."""
+    def for_all_heads(count, at: int):
+        """A formula of torch 2.11 and 2.12, which wants as many heads of keys and values as of queries, the argument number `at`."""
+        def counted(*x, **more):
+            k, v = (y[:, :1].expand(-1, x[at].shape[1], -1, -1) for y in x[at + 1:at + 3])
+            return count(*x[:at + 1], k, v, *x[at + 3:], **more)
+        return counted
     counter = FlopCounterMode(display=False)
     counter.mod_tracker.__enter__ = counter.mod_tracker.__exit__ = lambda: None
-    for way in ("", "_backward"):
+    for at, way in enumerate(("", "_backward")):
         known, unknown = (getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{where}{way}") for where in ("", "_for_cpu"))
-        counter.flop_registry[unknown] = counter.flop_registry[known]
+        counter.flop_registry[known] = counter.flop_registry[unknown] = for_all_heads(counter.flop_registry[known], at)
     return counter
 
 
@@ -931,6 +945,7 @@ def whole_step(stage: Stage, parts: list[tuple]):
 
 def bench(stage: Stage, batches, what: str = ""):
     """Time 20 steps of a stage and print what they take; writes nothing."""
+    begin_peak(stage.ranks.device)
     device, stream, waited, counter = stage.ranks.device, iter(batches(0)), [], flop_counter()
     stage.wrapped = stage.ranks.wrap(stage.model)
 
@@ -972,8 +987,7 @@ def bench_quantizer(args, ranks: Ranks):
         for training in (True, False):
             for name, (vq, one) in rows.items():
                 vq.train(training)
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
+                begin_peak(ranks.device)
                 ranks.say(f"  {name}, {'training with EMA' if training else 'evaluation'}: {1000 * seconds_of(one, ranks.device):.2f} ms"
                           + f", {peak_memory_gib(ranks.device):.2f} GiB" * cuda)
         vq, x = next(iter(rows.values()))[0], z(M)
@@ -1013,13 +1027,11 @@ def growth(args, ranks: Ranks, name: str, axes: dict, units: tuple, measured):
 def bench_growth(args, ranks: Ranks, name: str, axes: dict, make):
     """A step's time and memory, on CUDA the device's peak, else what the dry run counts. make(what, size) -> (stage, micro-batches)."""
     def measured(what, size):
-        gc.collect()        # the stage of the size before
+        begin_peak(ranks.device)
         stage, parts = make(what, size)
-        if cuda := ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         stage.wrapped = ranks.wrap(stage.model)
         seconds = seconds_of(lambda: whole_step(stage, parts), ranks.device, rounds=3)
-        return seconds, peak_memory_gib(ranks.device) if cuda else measure(stage, parts).memory / 2 ** 30
+        return seconds, peak_memory_gib(ranks.device) if ranks.device.type == "cuda" else measure(stage, parts).memory / 2 ** 30
     growth(args, ranks, name, axes, ("s a step", "GiB"), measured)
 
 
@@ -1920,6 +1932,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     if idle := [name for name, default in idle_flags(config.design).items() if getattr(args, name) != default]:
         words = f"--{', --'.join(idle)}".replace("_", "-")
         raise ValueError(f"the design {config.design} has nothing that {words} could change; leave that out")
+    if args.fast_vq and config.code_dim > 128:
+        raise ValueError(f"--fast-vq is a kernel for up to 128 numbers a code, and --code-dim is {config.code_dim}; leave one of them out")
     if not siglip:
         config.text.vocab_size = BYTES      # a SigLIP of its own reads bytes, whatever the preset's pretrained one reads
     if args.eval:
@@ -2053,7 +2067,7 @@ def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
 
 def estimate(args, s: Settings, config):
     """What the stages of a preset cost; with --siglip the tokenizer's alone, with --vgg LPIPS too, neither of which is read."""
-    vgg, args.vgg = args.vgg, ""
+    vgg, args.vgg, args.fast_vq = args.vgg, "", False
     ranks, count, side = Ranks("cpu"), args.ranks or (8 if args.preset in PAPER else 1), config.vision.image_size
     data = argparse.Namespace(drawn=s.data)
 
@@ -2133,8 +2147,7 @@ def kept(stage: Stage) -> bool:
 def train(stage: Stage, batches):
     """Fit a stage, from the beginning or from its checkpoint, and write its metrics; batches as in `fit`."""
     begun = ()
-    if stage.ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(stage.ranks.device)
+    begin_peak(stage.ranks.device)
     lock(stage.folder, stage.ranks)
     besides = (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl"))
     old = checkpoints(stage.folder) + [path for path in besides if os.path.exists(path)]
