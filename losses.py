@@ -111,7 +111,7 @@ def gather(x: Tensor) -> Tensor:
 def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """SigLIP's loss: every pair of an image and a text, of all ranks, is a yes-or-no question, and only an image's own text is a yes (Zhai
     et al. 2023, Algorithm 1). image, text (B, C) unit vectors; scale (log) and bias. Summed over texts, averaged over images; the mean over
-    ranks is the global loss. (Counting equal captions as yes learned slower: zero-shot .69 against .93 after 400 steps, one seed.)"""
+    ranks is the global loss."""
     with torch.autocast(image.device.type, enabled=False):       # else `.float()` or not, the product is in bf16
         text = gather(text.float())                                                          # (R*B, C)
         logits = image.float() @ text.T * scale.float().exp() + bias.float()                 # (B, R*B)

@@ -162,7 +162,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update(self, skip: Tensor | None = None):
         """Move the table by what was chosen since the last call, on all ranks alike. skip: a bool scalar on the device; where true (a step
-        that was not taken) the statistics are dropped and nothing else changes."""
+        that was not taken) the statistics are dropped, and nothing else changes but `updates`, which numbers the draws of restarts."""
         if not self._seen:
             raise RuntimeError(f"{type(self).__name__}.update: nothing was quantized in training mode since the last update; "
                                "call it once after each optimiser step")

@@ -1215,10 +1215,9 @@ def test_rvq_resumes_exactly(design):
     batches = torch.randn(20, 2, 16, 8)
     whole, part, resumed = (QUANTIZERS[design](8, 256, 2, grace=5) for _ in range(3))       # restarts in either half
     part.load_state_dict(whole.state_dict())
-    for z in batches:
-        whole(z), whole.update()
-    for z in batches[:10]:
-        part(z), part.update()
+    for vq, some in ((whole, batches), (part, batches[:10])):
+        for i, z in enumerate(some):
+            vq(z), vq.update(skip=torch.tensor(i == 7))
     resumed.load_state_dict(part.state_dict())
     for z in batches[10:]:
         resumed(z), resumed.update()
@@ -1571,7 +1570,7 @@ def test_tokenizer_shares_the_semantic_gradient(pictures, share):
 def test_tokenizer_sizes_of_designs():
     c = preset_config("so400m-384", design="sde")
     assert (c.codebook_size, c.code_dim, c.depth) == (32_768, 8, 1) and preset_config("so400m-384", design="sde", depth=2).depth == 2
-    for changes, words in ((dict(design="triple"), "no design 'triple'"), (dict(quantizer="lfq"), "no quantizer 'lfq'"),
+    for changes, words in ((dict(design="nonesuch"), "no design 'nonesuch'"), (dict(quantizer="lfq"), "no quantizer 'lfq'"),
                            (dict(quantizer="mcq", depth=5), "multiple of the depth 5"),
                            (dict(code_dim=7), "not a multiple of the code dimension"), (dict(design="naive", shortcut_layer=1), "shortcut"),
                            (dict(depth=-1), "depth is -1"),
@@ -2142,6 +2141,8 @@ def test_losses_semantic_is_eq_4():
     cos = (x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)
     torch.testing.assert_close(distance(x, y), ((x - y) ** 2).mean() - cos.mean())
     torch.testing.assert_close(distance(x, x), torch.tensor(-1.0))
+    low = x.bfloat16(), y.bfloat16()
+    torch.testing.assert_close(distance(*low), distance(*(side.float() for side in low)))      # compared in fp32
 
 
 def test_losses_every_weight_counts():
@@ -3664,7 +3665,7 @@ def test_train_tables_bad_input_ends_in_a_sentence(tmp_path, monkeypatch):
                         (["--table", "3", "--dry-run"], "without --bench"), (["--seeds", "2"], "--seeds goes with"),
                         (["--table", "3", "--depth", "5", "--quantizer", "mcq"], "--quantizer of their own"),
                         (["--table", "10", "--depth", "5"], "multiple of the depth 5"),
-                        (["--design", "triple"], "no design 'triple'; expected one of dual"),
+                        (["--design", "nonesuch"], "no design 'nonesuch'; expected one of dual"),
                         (["--design", "quantised", "--init", str(tmp_path / "seed-0/quantised")], "leave these flags out"),
                         (["--layers", "4", "--siglip", str(tmp_path / "seed-0/siglip")], "--layers 4"),
                         (["--shallow-layer", "9"], "no shallow layer 9"),

@@ -595,7 +595,7 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
     rows = []
     for part in batched(range(len(val.scenes)), 128, ranks, "answering"):
         pictures = encode(val.render([val.scenes[j] for j in part], ranks.device))
-        rows.append({"index": [*part], "answers": model.answer(pictures, [val.asked[j][1] for j in part], longest=16),
+        rows.append({"index": [*part], "answers": model.answer(pictures, [val.asked[j][1] for j in part], longest=32),
                      "captions": model.answer(pictures, [""] * len(part), longest=64)})
     rows = ranks.gather_rows(*rows)
     usual, rng = collections.defaultdict(collections.Counter), random.Random(0)
