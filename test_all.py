@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -2428,19 +2429,23 @@ def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_fo
 def test_train_two_ranks_are_one_process(tmp_path):
     """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch; also where two ranks begin and one
     process goes on."""
-    code = ("import os, sys, torch, "
-            "train_tokenizer as t\nfit = t.fit\ndef kept(stage, "
-            "*a):\n    fit(stage, "
-            "*a)\n"
-            "    if stage.name == 'tokenizer': torch.save(stage.model.state_dict(), sys.argv[1] + '/rank' + os.environ.get('RANK', "
-            "'0') + '.pt')\n"
-            "t.fit, write = kept, t.write_log\n"
-            "def stops(stage, line, broken):\n    write(stage, "
-            "line, broken)\n"
-            "    if stage.name == 'tokenizer' and str(line['step']) == os.environ.get('STOPS'): "
-            "raise KeyboardInterrupt\nt.write_log = stops\n"
-            "t.cosine = lambda step, steps, warmup: (step + 1) / 50\n"       # the beginning of a long run
-            "t.run(lambda: t.main(sys.argv[2:]))\n")
+    code = textwrap.dedent("""
+        import os, sys, torch, train_tokenizer as t
+        fit, write = t.fit, t.write_log
+
+        def kept(stage, *more):
+            fit(stage, *more)
+            if stage.name == "tokenizer":
+                torch.save(stage.model.state_dict(), f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}.pt")
+
+        def stops(stage, line, broken):
+            write(stage, line, broken)
+            if stage.name == "tokenizer" and str(line["step"]) == os.environ.get("STOPS"):
+                raise KeyboardInterrupt
+        t.fit, t.write_log = kept, stops
+        t.cosine = lambda step, steps, warmup: (step + 1) / 50      # the beginning of a long run
+        t.run(lambda: t.main(sys.argv[2:]))
+        """)
     (tmp_path / "script.py").write_text(code)
     argv = [str(tmp_path / "script.py")]
     environment = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
@@ -5426,7 +5431,8 @@ def assert_same_training(one, other):
     assert np.array_equal(*(np.load(glob.glob(str(run / "codes/*/pictures.npy"))[0]) for run in (one, other)))
 
 
-@pytest.mark.parametrize("ranks, flags", [(2, []), (2, ["--fsdp", "--accumulate", "2"]), (4, ["--fsdp", "--checkpointing"])])
+@pytest.mark.parametrize("ranks, flags", [(2, []), (2, ["--fsdp", "--accumulate", "2", "--checkpointing"]),
+                                          pytest.param(4, ["--fsdp"], marks=[is_slow, is_skipped])])
 def test_train_mllm_several_ranks_are_one_process(one_process, tokenizer_folder, tmp_path, ranks, flags):
     """Every stage, the weights copied (DDP) or shared (FSDP)."""
     status, _, errors = run_ranks(tmp_path, tokenizer_folder, ranks, *flags)
