@@ -10,6 +10,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gc
 import glob
 import http.server
 import importlib.util
@@ -36,6 +37,7 @@ import time
 import traceback
 import unicodedata
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -2134,6 +2136,15 @@ def test_tokenizer_vocabulary_errors_are_sentences(tmp_path, monkeypatch):
                TextConfig(**{**preset_config("nano").text.__dict__, "vocab_size": 300})).text_ids(["a"])
 
 
+def test_tokenizer_attention_over_a_map_reads_rows(monkeypatch):
+    """As fast kernels want queries, keys and values: the numbers of one place side by side."""
+    module, seen = sys.modules["tokenizer"], []
+    attend = module.attend
+    monkeypatch.setattr(module, "attend", lambda *qkv: seen.extend(x.stride(-1) for x in qkv) or attend(*qkv))
+    module.AttnBlock(16, 4)(torch.randn(2, 16, 3, 3))
+    assert seen == [1, 1, 1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # losses
 
@@ -3197,6 +3208,27 @@ def test_train_dry_run_shards_what_fsdp_shards():
     assert ddp.reduced == 4 * ddp.trained and fsdp.gradients == ddp.gradients / 4
     assert fsdp.optimiser == ddp.optimiser / 4 and fsdp.activations == ddp.activations
     assert ddp.weights / 4 < fsdp.weights < ddp.weights and 0 < fsdp.reduced < ddp.weights
+
+
+def test_train_a_stage_is_freed_before_the_next():
+    """Its functions refer to it, so that counting references does not free it, nor its optimiser."""
+    gc.disable()
+    try:
+        stage = weakref.ref(dry_stage()[0])
+        assert stage() is not None
+        train_tokenizer.begin_peak(torch.device("cpu"))
+        assert stage() is None
+    finally:
+        gc.enable()
+
+
+def test_train_stages_and_benches_begin_with_the_stage_before_freed(run_folder, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(train_tokenizer, "begin_peak", begun.append)
+    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "1")
+    assert len(begun) == 1
+    train_tokenizer.main([*TINY, "--siglip", str(run_folder / "siglip"), "--bench", "--gan", "--out", str(tmp_path)])
+    assert len(begun) == 3      # with the adversarial term, and without
 
 
 def test_train_fast_vq_is_for_cuda_and_short_codes(monkeypatch, capsys):

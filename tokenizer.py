@@ -651,7 +651,7 @@ def lower(x: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention (B, heads, T, d), grouped where k and v have fewer heads. By hand in bf16 on a CPU, where torch's kernel is slow."""
-    if mask is not None and (n := q.shape[1] // k.shape[1]) > 1:    # a group's heads become places: torch's fast kernels take no groups
+    if mask is not None and (n := q.shape[1] // k.shape[1]) > 1:    # a group's heads become places: few kernels take both
         return attend(q.unflatten(1, (-1, n)).flatten(2, 3), k, v, mask.repeat(1, 1, n, 1)).unflatten(2, (n, -1)).flatten(1, 2)
     with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):       # meta has no autocast
         k, v = k.to(q.dtype), v.to(q.dtype)

@@ -910,7 +910,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 
 def flop_counter() -> FlopCounterMode:
     """torch's, with a CPU's attention; what is masked counts too. Not by module: that would hold on to recomputed activations."""
     def for_all_heads(count, at: int):
-        """A formula of torch 2.11 and 2.12, which wants as many heads of keys and values as of queries, the argument number `at`."""
+        """A formula, given as many heads of keys and values as of queries (the argument number `at`): torch 2.11 wants them so."""
         def counted(*x, **more):
             k, v = (y[:, :1].expand(-1, x[at].shape[1], -1, -1) for y in x[at + 1:at + 3])
             return count(*x[:at + 1], k, v, *x[at + 3:], **more)
@@ -2066,7 +2066,8 @@ def tokenizer_parts(model: DualTokenizer) -> list[tuple[str, int]]:
 
 
 def estimate(args, s: Settings, config):
-    """What the stages of a preset cost; with --siglip the tokenizer's alone, with --vgg LPIPS too, neither of which is read."""
+    """What the stages of a preset cost; with --siglip the tokenizer's alone, with --vgg LPIPS too, neither of which is read.
+    --fast-vq changes none of it."""
     vgg, args.vgg, args.fast_vq = args.vgg, "", False
     ranks, count, side = Ranks("cpu"), args.ranks or (8 if args.preset in PAPER else 1), config.vision.image_size
     data = argparse.Namespace(drawn=s.data)
