@@ -3328,6 +3328,12 @@ def test_train_parameters_by_part_add_up(tokenizer):
     assert rows["ViT"] == sum(p.numel() for p in tokenizer.siglip_model.vision_model.parameters())
 
 
+@pytest.mark.parametrize("flags", [[], ["-X", "dev"]])
+def test_train_errors_have_a_traceback_for_whoever_develops(flags):
+    end = subprocess.run([sys.executable, *flags, "train_tokenizer.py", "--steps", "-3"], capture_output=True, text=True)
+    assert end.returncode == 1 and "error: --steps is -3" in end.stderr and ("Traceback" in end.stderr) == bool(flags)
+
+
 def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for argv, words in ((["--preset", "huge"], "--preset is 'huge', expected one of nano"),
@@ -3343,6 +3349,8 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
                         (["--dry-run", "--utilisation", "0"], "--utilisation is 0"),
                         (["--ranks", "8"], "go with --dry-run"), (["--dry-run", "--ranks", "-1"], "--ranks is -1"),
                         (["--dry-run", "--ranks", "7"], "not a multiple of 7 ranks"),
+                        (["--gan-start", "0.5"], "--gan-start would do nothing, for the adversarial term is off"),
+                        (["--gan", "--gan-start", "0.5", "--design", "quantised"], "nothing that --gan, --gan-start could change"),
                         (["--dry-run", "--init", str(run_folder)], "leave them out")):
         assert words in stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
     (tmp_path / "silent").mkdir()
@@ -3575,6 +3583,7 @@ def test_train_evaluates_alone_and_keeps_what_was_said_of_training(run_folder, c
     assert json.load(open(tmp_path / "trained/metrics.json"))["psnr"] == trained["psnr"]
     config = json.load(open(tmp_path / "trained/config.json"))
     (tmp_path / "trained/config.json").write_text(json.dumps({**config, "teacher": ""}))
+    assert "--no-" not in stopped("--eval", "--no-muon") and "--muon would do nothing" in stopped("--eval", "--no-muon")
     assert "--steps would do nothing" in stopped("--eval", "--steps", "3") and "without the SigLIP" in stopped("--eval", "--out",
         str(tmp_path / "trained"))
     assert "holds another tokenizer" in stopped("--eval", "--init", str(run_folder), "--out", str(tmp_path / "trained"))
@@ -5132,7 +5141,7 @@ def test_hub_breaks_off_with_a_sentence_and_leaves_no_half_file(served, monkeypa
     files[base + "a.safetensors"] = b"x"
     assert os.path.exists(os.path.join(hub.folder("owner/model"), "a.safetensors"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="cannot be fetched .*; without a connection, give a folder"):
+    with pytest.raises(ValueError, match="no such folder is here, and .* cannot be fetched .*; without a connection, give a folder"):
         hub.folder("owner/else")
 
 

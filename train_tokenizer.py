@@ -41,6 +41,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from dataclasses import asdict, dataclass, field, replace
@@ -192,8 +193,10 @@ def flags(argv=None) -> argparse.Namespace:
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
         raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data")
     idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "muon",
-                              "compile", "checkpointing") if args.eval and getattr(args, name) not in (None, 0, "")]
+                              "compile", "checkpointing") if args.eval and getattr(args, name) != p.get_default(name)]
     check(not idle, f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
+    gan = SETTINGS[args.preset].gan if args.gan is None else args.gan
+    check(gan or args.gan_start == -1, "--gan-start would do nothing, for the adversarial term is off; leave it out, or add --gan")
     return args
 
 
@@ -1873,7 +1876,7 @@ def idle_flags(name: str) -> dict:
     design, files = DESIGNS[name], ("zero_shot_data", "class_names", "templates", "retrieval_data", "retrieval_images")
     return {**({} if "shallow" in design.features else {"shallow_layer": 0}), **({} if name == "dual" else {"shared_gradient": -1.0}),
             **({} if design.means else {"semantic_weight": 1.0, **dict.fromkeys(files, "")}),
-            **({} if design.paints else {"gan": None, "vgg": "", "lpips": ""})}
+            **({} if design.paints else {"gan": None, "gan_start": -1.0, "vgg": "", "lpips": ""})}
 
 
 def train_row(args, seed: int, name: str, changes: dict) -> dict:
@@ -2177,7 +2180,7 @@ def leave_alone(error: BaseException | None):
 
 
 def run(main, trains: bool = True):
-    """A script's entry: what a user can put right ends in one sentence and exit status 1, not in a traceback."""
+    """A script's entry: what a user can put right ends in one sentence and exit status 1; a traceback too under `python -X dev`."""
     then = "--resume goes on from the last checkpoint" if trains else "start it again"
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -2187,6 +2190,8 @@ def run(main, trains: bool = True):
             dist.barrier()      # a rank that leaves while others work may be taken for one that died
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if sys.flags.dev_mode:
+            traceback.print_exc()
         words = (f"{error.strerror}: {error.filename or 'a file of this run'}; make room or name another --out, then {then}"
                  if full else (str(error).strip() or repr(error)).splitlines()[-1])
         sys.exit(f"error: {words}")       # of an error in a worker, torch gives the traceback too

@@ -98,7 +98,7 @@ def _fetch(url: str, found: str, file: str) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise       # no matter of the connection
-        raise ValueError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}); "
+        raise ValueError(f"no such folder is here, and {url} cannot be fetched ({getattr(error, 'reason', error)}); "
                          "without a connection, give a folder that holds the model") from None
     finally:
         if os.path.exists(part):
