@@ -76,15 +76,20 @@ class LPIPS(nn.Module):
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], at least 16 pixels a side -> their mean distance, a scalar."""
-        z, total = (torch.cat([x, y]) - self.mean) / self.std, 0.0
+    def looks(self, x: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) -> features at the five depths (B, width, h, w), of unit length."""
+        x, found = (x - self.mean) / self.std, []
         for n, layer in enumerate(self.features):
-            z = layer(z)
+            x = layer(x)
             if n in self.ends:
-                a, b = F.normalize(z.float(), dim=1, eps=1e-10).chunk(2)
-                total = total + ((a - b) ** 2 * self.heads[self.ends.index(n)]).sum(1).mean()
-        return total
+                found.append(F.normalize(x.float(), dim=1, eps=1e-10))
+        return found
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], at least 16 pixels a side -> their mean distance, a scalar, without a gradient to y."""
+        with torch.no_grad():
+            wanted = self.looks(y)
+        return sum(((a - b) ** 2 * weight).sum(1).mean() for a, b, weight in zip(self.looks(x), wanted, self.heads))
 
 
 class _Gather(torch.autograd.Function):
@@ -156,6 +161,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
     if dist.is_available() and dist.is_initialized():
         for grad in grads:
             dist.all_reduce(grad)
+            grad /= dist.get_world_size()
     return (grads[0].norm() / (grads[1].norm() + 1e-4)).clamp(0.3, 10).detach()
 
 

@@ -11,7 +11,7 @@
     words = model.answer(codes, ["what colour is the circle?"])                 # ["red"]
     codes = model.paint(["make the circle green"], pictures=codes)              # edited
 
-A sequence, as `pack` lays it out (bytes; with Qwen's vocabulary the line break is Qwen's chat form):
+A sequence, as `pack` lays it out (bytes, GPT-2; Qwen's and SmolLM2's vocabularies have Qwen's chat form):
 
     <image_start> N positions <image_end> what colour is the circle? \n red <|endoftext|>     loss on: red <|endoftext|>
     a red circle \n <image_gen_start> N positions <image_gen_end> <|endoftext|>               loss on: the N positions, S x D codes each
@@ -20,7 +20,7 @@ Papers: DualToken (ICLR 2026) §3.3, Appendices D.1 and F.4; Qwen2 (Yang et al. 
 have Hugging Face's names, so loading Qwen2.5 is the identity.
 
 Letters: B batch, T sequence places, N image positions, C width, V vocabulary, M pictures (or positions of all pictures), S streams, D
-depth, K codebook size, E code dimension.
+depth, d the first of these, K codebook size, E code dimension, X places of text.
 """
 
 import base64
@@ -28,7 +28,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import unicodedata
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -43,8 +42,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from tokenizer import (attend, brief, check, check_fields, init, load_weights, lower, make_config, read_config, read_weights, recomputed,
-                       save_files, save_model, unbuilt)
+from tokenizer import (attend, brief, check, check_fields, init, load_weights, lower, make_config, read_config, read_shards,
+                       read_weights, recomputed, save_files, save_model, unbuilt)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text as ids: UTF-8 bytes without any file, or a GPT-2, Qwen2.5 or SmolLM2 vocabulary from local files; in each, four marks for images
@@ -147,10 +146,14 @@ class TextTokenizer:
 
     def save(self, folder: str):
         """Writes `files`, so that `from_folder(folder)` gives the same tokenizer. Raises ValueError if it would not."""
-        copies = [Path(folder, name) for name in self.files]
-        if (found := _files(folder, copies)) != copies:
-            raise ValueError(f"{' and '.join(map(str, found))} would be read instead of what is saved; remove it or choose another folder")
+        self.check_room(folder)
         save_files(folder, self.files)
+
+    def check_room(self, folder: str):
+        """Raises ValueError where another vocabulary in the folder would be read in place of this one, saved there."""
+        copies = [Path(folder, name) for name in self.files]
+        if self.files and (found := _files(folder, copies)) != copies:
+            raise ValueError(f"{' and '.join(map(str, found))} would be read instead of what is saved; remove it or choose another folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,8 +196,8 @@ class Batch(NamedTuple):
     """Packed sequences. Places are indices into the flattened (B * T) grid; a place's hidden state predicts what comes next."""
     ids: Tensor             # (B, T) int64; 0 where a picture or nothing is
     mask: Tensor            # (B, T) bool: false in the padding
-    text_from: Tensor       # (L,) places whose state predicts a text token that has a loss
-    text_target: Tensor     # (L,) those tokens
+    text_from: Tensor       # (X,) places whose state predicts a text token that has a loss
+    text_target: Tensor     # (X,) those tokens
     pictures: Tensor        # (M, N, S, D) int64, or (M, N, C) continuous; all pictures of the batch
     at: Tensor              # (M,) place of each one's first position
     painted: Tensor         # (M,) bool
@@ -214,7 +217,8 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
          rngs: list = ()) -> Batch:
     """Sequences (lists of `Words` and `Picture`s) -> one `Batch`, padded to the longest (on the left where all must end together, for
     generation). A picture takes `positions` = N places between its two marks, and is never counted as text. later: share of a painted
-    picture's positions, drawn by its sequence's `random.Random`, whose later depths are learned too. ValueError: longer than `limit`."""
+    picture's positions, drawn by its sequence's `random.Random`, whose later depths are learned too. ValueError: longer than `limit`,
+    or a picture of another size."""
     rows, marks = [], text.marks
     for segments in sequences:
         ids, loss, pictures = [], [], []
@@ -416,14 +420,14 @@ class LLM(nn.Module):
     def from_pretrained(cls, folder: str) -> "LLM":
         """A folder in Hugging Face's layout: config.json, and model.safetensors or shards with their index; fp32 in memory. Raises
         ValueError if anything is missing, left over or misshapen, and for variants of Qwen2 and Llama that this is not."""
-        config = read_config(folder)
+        config = {name: value for name, value in read_config(folder).items() if value is not None}
         rope, qwen = config.get("rope_parameters") or config.get("rope_scaling") or {}, config.get("model_type") == "qwen2"
         rope = rope if isinstance(rope, dict) else {"rope_type": rope}      # of another type, it is no known one
         # Llama's defaults, where they differ from Qwen2's
         llama = dict(vocab_size=32000, intermediate_size=11008, num_key_value_heads=config.get("num_attention_heads", 32),
                      max_position_embeddings=2048)
         defaults = {"rope_theta": rope.get("rope_theta", 10_000.0), "attention_bias": qwen} | ({} if qwen else llama)
-        sizes = make_config(LLMConfig, defaults | {name: value for name, value in config.items() if value is not None}, folder)
+        sizes = make_config(LLMConfig, config, folder, defaults)
         each = sizes.hidden_size // sizes.num_attention_heads
         for what, got, expected in (("model_type", config.get("model_type"), "qwen2" if qwen else "llama"),
                                     ("hidden_act", config.get("hidden_act", "silu"), "silu"),
@@ -432,25 +436,12 @@ class LLM(nn.Module):
                                     ("mlp_bias", config.get("mlp_bias", False), False), ("head_dim", config.get("head_dim") or each, each),
                                     ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
             if got != expected:
-                raise ValueError(f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: this LLM is Qwen2's, or Llama's")
+                raise ValueError(f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: "
+                                 "this LLM is Qwen2's (qwen2) or Llama's (llama)")
         model = unbuilt(lambda: cls(sizes), folder)      # no time for random weights that are not used
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
-        load_weights(model, {name: value.float() for name, value in _read_shards(folder, ignore).items()}, folder, assign=True)
+        load_weights(model, {name: value.float() for name, value in read_shards(folder, ignore).items()}, folder, assign=True)
         return model
-
-
-def _read_shards(folder: str, ignore: tuple) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names. ValueError: one is missing."""
-    index, names = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
-        try:
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-            if odd := [name for name in names if os.path.basename(name) != name or not name.isprintable() or len(name) > 200]:
-                raise ValueError(f"got {brief(odd[0])}, expected files beside it")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is no index of safetensors files ({type(error).__name__}: {error}); copy it again") from None
-    return {key: value for name in names for key, value in read_weights(folder, name, ignore).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,7 +463,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 class DepthLayer(nn.Module):
     """Causal transformer layer over the D codes of one position (RQ-Transformer, Lee et al. 2022); x is (M, d, C) with d of the D depths,
-    from `first` on. Feed-forward weights: one set per depth, or one for all. No biases."""
+    from `first` on, and C the head's width. Feed-forward weights: one set per depth, or one for all. No biases."""
 
     def __init__(self, width: int, heads: int, mlp: int, sets: int):
         super().__init__()
@@ -499,7 +490,8 @@ class DepthLayer(nn.Module):
 
 class VisualHead(nn.Module):
     """States of the LLM -> the codes of one stream (paper §3.3): a 2-layer projector, a causal transformer over depth whose input at depth
-    d is the state (d = 1) or the sum of the code vectors before d (Eq. 5), and one classifier per depth."""
+    d is the state (d = 1) or the sum of the code vectors before d (Eq. 5), each plus a learned vector of its depth, and one classifier per
+    depth."""
 
     def __init__(self, c: "MLLMConfig"):
         super().__init__()
@@ -514,13 +506,13 @@ class VisualHead(nn.Module):
     def inputs(self, h: Tensor, vectors: Tensor) -> Tensor:
         """Eq. 5: h (M, C), code vectors (M, d, E), the last not looked at -> what the depth transformer reads (M, d, head width)."""
         before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
-        return torch.cat([self.projector(h)[:, None], self.code_in(before.to(self.depth.dtype))], 1)
+        x = torch.cat([self.projector(h)[:, None], self.code_in(before.to(self.depth.dtype))], 1)
+        return x + self.depth[:x.shape[1]]
 
     def forward(self, h: Tensor, vectors: Tensor, codes: Tensor | None = None) -> Tensor:
         """Teacher forcing, the first d depths at once: h (M, C), code vectors (M, d, E) of which the last is not looked at -> logits (d, M,
         K), or, given the codes (M, d), the sum of each depth's cross entropies (d,)."""
         x = self.inputs(h, vectors)
-        x = x + self.depth[:x.shape[1]]
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x).transpose(0, 1)                                                                 # (d, M, head width)
@@ -541,7 +533,7 @@ class VisualHead(nn.Module):
         return torch.stack(codes, 1)
 
 
-GUIDANCE, EDIT_GUIDANCE = 3.0, 1.5      # painting from words: the paper's; edits, of which the paper says nothing: at nano 3 is worse
+GUIDANCE, EDIT_GUIDANCE = 3.0, 1.5      # from words: arXiv v2's, ICLR's text names none; edits: ours, at nano 3 is worse
 
 
 def guide(logits: Tensor, guidance: float) -> Tensor:
@@ -552,7 +544,7 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
 
 def choose(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Sample one class per row by inverting the distribution: logits (M, K), noise (M,) uniform in [0, 1) -> (M,). A row's choice depends
-    on its own noise alone, so a seed gives the same picture in any batch. top_k 0: all; temperature 0: the likeliest."""
+    on its own noise alone, so a seed gives the same picture in any batch. top_k 0: all; temperature 0: the likeliest; top_p above 0."""
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = (logits.float() / temperature).topk(min(top_k or logits.shape[-1], logits.shape[-1]))
@@ -619,7 +611,8 @@ class MLLMConfig:
         self.streams, self.streams_in, self.streams_out = tuple(self.streams), tuple(self.streams_in), tuple(self.streams_out)
         if self.continuous:
             self.streams_out = ()
-        elif not self.streams_in or not set(self.streams_in + self.streams_out) <= set(self.streams):
+        elif (not self.streams_in or not {*self.streams_in, *self.streams_out} <= {*self.streams}
+              or any(len({*names}) < len(names) for names in (self.streams_in, self.streams_out))):
             raise ValueError(f"streams in {brief(self.streams_in)}, streams out {brief(self.streams_out)}: "
                              f"expected some of {brief(self.streams)}, or to read ('continuous',)")
         if self.streams_out and not set(self.streams_in) & set(self.streams_out):
@@ -742,8 +735,9 @@ class DualMLLM(nn.Module):
               top_k: int = 0, top_p: float = 1.0, seeds: list[int] | None = None, progress: bool = False, graph: bool = False) -> Tensor:
         """Pictures from text, or, with pictures to read (B, N, S, D), edited by instructions: -> codes (B, N, S, D), zero in streams that
         are not painted. guidance s (default GUIDANCE, of edits EDIT_GUIDANCE): u + s (c - u) on all logits, u being those without the
-        words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone. graph: a position is one CUDA graph, which
-        pays if kernels are short, or on a CPU one compiled function, which takes a minute to make, once for each size of batch."""
+        words; 1 needs no u. Sample i depends on seeds[i] (default i) and its prompt alone. graph: a position is one CUDA graph,
+        recorded in each call, which pays if kernels are short; on a CPU one compiled function, which takes a minute to make, once for each
+        size of batch, guidance and 64 places of length."""
         if guidance is None:
             guidance = GUIDANCE if pictures is None else EDIT_GUIDANCE
         c, n, guided = self.config, len(prompts), guidance != 1
@@ -752,7 +746,7 @@ class DualMLLM(nn.Module):
         given = [[] if pictures is None else [Picture(p)] for p in (prompts if pictures is None else pictures.cpu())]
         rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)]
         rows += [turn(self.text, [*g, ""]) + start for g in given if guided]
-        h, cache = self._begin(rows, c.positions, 64 if graph else 1)      # so that other prompts mostly have the same graph
+        h, cache = self._begin(rows, c.positions, 64 if graph else 1)      # prompts of other lengths mostly find it compiled
         noise = uniform(seeds or range(n), c.positions, len(c.streams), c.depth).to(h.device)
         codes, new = torch.zeros(noise.shape, dtype=torch.int64, device=h.device), torch.zeros_like(noise[:, :1], dtype=torch.int64)
         place, painted = torch.zeros(1, dtype=torch.int64, device=h.device), torch.ones(n, dtype=torch.bool, device=h.device)
@@ -816,15 +810,17 @@ class DualMLLM(nn.Module):
         rows = [turn(self.text, [Picture(p)], [c]) for p, c in zip(pictures.cpu(), captions)]
         batch = pack(rows, self.text, self.config.positions).to(self.marks.device)
         h = self.llm.hidden(self.embed(batch)).flatten(0, 1)
-        loss = F.cross_entropy(self.llm.head(h[batch.text_from]).float(), batch.text_target, reduction="none")
+        rows = max(1, LOGITS // self.config.llm.vocab_size)
+        parts = zip(h[batch.text_from].split(rows), batch.text_target.split(rows))
+        loss = torch.cat([F.cross_entropy(self.llm.head(y).float(), target, reduction="none") for y, target in parts])
         return loss.new_zeros(len(captions)).index_add_(0, batch.text_from // batch.ids.shape[1], -loss)
 
     # ---- files
 
     def save_pretrained(self, folder: str, weights: dict[str, Tensor] | None = None, **more):
         """config.json, with `more`, model.safetensors and the vocabulary. weights: its own, gathered from the ranks that share them."""
+        self.text.save(folder)      # first, for it may refuse
         save_model(folder, self.state_dict() if weights is None else weights, {"model_type": "dualmllm", **asdict(self.config), **more})
-        self.text.save(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "DualMLLM":

@@ -2,8 +2,8 @@
 
 `ResidualVQ` codes a vector z by the nearest code vector, then the nearest to what is left, and so on; their sum is the quantized vector
 (Lee et al. 2022, RQ-VAE). `MultiCodebookVQ` cuts z into D chunks and codes each by a table of its own (Ma et al. 2025, UniTok, whose
-release compares directions and learns its tables by gradient). In both the code vectors are running means of what they are chosen for, so
-no gradient ever touches them.
+release compares directions and learns its tables by gradient). Here, in both, the code vectors are running means of what they are chosen
+for, so no gradient ever touches them.
 
     vq = ResidualVQ(dim=32, codebook_size=1024, depth=4)
     z_q, codes, commitment = vq(z)      # (B, N, E) -> (B, N, E) straight-through, (B, N, D) int64, scalar (paper Eq. 1)

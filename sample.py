@@ -178,15 +178,16 @@ def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device,
 
 @torch.no_grad()
 def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, how: dict):
-    """Line i -> OUT/i.png, or with --n pictures a prompt OUT/i-0.png, ... Those there are kept, so a run that stopped goes on."""
+    """Line i, from 0 -> OUT/0000i.png, or with --n pictures a prompt OUT/0000i-0.png, ... Those there are kept: a stopped run goes on."""
     os.makedirs(args.out, exist_ok=True)
-    prompts, n = read_text(args.paint_file).splitlines(), args.n or 1
+    prompts, n = read_text(args.paint_file).removesuffix("\n").split("\n"), args.n or 1
     wanted = [(i, k, os.path.join(args.out, f"{i:05}.png" if n == 1 else f"{i:05}-{k}.png")) for i, prompt in enumerate(prompts)
               if prompt.strip() for k in range(n)]
     for i, prompt in enumerate(prompts, 1):
         if why := model.lacks_room([prompt.strip()], model.config.positions + 1):
             raise ValueError(f"{args.paint_file}, line {i}: {why}")
     missing = [item for item in wanted if not os.path.exists(item[2])]
+    ranks.agree(0)      # all have looked before one paints: they share out the same list
     path, sampling = os.path.join(args.out, "asked.json"), {name: value for name, value in how.items() if name != "graph"}
     asked = {"prompts": prompts, "n": n, "seed": args.seed, "model": digest(model), **sampling}
     if os.path.exists(path) and read_json(path) != asked:
@@ -207,7 +208,7 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
 def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: Ranks):
     """Every record with its answer, in order; one without a readable image is left out, counted and named. Paths: relative to the file."""
     records, broken, done = [], [], {}
-    for number, line in enumerate(read_text(args.answer_file).splitlines(), 1):
+    for number, line in enumerate(read_text(args.answer_file).split("\n"), 1):
         try:
             record = json.loads(line)
             path, question = os.path.join(os.path.dirname(args.answer_file), record["image"]), str(record.get("question") or "")
@@ -263,8 +264,10 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
         for part in (moments.count, moments.sum, moments.outer):
             all_reduce(part)
         sides.append(moments)
+    broken = [*dict.fromkeys(ranks.gather_rows({"broken": broken})["broken"])]
     ranks.say(f"Frechet distance {frechet_distance(*sides):.4f} in {args.inception or 'the ViT of ' + args.tokenizer}, "
-              f"{int(sides[0].count)} and {int(sides[1].count)} pictures, {len(broken)} broken")
+              f"{int(sides[0].count)} and {int(sides[1].count)} pictures, {len(broken)} broken"
+              + ", whose neighbours stand in for them" * bool(broken))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,16 +489,16 @@ def main(argv=None):
             data = ImageSequences(data.source, more, ranks, model.text, model.config, tokenizer.config.vision.image_size, encode,
                                   train=False)
         kinds = ("caption", "question", *(("paint", "edit") if model.heads else ()))
-        metrics = evaluate(model, tokenizer, judge(tokenizer, args.tokenizer, ranks) if data.source in shapes.DIFFICULTIES else None, data,
-                           encode, args.eval_images, ranks, grid, kinds, how)
+        look = judge(tokenizer, args.tokenizer, ranks) if model.heads and data.source in shapes.DIFFICULTIES else None
+        metrics = evaluate(model, tokenizer, look, data, encode, args.eval_images, ranks, grid, kinds, how)
         write_json(os.path.join(args.out, "metrics.json"), metrics)
         report(metrics)
         return print(os.path.join(args.out, "metrics.json"), grid if model.heads else "")
     if args.paint:
         return paint(args, tokenizer, model, how)
-    if args.paint_file:
+    if args.paint_file is not None:
         return paint_file(args, tokenizer, model, ranks, how)
-    if args.answer_file:
+    if args.answer_file is not None:
         return answer_file(args, tokenizer, model, encode, ranks)
     ask_or_edit(args, tokenizer, model, encode, ranks.device, how)
 

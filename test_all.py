@@ -25,6 +25,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import string
 import struct
 import subprocess
@@ -1389,6 +1390,21 @@ def test_tokenizer_reads_the_release_from_a_pt_file_and_sizes_from_its_siglip(tm
     for kept in (weights, {"state_dict": {"module." + name: value for name, value in weights.items()}}):
         torch.save(kept, tmp_path / "dualtoken.pt")
         assert equal(DualTokenizer.from_released(tmp_path, sizes).state_dict(), DualTokenizer.from_released(folder).state_dict())
+    one, more = "quantizer_pix.codebooks.{}.weight", weights["quantizer_sem.codebooks.0.weight"]
+    for changed, expected in (({one.format(1): more + 1}, "quantizer_pix has several tables of weight, expected copies of one"),
+                              ({one.format(9): more}, "unexpected quantizer_pix.codebooks.9.weight"),
+                              ({"quantizer_zzz": more}, "unexpected")):
+        torch.save(weights | changed, tmp_path / "dualtoken.pt")
+        assert expected in words(sizes)
+    torch.save(weights, tmp_path / "dualtoken.pt")
+    vq = config["rqvaesiglip"]["vq_pix"]
+    for other, expected in ((vq["n_embed"] // 2, "quantizer_pix.codebook is"), (vq["n_embed"], "vq_pix and vq_sem differ")):
+        changed = copy.deepcopy(config)
+        changed["rqvaesiglip"]["vq_pix"]["n_embed"] = vq["n_embed"] // 2
+        changed["rqvaesiglip"]["vq_sem"]["n_embed"] = other
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        assert expected in words(sizes)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save({"state_dict": {"a": 3}}, tmp_path / "dualtoken.pt")
     assert "no tensors" in words(sizes)
     (tmp_path / "dualtoken.pt").write_bytes(pickle.dumps(print, 2))        # what is no tensor is never run
@@ -1566,6 +1582,11 @@ def test_tokenizer_shares_the_semantic_gradient(pictures, share):
     model.shared_gradient = share
     found = model.sources(pictures)
     torch.testing.assert_close(found["deep"], whole, rtol=0, atol=0)
+    deepest = DualTokenizer(preset_config("nano", shallow_layer=5))       # both streams leave after it: no layer is the deep one's alone
+    deepest.shared_gradient = share
+    weight = deepest.siglip_model.vision_model.encoder.layers[1].mlp.fc1.weight
+    shallow, deep = (torch.autograd.grad(deepest.sources(pictures)[name].square().mean(), weight)[0] for name in ("shallow", "deep"))
+    torch.testing.assert_close(deep, share * shallow)
     for factor, want, (name, layer) in zip((share, 1, 1), expected, (("deep", 1), ("deep", 2), ("shallow", 1))):
         torch.testing.assert_close(gradient(model.sources(pictures)[name], layer), factor * want)
 
@@ -1577,6 +1598,7 @@ def test_tokenizer_sizes_of_designs():
                            (dict(quantizer="mcq", depth=5), "multiple of the depth 5"),
                            (dict(code_dim=7), "not a multiple of the code dimension"), (dict(design="naive", shortcut_layer=1), "shortcut"),
                            (dict(depth=-1), "depth is -1"),
+                           (dict(vision=vars(VisionConfig(90, 180, 6, 3, image_size=32, patch_size=4)), code_dim=30), "90 channels"),
                            (dict(shallow_layer=7), "no shallow layer 7")):
         with pytest.raises(ValueError, match=words):
             preset_config("nano", **changes)
@@ -1861,7 +1883,7 @@ class StandIn(torch.nn.Module):
             patch), (img_size,) * 2, (img_size // patch,) * 2
         self.patch_embed.forward = lambda x: self.patch_embed.proj(x).flatten(2).mT
         self.before, self.num_prefix_tokens, self.embed_dim = torch.nn.Parameter(torch.randn(1, 2, width)), 2, width
-        self.rope = SimpleNamespace(get_embed=lambda: 0.5)
+        self.rope, self.dynamic_img_size = SimpleNamespace(get_embed=lambda shape: 0.5 if shape == [img_size // patch] * 2 else None), True
         self.blocks = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(4))
         for block in self.blocks:       # each place sees the mean of all
             block.forward = lambda x, rope, block=block: x + rope * torch.tanh(F.linear(x + x.mean(1, keepdim=True), block.weight,
@@ -2197,8 +2219,8 @@ def test_losses_lpips_is_what_its_paper_says(lpips_files):
     # the constants have three digits
     torch.testing.assert_close(lpips(x, y), expected.mean().float(), atol=2e-3 * expected.mean().item(), rtol=0)
     x.requires_grad_(True)
-    lpips(x, x.detach()).backward()
-    assert x.grad.isfinite().all() and not any(p.requires_grad for p in lpips.parameters())
+    lpips(x, y.requires_grad_(True)).backward()
+    assert x.grad.isfinite().all() and x.grad.any() and y.grad is None and not any(p.requires_grad for p in lpips.parameters())
 
 
 def test_losses_lpips_matches_its_package(lpips_files):
@@ -2251,6 +2273,14 @@ def test_losses_adaptive_weight_is_the_ratio_of_gradients():
     assert abs(adaptive_weight((6 * w).sum(), (2 * w).sum(), w).item() - 3) < 1e-3
     assert adaptive_weight((100 * w).sum(), w.sum(), w).item() == 10 and abs(adaptive_weight(w.sum(), (100 * w).sum(), w).item()
                                                                              - 0.3) < 1e-6
+
+
+def test_losses_adaptive_weight_is_the_same_on_any_number_of_ranks(monkeypatch):
+    w = torch.tensor([1e-4], requires_grad=True)
+    alone = adaptive_weight((w * w).sum(), (w * w).sum(), w).item()       # gradients as small as what keeps it from dividing by zero
+    for name, value in (("is_initialized", lambda: True), ("all_reduce", lambda x: x.mul_(4)), ("get_world_size", lambda: 4)):
+        monkeypatch.setattr(torch.distributed, name, value)
+    assert 0.5 < alone < 0.8 and abs(adaptive_weight((w * w).sum(), (w * w).sum(), w).item() - alone) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7])
@@ -2333,6 +2363,12 @@ def train(out, *more, script=train_tokenizer):
     return out
 
 
+def failing(error):
+    def fail(*_, **__):
+        raise error
+    return fail
+
+
 def stopped(*argv):
     """The words a run ends with when something is wrong; no traceback, exit status 1."""
     with pytest.raises(SystemExit) as end:
@@ -2371,6 +2407,41 @@ def test_train_reuses_its_siglip_and_learns_from_it(run_folder, tmp_path, capsys
     assert "is kept from an earlier run" in capsys.readouterr().out
     losses = [line["loss"] for line in log(tmp_path) if "loss" in line]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_train_curves_have_the_last_evaluation(run_folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_tokenizer, "draw_curves", lambda lines, path: drawn.append(lines))
+    train(tmp_path, "--siglip", str(run_folder / "siglip"), "--eval-every", "4")
+    assert [line["step"] for line in drawn[-1] if "eval_psnr" in line] == [4, 8]
+
+
+def test_train_an_evaluation_made_up_for_is_no_training_time(run_folder, tmp_path, monkeypatch):
+    flags = ["--siglip", str(run_folder / "siglip"), "--eval-every", "4"]
+    evaluate, metrics = train_tokenizer.TokenizerStage.evaluate, {}
+    monkeypatch.setattr(train_tokenizer.TokenizerStage, "evaluate", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, *flags)
+    slow_one = lambda self: time.sleep(2) or metrics or metrics.update(evaluate(self)) or metrics
+    monkeypatch.setattr(train_tokenizer.TokenizerStage, "evaluate", slow_one)
+    train(tmp_path, *flags, "--resume")
+    assert log(tmp_path)[-2]["step"] == 8 and min(line["images_per_second"] for line in log(tmp_path) if line.get("loss")) > 8
+
+
+@pytest.mark.parametrize("quantizer, usage", [("rvq", 1.0), ("mcq", 0.25)])
+def test_train_log_counts_codes_of_each_table(quantizer, usage):
+    """Four depths, each with 4 of 16 codes, others at each depth."""
+    codes = torch.stack([torch.arange(4 * d, 4 * d + 4) for d in range(4)], 1).reshape(1, 4, 1, 4)
+    stage = SimpleNamespace(codes=codes, streams=["pixel"], counted={"gan_skipped": torch.zeros(())},
+                            model=SimpleNamespace(config=SimpleNamespace(codebook_size=16, shared_codebook=quantizer == "rvq")))
+    assert train_tokenizer.TokenizerStage.log(stage) == {"usage_pixel": usage}
+
+
+def test_muon_takes_the_layers_of_timms_vits_too(timm_stand_in):
+    model = clip_tokenizer(SigLIP.from_timm("tiny", 32).vision_config)
+    found = {name for name, p in model.named_parameters() if p.dim() == 2 and train_tokenizer.MATRICES.search(name)}
+    assert {f"siglip_model.vision_model.model.blocks.{n}.weight" for n in range(4)} <= found
+    assert not any("patch_embed" in name or "model.head" in name for name in found)
 
 
 def test_train_takes_a_siglip_folder(run_folder, tmp_path):
@@ -2782,6 +2853,10 @@ def test_train_says_that_a_codebook_has_collapsed(run_folder, tmp_path, monkeypa
     monkeypatch.setattr(train_tokenizer.TokenizerStage, "log", lambda self: {"usage_pixel": next(low), "usage_semantic": 0.9})
     train(tmp_path, "--siglip", str(run_folder / "siglip"))
     assert [line.get("collapsed") for line in log(tmp_path) if "loss" in line] == [None] * 3 + [["pixel"]] * 2 + [None] * 3
+    summary = train_tokenizer.summary       # one look, however late, tells nothing of the steps before it
+    stage = SimpleNamespace(args=SimpleNamespace(log_every=9), log=lambda: {"usage_pixel": 0.05})
+    line, low = summary(stage, 9, {}, torch.zeros(()), torch.ones(()), 1.0, {})
+    assert "collapsed" not in line and "collapsed" in summary(stage, 18, {}, torch.zeros(()), torch.ones(()), 1.0, low)[0]
     assert capsys.readouterr().out.count("codebook pixel: under 10% of its codes") == 2
 
 
@@ -3094,17 +3169,36 @@ def test_train_a_failed_rank_says_why_and_leaves_without_the_others(monkeypatch,
     assert left == [status] and (words in said if words else not said)
 
 
-def test_train_on_a_folder_of_images(tmp_path, capsys):
+def test_train_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
     (tmp_path / "images").mkdir()
     for n in range(30):
         flat(8 * n, 40).save(tmp_path / f"images/{n}.png")
         (tmp_path / f"images/{n}.txt").write_text(f"colour number {n}")
     (tmp_path / "images/7.png").write_bytes(b"broken")
+    gather = train_tokenizer.Ranks.gather_rows      # what another rank found broken is told too
+    monkeypatch.setattr(train_tokenizer.Ranks, "gather_rows", lambda self, *rows: gather(self, *rows, *[{"broken": ["x.png"]}]
+                                                                                           * ("broken" in rows[0])))
     train(tmp_path / "run", "--data", str(tmp_path / "images"), "--workers", "2")
+    assert all("x.png" in line["broken"] for line in log(tmp_path / "run") if "loss" in line)
     out = capsys.readouterr().out
     metrics = json.load(open(tmp_path / "run/metrics.json"))
     assert "28 images to train on, 2 held out" in out and "broken samples replaced" in out and "7.png" in out
     assert metrics["retrieval"]["i2t"] >= 0 and "zero_shot" not in metrics
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_train_validates_on_as_many_images_as_asked_for_whatever_the_ranks(tmp_path, ranks):
+    for n in range(60):
+        flat(4 * n, 12).save(tmp_path / f"{n}.png")
+    for asked, wanted in ((21, 21), (60, 60), (100, 60)):
+        found = []
+        for rank in range(ranks):
+            one = SimpleNamespace(rank=rank, count=ranks, device=torch.device("cpu"))
+            args = SimpleNamespace(eval_images=asked, workers=0)
+            data = SimpleNamespace(ranks=one, args=args, worlds=None, val=images.ImageData(str(tmp_path), 8, train=False),
+                                   _signed=lambda x: x.float())
+            found += [image for part, _ in train_tokenizer.Data.validation(data, 8) for image in part]
+        assert len(found) == wanted == len({image[0, 0, 0].item() for image in found})
 
 
 def test_train_num_samples(run_folder, tmp_path, capsys):
@@ -3350,6 +3444,7 @@ def test_train_bad_input_ends_in_a_sentence(run_folder, tmp_path):
                         (["--ranks", "8"], "go with --dry-run"), (["--dry-run", "--ranks", "-1"], "--ranks is -1"),
                         (["--dry-run", "--ranks", "7"], "not a multiple of 7 ranks"),
                         (["--gan-start", "0.5"], "--gan-start would do nothing, for the adversarial term is off"),
+                        (["--dry-run", "--gan", "--design", "quantised"], "nothing that --gan could change"),
                         (["--gan", "--gan-start", "0.5", "--design", "quantised"], "nothing that --gan, --gan-start could change"),
                         (["--dry-run", "--init", str(run_folder)], "leave them out")):
         assert words in stopped("--device", "cpu", "--out", str(tmp_path / "run"), *argv)
@@ -3583,6 +3678,8 @@ def test_train_evaluates_alone_and_keeps_what_was_said_of_training(run_folder, c
     assert json.load(open(tmp_path / "trained/metrics.json"))["psnr"] == trained["psnr"]
     config = json.load(open(tmp_path / "trained/config.json"))
     (tmp_path / "trained/config.json").write_text(json.dumps({**config, "teacher": ""}))
+    assert "--layers 3 is of a ViT" in stopped("--eval", "--layers", "3")
+    assert "--precision would" in stopped("--eval", "--precision", "bf16")
     assert "--no-" not in stopped("--eval", "--no-muon") and "--muon would do nothing" in stopped("--eval", "--no-muon")
     assert "--steps would do nothing" in stopped("--eval", "--steps", "3") and "without the SigLIP" in stopped("--eval", "--out",
         str(tmp_path / "trained"))
@@ -4160,7 +4257,9 @@ def test_text_save_and_from_folder(tmp_path, name, layout):
 def test_text_save_refuses_what_would_not_come_back(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     refuses(lambda: loaded("gpt2").save(tmp_path), "tokenizer.json", "another folder")
-    refuses(lambda: TextTokenizer.bytes().save(tmp_path), "tokenizer.json", "another folder")
+    TextTokenizer.bytes().save(tmp_path)        # is in no file, so none is read in its place
+    with pytest.raises(ValueError, match="another folder"):     # and the weights that are there stay
+        small_mllm(loaded("gpt2"), dict(vocab_size=loaded("gpt2").size)).save_pretrained(tmp_path)
     assert os.listdir(tmp_path) == ["tokenizer.json"]
     (tmp_path / "in").mkdir()
     shutil.copyfile(VOCAB / "qwen" / "qwen.tiktoken", tmp_path / "in" / "qwen.tiktoken")
@@ -4405,7 +4504,7 @@ def test_mllm_llm_reads_llamas_defaults(tmp_path):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no weights"):
             patch.setattr(mllm, "LLMConfig", lambda **sizes: read.append(LLMConfig(**sizes)) or read[-1])
             patch.setattr(mllm, "make_config",
-                          lambda kind, values, folder: kind(**{k: v for k, v in values.items() if k in vars(LLMConfig())}))
+                          lambda kind, values, folder, more: kind(**{k: v for k, v in (more | values).items() if k in vars(LLMConfig())}))
             LLM.from_pretrained(tmp_path)
         theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
         assert vars(read[0]) == {name: theta if name == "rope_theta" else getattr(config, name) for name in vars(read[0])}
@@ -5007,10 +5106,15 @@ def test_mllm_answers_that_fill_the_context_are_refused():
             model.answer(None, ["x"], longest=longest)
 
 
-def test_mllm_score_is_the_logarithm_of_the_captions_probability():
+def test_mllm_score_is_the_logarithm_of_the_captions_probability(monkeypatch):
     model, pictures, captions = small_mllm(), random_codes(3, 4, 2, 3), ["red", "a blue square", "two"]
     expected = torch.stack([-slow_losses(model, [turn(BYTES, [Picture(p)], [c])])["text"] for p, c in zip(pictures, captions)])
     torch.testing.assert_close(model.score(pictures, captions), expected, atol=1e-3, rtol=1e-5)
+    monkeypatch.setattr(mllm, "LOGITS", 3 * model.config.llm.vocab_size)        # three tokens at a time
+    head, sizes = model.llm.head, []
+    monkeypatch.setattr(model.llm, "head", lambda h: (sizes.append(len(h)), head(h))[1])
+    torch.testing.assert_close(model.score(pictures, captions), expected, atol=1e-3, rtol=1e-5)
+    assert max(sizes) == 3
 
 
 def test_mllm_files_round_trip_and_raise(tmp_path):
@@ -5048,7 +5152,7 @@ def test_mllm_code_tables_tell_tokenizers_apart(tokenizer):
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """A hub on this machine -> its files {path: bytes}, to fill, and what was asked of it; b"cut" stands for a connection that breaks
-    off."""
+    off, b"hang" for one that does in the middle of a chunk."""
     files, asked = {}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -5057,10 +5161,13 @@ def served(tmp_path, monkeypatch):
             data = files.get(self.path)
             status = data if isinstance(data, int) else 404 if data is None else 200
             self.send_response(status)
-            self.send_header("Content-Length", str(0 if status != 200 else 1000 if data == b"cut" else len(data)))
+            if data == b"hang":
+                self.send_header("Transfer-Encoding", "chunked")
+            else:
+                self.send_header("Content-Length", str(0 if status != 200 else 1000 if data == b"cut" else len(data)))
             self.end_headers()
             if self.command == "GET" and status == 200:
-                self.wfile.write(data)
+                self.wfile.write(b"9\r\nhang" if data == b"hang" else data)
         do_GET = do_HEAD = answer
         log_message = lambda *_: None
 
@@ -5091,12 +5198,25 @@ def test_hub_fetches_a_model_once(served, tokenizer, tmp_path, monkeypatch):
     assert sorted(os.listdir(folder)) == [".lock", "config.json", "model.safetensors"]
     gets = [path for command, path in asked if command == "GET"]
     assert hub.folder("owner/siglip-1.0") == folder and [path for command, path in asked if command == "GET"] == gets
+    monkeypatch.setenv("HF_ENDPOINT", os.environ["HF_ENDPOINT"] + "/")      # a system without locks, and an address that ends in a slash
+    monkeypatch.setattr("fcntl.flock", failing(OSError(38, "Function not implemented")))
+    serve(files, "owner/siglip-2", tmp_path / "siglip")
+    assert os.path.exists(os.path.join(hub.folder("owner/siglip-2"), "model.safetensors"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")         # nobody listens: what is there does without a connection
     assert hub.folder("owner/siglip-1.0") == folder
 
 
-def test_hub_fetches_shards_and_vocabulary(served, tmp_path):
+def test_hub_fetches_shards_and_vocabulary(served, tokenizer, tmp_path):
     files, _ = served
+    tokenizer.siglip_model.save_pretrained(tmp_path / "siglip")
+    weights = load_file(tmp_path / "siglip/model.safetensors")
+    parts = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(weights)}
+    for part in {*parts.values()}:
+        save_file({name: value for name, value in weights.items() if parts[name] == part}, tmp_path / "siglip" / part)
+    (tmp_path / "siglip/model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    os.remove(tmp_path / "siglip/model.safetensors")
+    serve(files, "owner/siglip", tmp_path / "siglip")
+    assert equal(SigLIP.from_pretrained(hub.folder("owner/siglip")).state_dict(), weights)
     llm, folder = LLM(small_llm()), tmp_path / "llm"
     folder.mkdir()
     names = list(llm.state_dict())
@@ -5129,7 +5249,9 @@ def test_hub_breaks_off_with_a_sentence_and_leaves_no_half_file(served, monkeypa
     kept = []
     assert "has no config.json; check the spelling" in words()
     files[base + "config.json"] = 401
-    assert "answers 401" in words()
+    assert "answers 401" in words() and "check the spelling, or download it by hand" in words()      # what the hub says of no model
+    files[base + "config.json"] = b"hang"
+    assert "cannot be fetched" in words() and socket.getdefaulttimeout() is None
     files[base + "config.json"], kept = b"{}", ["config.json"]
     assert "has no weights as safetensors" in words()
     files[base + "model.safetensors"] = b"cut"
@@ -5180,6 +5302,7 @@ def test_hub_names_are_taken_by_the_scripts(served, run_folder, tmp_path):
     serve(files, "owner/siglip", run_folder / "siglip")
     train(tmp_path / "run", "--siglip", "owner/siglip")
     assert json.loads((tmp_path / "run/config.json").read_text())["teacher"] == "owner/siglip"      # which other machines know too
+    os.makedirs(tmp_path / "run/siglip")        # of an earlier run in this folder
     assert train_tokenizer.teacher_of(str(tmp_path / "run")) == "owner/siglip"
     assert "broke off" in (files.update({"/owner/cut/resolve/main/config.json": b"cut"})
                            or stopped(*TINY, "--siglip", "owner/cut", "--out", str(tmp_path / "x")))
@@ -5822,7 +5945,8 @@ def test_train_mllm_benches_write_a_picture_of_growth_alone(tmp_path, monkeypatc
                               ("answer", (), first), ("answer", ("--streams-in", "continuous"), first),
                               ("growth", ("--batch-size", "4"), [
                                   "stage-4-2, positions 64, 128, 256: 0.500", "stage-4-2, words 256, 512, 1024",
-                                  "stage-4-2, width 128, 256, 512", "stage-4-2, codebook size 256, 1024, 4096"])):
+                                  "stage-4-2, width 128, 256, 512", "stage-4-2, codebook size 256, 1024, 4096"]),
+                              ("growth", ("--batch-size", "4", "--streams-in", "continuous"), ["stage-4-2, words 256, 512, 1024"])):
         if what == "answer":        # at an instant speed, tokens a second divide by zero
             took = iter((0.5, 1.0, 0.25, 0.75))
             monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), next(took))[1])
@@ -5845,6 +5969,10 @@ def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, mon
                         (["--llm", str(tmp_path / "llm")], "config.json cannot be read"), (["--steps", "3"], "name the stage"),
                         (["--stage", "3"], "stage 2 is not finished"), (["--tokenizer", str(tmp_path / "nowhere")], "no model in"),
                         (["--streams-in", "pixel", "--streams-out", "semantic"], "streams"), (["--streams-in", "depth"], "streams"),
+                        (["--streams-in", "none"], "streams in ('none',)"), (["--streams-in", "pixel,pixel"], "expected some of"),
+                        (["--dry-run"], "expected a preset here"), (["--parameters"], "expected a preset here"),
+                        (["--table", "4", "--batch-size", "8"], "have --batch-size of their own"),
+                        (["--table", "4"], "have --tokenizer of their own"), (["--eval-images", "3"], "at least 4"),
                         (["--streams-out", "depth"], "streams"),
                         (["--until", "9"], "--until is '9'"), (["--until", "2", "--stage", "1"], "--stage all"),
                         (["--until", "3", "--streams-out", "none"], "there is only 0, 1, 2, 4-1, 4-2"),
@@ -5861,7 +5989,17 @@ def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, mon
                         (["--dry-run", "--llm", str(tmp_path / "llm")], "no preset"),
                         (["--dry-run", "--streams-in", "continuous"], "leave out")):
         assert words in mllm_words(*there, *argv), argv
-        assert not glob.glob(str(tmp_path / "run/**/model.safetensors"), recursive=True)
+        assert not glob.glob(str(tmp_path / "run/**/*.*"), recursive=True)       # no codes either
+
+
+def test_train_mllm_a_stage_kept_unmeasured_is_measured_where_it_is_the_last(tokenizer_folder, tmp_path, monkeypatch):
+    shrink(monkeypatch, *(replace(row, mixture=dict(caption=1.0), steps=1) for row in TWO_ROWS), evaluates=lambda stage: True)
+    train_tiny(tmp_path, tokenizer_folder)
+    read = lambda: json.load(open(tmp_path / "stage-1/metrics.json"))
+    weights = (tmp_path / "stage-1/model.safetensors").read_bytes()
+    assert read()["images"] == 0 and json.load(open(tmp_path / "metrics.json"))["images"] == 32
+    train_tiny(tmp_path, tokenizer_folder, "--resume", "--until", "1")
+    assert read()["images"] == 32 and (tmp_path / "stage-1/model.safetensors").read_bytes() == weights
 
 
 def test_train_mllm_dry_run_is_the_real_step(monkeypatch):
@@ -6142,7 +6280,7 @@ def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokeniz
            "No such file or directory: ": chat("gone.png", "<image>", "y"),
            "broken.png: cannot be read": chat("broken.png", "<image>", "y"),
            "tokens, expected at most 300": chat(None, "x" * 300, "y")}
-    documents = {"expected a list": {}, "is neither": [{"text": "a", "image": "0.png"}],
+    documents = {"expected a list": {}, "is of pictures": [{"text": "a", "paint": True}], "is neither": [{"text": "a", "image": "0.png"}],
                  "nothing in it has a loss": [{"text": "a", "loss": False}, {"image": "0.png"}],
                  '"paint" is': [{"image": "0.png", "paint": 1}], "neither words nor a path": [{"text": ["x"]}],
                  "nothing that has a loss fits 300": [{"text": "x" * 400}],
@@ -6387,7 +6525,10 @@ def test_sample_answers(there, photo, capsys):
 
 
 def test_sample_paints_a_file_and_goes_on(there, tmp_path, monkeypatch, capsys):
-    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue\f square\n")      # what is no line break to people is none here
+    agree, seen = train_tokenizer.Ranks.agree, []       # ranks wait for each other before one paints
+    monkeypatch.setattr(train_tokenizer.Ranks, "agree",
+                        lambda self, number: (seen.append(glob.glob(str(tmp_path / "out/*.png"))), agree(self, number))[1])
     load = DualMLLM.from_pretrained
     # batches round differently, and an untrained model is full of near ties
     monkeypatch.setattr(DualMLLM, "from_pretrained", lambda folder: load(folder).double())
@@ -6395,7 +6536,8 @@ def test_sample_paints_a_file_and_goes_on(there, tmp_path, monkeypatch, capsys):
                  "2"], tmp_path / "out"
     sample.main([*argv, "--batch-size", "3"])
     names = ["00000-0.png", "00000-1.png", "00002-0.png", "00002-1.png"]
-    assert sorted(os.listdir(out)) == [*names, "asked.json"]
+    assert sorted(os.listdir(out)) == [*names, "asked.json"] and seen[0] == []
+    monkeypatch.setattr(train_tokenizer.Ranks, "agree", agree)
     pixels = lambda: np.stack([np.asarray(Image.open(out / name), int) for name in names])
     before = pixels()
     assert before.shape == (4, 32, 32, 3) and len(np.unique(before, axis=0)) == 4
@@ -6404,7 +6546,9 @@ def test_sample_paints_a_file_and_goes_on(there, tmp_path, monkeypatch, capsys):
     assert np.abs(pixels() - before).max() <= 1 and "4 pictures, 3 of them already" in capsys.readouterr().out      # decoded in fp32
     sample.main(["--paint-file", str(tmp_path / "prompts.txt"), *there, "--out", str(tmp_path / "low"), "--precision", "bf16"])
     assert sorted(os.listdir(tmp_path / "low")) == ["00000.png", "00002.png", "asked.json"]
-    assert "cannot be read" in sample_words("--paint-file", str(tmp_path / "none.txt"), *there)
+    for path in (str(tmp_path / "none.txt"), ""):
+        assert "cannot be read" in sample_words("--paint-file", path, *there)
+        assert "cannot be read" in sample_words("--answer-file", path, *there)
     assert "holds pictures of other prompts, or of another model, seed or sampling" in sample_words(*argv, "--seed", "1")
 
 
@@ -6412,8 +6556,10 @@ def test_sample_answers_a_file(there, photo, tmp_path, capsys):
     shutil.copy(photo, tmp_path / "photo.png")
     (tmp_path / "broken.png").write_bytes(b"x")
     records = [{"image": "photo.png", "question": "what is it?", "id": 7}, {"image": "broken.png", "question": "?"},
-               {"question": "no image"}, {"image": "photo.png", "question": "is it é?"}, {"image": "photo.png", "question": "a" * 2000}]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n{\n")
+               {"question": "no image"}, {"image": "photo.png", "question": "is it\u2028é?"},
+               {"image": "photo.png", "question": "a" * 2000}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n{\n", encoding="utf-8")
     sample.main(["--answer-file", str(tmp_path / "questions.jsonl"), *there, "--out", str(tmp_path / "out"), "--batch-size", "1"])
     answers, said = [json.loads(line) for line in open(tmp_path / "out/answers.jsonl", encoding="utf-8")], capsys.readouterr().out
     assert [{k: v for k, v in answer.items() if k != "answer"} for answer in answers] == [records[0], records[3]]
@@ -6423,7 +6569,7 @@ def test_sample_answers_a_file(there, photo, tmp_path, capsys):
     assert "line 3 is no record" in said and "line 6 is no record" in said
 
 
-def test_sample_compares_folders(run_folder, tmp_path, capsys):
+def test_sample_compares_folders(run_folder, tmp_path, monkeypatch, capsys):
     pictures = World("plain", 32).batch(range(40))[0]
     for name, part in (("a", pictures[:24]), ("b", pictures[24:])):
         (tmp_path / name).mkdir()
@@ -6447,6 +6593,10 @@ def test_sample_compares_folders(run_folder, tmp_path, capsys):
         found = re.search(r"Frechet distance ([\d.]+) in .*, 24 and 16 pictures, 0 broken", capsys.readouterr().out)
         assert value > 0.1 and abs(float(found[1]) - value) < 1e-3 * value
     assert "is no TorchScript file" in sample_words(*argv, "--inception", str(tmp_path / "a/0.png"))
+    gather = train_tokenizer.Ranks.gather_rows      # another rank's are counted too, each once
+    monkeypatch.setattr(train_tokenizer.Ranks, "gather_rows", lambda self, *rows: gather(self, *rows, {"broken": ["x.png", "x.png"]}))
+    sample.main(argv)
+    assert "1 broken, whose neighbours stand in" in capsys.readouterr().out
 
 
 def test_sample_edits(there, photo, tmp_path, capsys):
@@ -7028,13 +7178,14 @@ def make_release(folder):
     for stream in ("quantizer_pix", "quantizer_sem"):
         for ours, theirs in (("codebook", "weight"), ("ema_sum", "embed_ema"), ("ema_count", "cluster_size_ema")):
             table = weights.pop(f"{stream}.{ours}")[0]
-            weights[f"{stream}.codebooks.0.{theirs}"] = torch.cat([table, table[:1]])
+            weights |= {f"{stream}.codebooks.{d}.{theirs}": torch.cat([table, table[:1]]) if theirs == "weight" else table.clone()
+                        for d in range(c.depth)}
         del weights[f"{stream}.age"], weights[f"{stream}.updates"]
     torch.save({"state_dict": weights}, folder / "dualtoken.pt")
     sizes = {name: vars(part) for name, part in (("vision_config", c.vision), ("text_config", c.text))}
+    vq = {"n_embed": 8, "code_shape": [2, 2, 2], "embed_dim": 8, "shared_codebook": True}
     (folder / "config.json").write_text(json.dumps({"siglip": sizes, "rqvaesiglip": {
-        "layer_recon": c.shallow_layer, "layer_sem": c.deep_layer, "vq_pix": {"n_embed": 8, "code_shape": [2, 2, 2], "embed_dim": 8,
-                                                                              "shared_codebook": True}, "decoder_latent_shape": [2, 2],
+        "layer_recon": c.shallow_layer, "layer_sem": c.deep_layer, "vq_pix": vq, "vq_sem": vq, "decoder_latent_shape": [2, 2],
         "ddconfig": {"attn_resolutions": [2], "resolution": 16, "ch_mult": [1, 1, 1, 1], "ch": 32, "num_res_blocks": 0,
                      "decoder_in_channels": 32}}}))
     return lambda: used(DualTokenizer.from_released(str(folder)))

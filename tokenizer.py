@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from data.hub import weight_files
 from rvq import QUANTIZERS
 
 
@@ -50,7 +51,8 @@ ACTIVATIONS = {"gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"
 @dataclass(frozen=True)
 class Design:
     """Which features each stream's codes are made of, and which losses apply (names as in `losses.Weights`). The first stream is decoded to
-    images where there is a loss of pixels; the last one becomes the deep state where there is a semantic loss. Several features are added:
+    images where there is a loss of pixels; the last one becomes the deep state where there is a semantic loss. Features of one stream, if
+    several, are added up:
     shallow, deep   the ViT's patches after that layer
     encoder         those of a convolutional encoder of its own, with no ViT
     teacher         patches after the deep layer of a frozen copy of the ViT"""
@@ -114,7 +116,7 @@ class TowerConfig:
     num_attention_heads: int = 12
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
-    causal: bool = False                # positions see only those before them: CLIP's text
+    causal: bool = False                # positions see only themselves and those before: CLIP's text
 
     def __post_init__(self):
         check_fields(self)
@@ -211,9 +213,10 @@ class TokenizerConfig:
         self.shared_codebook &= self.quantizer != "mcq"
         if self.shortcut_layer and self.design != "dual":
             raise ValueError(f"a shortcut layer goes with the design dual, got {self.design}; leave it out")
-        for channels in (self.decoder_in, *(self.decoder_channels * m for m in self.decoder_multipliers)):
+        levels = (self.decoder_channels * m for m in self.decoder_multipliers)
+        for channels in (*[width] * bool(self.image_stream), self.decoder_in, *levels):
             if channels % self.decoder_groups:
-                raise ValueError(f"{channels} decoder channels are not a multiple of {self.decoder_groups} normalisation groups")
+                raise ValueError(f"{channels} channels at the decoder are not a multiple of {self.decoder_groups} normalisation groups")
 
     @property
     def positions(self) -> int:
@@ -261,7 +264,7 @@ def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) ->
     vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}), **({"num_hidden_layers": layers} if layers else {}))
     side, scale = vision["image_size"], 2 ** (len(row.get("decoder_multipliers", TokenizerConfig.decoder_multipliers)) - 1)
     check(side >= 16, f"image size {side} is too small; expected at least 16 pixels")
-    if side % scale or side < scale:
+    if side % scale:
         raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; "
                          f"choose one, such as {max(1, side // scale) * scale}")
     # Patches of any size: what the decoder gets is resized to its scale, such as 27 -> 24 -> 384 pixels for patches of 14.
@@ -278,7 +281,8 @@ BYTES, PAD = 257, 256       # ids of a tower that reads UTF-8 bytes, and the one
 class TextVocabulary:
     """Captions to the ids that a text tower was trained on. A table of 257 rows reads UTF-8 bytes; any other goes with the tokenizer.json
     of its folder, SigLIP's (Unigram), SigLIP2's (Gemma's) or CLIP's, read by the package tokenizers when a caption first comes."""
-    # First, last and padding id as published, and preparation: SigLIP learned without capitals or punctuation, SigLIP2 without capitals.
+    # First, last and padding mark as published, and what is done to captions: SigLIP learned without capitals or punctuation,
+    # SigLIP2 without capitals.
     KINDS = {"CLIP": ("<|startoftext|>", "<|endoftext|>", "<|endoftext|>", str), "SigLIP2": ("", "<eos>", "<pad>", str.lower),
              "SigLIP": ("", "</s>", "</s>",
                         lambda text: " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split()))}
@@ -564,19 +568,19 @@ class SigLIP(nn.Module):
             raise ValueError(f"the ViT in {folder} is timm's, for {vision.image_size} pixels, and positions of timm "
                              f"are not interpolated here; got image size {image_size}")
         # Checkpoints of old transformers releases also hold the positions 0, 1, 2, ... themselves.
-        weights = read_weights(folder, ignore=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"))
+        weights = read_shards(folder, ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"))
         if vision.class_token:
             weights = {renamed(name, CLIP_NAMES): value for name, value in weights.items()}
-        resized, name = replace(vision, image_size=image_size or vision.image_size), "vision_model.embeddings.position_embedding.weight"
-        if not resized.grid:
+        new, name = replace(vision, image_size=image_size or vision.image_size), "vision_model.embeddings.position_embedding.weight"
+        if not new.grid:
             raise ValueError(f"images of {image_size} pixels are smaller than the patches of {folder}, {vision.patch_size} pixels a side")
         own = int(vision.class_token)       # the class token's position stays as it is
-        if resized.grid != vision.grid and name in weights and weights[name].dim() == 2 and len(weights[name]) == own + vision.grid ** 2:
+        if new.grid != vision.grid and name in weights and weights[name].dim() == 2 and len(weights[name]) == own + vision.grid ** 2:
             first, rest = weights[name].float().split([own, vision.grid ** 2])
-            old, size = rest.T.unflatten(1, (vision.grid, vision.grid))[None], (resized.grid, resized.grid)
+            old, size = rest.T.unflatten(1, (vision.grid, vision.grid))[None], (new.grid, new.grid)
             grid = F.interpolate(old, size, mode="bicubic", align_corners=False)[0]
             weights[name] = torch.cat([first, grid.flatten(1).T])
-        model = built(lambda: cls(resized, text), weights, folder, bool(vision.timm))
+        model = built(lambda: cls(new, text), weights, folder, bool(vision.timm))
         model.read_vocabulary(folder)
         return model
 
@@ -668,7 +672,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 def recomputed(on: bool, function, x: Tensor) -> Tensor:
-    """function(x), and, if on and training, once more in the backward pass instead of keeping what it computed."""
+    """function(x), and, if on and gradients are wanted, once more in the backward pass instead of keeping what it computed."""
     return checkpoint(function, x, use_reentrant=False) if on and torch.is_grad_enabled() else function(x)
 
 
@@ -726,7 +730,8 @@ class TimmTower(VisionTower):
         return self.model.norm_pre(x[0] if isinstance(x, tuple) else x)         # EVA gives its rotations too
 
     def run(self, x: Tensor, first: int, last: int) -> Tensor:
-        rope = self.model.rope.get_embed() if getattr(self.model, "rope", None) is not None else None
+        shape = [self.config.grid] * 2 if getattr(self.model, "dynamic_img_size", False) else None      # DINOv3 keeps no rotations ready
+        rope = self.model.rope.get_embed(shape) if getattr(self.model, "rope", None) is not None else None
         for n in range(first - 1, last):
             more = {} if rope is None else {"rope": rope[n] if getattr(self.model, "rope_mixed", False) else rope}
             x = recomputed(self.checkpointing, functools.partial(self.model.blocks[n], **more), x)
@@ -772,8 +777,8 @@ def split_layers(similarity: Tensor) -> tuple[int, int]:
 # projections into and out of the code space
 
 class ProjectionAttention(nn.Module):
-    """Attention from width i to width o. Heads = wide / narrow, each as wide as the narrow side. Going in (o < i) the heads are averaged;
-    coming out they stand side by side, and positions see only those before them."""
+    """Attention from width i to width o. Heads = wide / narrow, each as wide as the narrow side. Going in (o <= i) the heads are averaged;
+    coming out (o > i) they stand side by side, and positions see only themselves and those before."""
 
     def __init__(self, i: int, o: int):
         super().__init__()
@@ -976,7 +981,7 @@ class DualTokenizer(nn.Module):
                 p.requires_grad_(True)
 
     def checkpointing(self, on: bool = True):
-        """Trade compute for memory: recompute layers and levels in the backward pass, but no quantizer, which must count once."""
+        """Trade compute for memory: recompute the ViT's layers and the levels of decoder and encoder in the backward pass."""
         for part in (self.siglip_model.vision_model, self.decoder, self.encoder):
             if part is not None:
                 part.checkpointing = on
@@ -991,9 +996,11 @@ class DualTokenizer(nn.Module):
         x, taken = vit.embeddings(images) if at else None, 0
         for n in sorted({*at.values()}):
             x, taken = vit.run(x, taken + 1, n), n
-            found |= {name: vit.patches(x) for name in at if at[name] == n}
+            found |= {name: vit.patches(x) for name in at if at[name] == n and name != "deep"}
             if n == max(at.get("shallow", 0), at.get("shortcut", 0)) and self.shared_gradient != 1:
                 x = x.detach() + self.shared_gradient * (x - x.detach())
+            if n == at.get("deep"):
+                found["deep"] = vit.patches(x)
         if self.teacher is not None:
             found["teacher"] = self.teacher.patches(self.teacher.run(self.teacher.embeddings(images), 1, c.deep_layer))
         if self.encoder is not None:
@@ -1095,6 +1102,8 @@ class DualTokenizer(nn.Module):
             dd, vq = c["ddconfig"], c["vq_pix"]
             if dd["attn_resolutions"] != [dd["resolution"] // 2 ** (len(dd["ch_mult"]) - 1)]:
                 raise ValueError(f"it has decoder attention at {brief(dd['attn_resolutions'])}, expected it at the coarsest level alone")
+            if any(c["vq_sem"][key] != vq[key] for key in ("n_embed", "code_shape", "embed_dim", "shared_codebook")):
+                raise ValueError("its vq_pix and vq_sem differ, expected the same sizes")
             config = TokenizerConfig(
                 vision=vision, text=text, preset="released", shallow_layer=c["layer_recon"], deep_layer=c["layer_sem"],
                 shortcut_layer=c.get("layer_shortcut") or 0, shortcut_weight=c.get("weight_shortcut", 0.0),
@@ -1146,21 +1155,23 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 def _from_released(weights: dict[str, Tensor], c: TokenizerConfig) -> dict[str, Tensor]:
     """Names and shapes of the release to ours: tables lose their padding row, D copies of a shared table become one, the key bias (which
     cannot matter) is dropped, and what we count beyond the release starts fresh."""
-    tables = 1 if c.shared_codebook else c.depth
-    kept = [name for name in weights if not name.startswith("quantizer_") and not name.endswith("zero_k_bias")]
-    out = {name: weights[name].float() for name in kept}
+    tables, out, used = 1 if c.shared_codebook else c.depth, {}, set()
     for stream in ("quantizer_pix", "quantizer_sem"):
-        for ours, theirs in (("codebook", "weight"), ("ema_sum", "embed_ema"), ("ema_count", "cluster_size_ema")):
-            found = [weights.get(f"{stream}.codebooks.{d}.{theirs}") for d in range(tables)]
+        for ours, theirs, padding in (("codebook", "weight", 1), ("ema_sum", "embed_ema", 0), ("ema_count", "cluster_size_ema", 0)):
+            names = [f"{stream}.codebooks.{d}.{theirs}" for d in range(c.depth)]
+            found = [weights.get(name) for name in names]
+            used.update(names)
             if all(value is not None and value.dim() and value.shape == found[0].shape for value in found):
-                out[f"{stream}.{ours}"] = torch.stack([value[:c.codebook_size].float() for value in found])
+                check(tables > 1 or all(torch.equal(value, found[0]) for value in found),
+                      f"the release's {stream} has several tables of {theirs}, expected copies of one; copy its files again")
+                out[f"{stream}.{ours}"] = torch.stack([value[:len(value) - padding].float() for value in found[:tables]])
         out[f"{stream}.age"] = torch.zeros(tables, c.codebook_size, dtype=torch.int32)
         out[f"{stream}.updates"] = torch.zeros((), dtype=torch.int64)
-    return out
+    return out | {name: value.float() for name, value in weights.items() if name not in used and not name.endswith("zero_k_bias")}
 
 
 def save_model(folder: str, weights: dict[str, Tensor], config: dict):
-    """model.safetensors, then config.json, each under a temporary name first: where that fails (OSError), the files before them stay."""
+    """model.safetensors, then config.json, each under a temporary name: where one cannot be written (OSError), the earlier one stays."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "model.safetensors")
     try:
@@ -1238,6 +1249,11 @@ def make_config(cls, values: dict, folder: str, defaults: dict = {}, given: dict
         return cls(**defaults | {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None} | given)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{folder}/config.json does not describe a {cls.__name__}: {error}") from None
+
+
+def read_shards(folder: str, ignore: tuple = ()) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the files that model.safetensors.index.json names. ValueError: one is missing."""
+    return {key: value for name in weight_files(folder) for key, value in read_weights(folder, name, ignore).items()}
 
 
 def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = ()) -> dict[str, Tensor]:

@@ -29,7 +29,6 @@ import os
 import random
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
@@ -70,7 +69,7 @@ class Row:
 _ALL = ("llm", "projector", "heads")
 _UNDERSTAND = dict(caption=0.2, question=0.6, text=0.2)
 _EVERYTHING = dict(caption=0.03, question=0.17, paint=0.72, edit=0.05, text=0.03, document=0.03)  # documents: where --documents are given
-# What trains, learning rates and batches are the paper's; steps and shares are not in it.
+# What trains, learning rates and batches are the paper's; steps, warm-up and shares are not in it.
 PAPER = (
     Row("1", ("projector",), 1e-3, 64, 10_000, dict(caption=1.0), 500),
     Row("2", ("projector", "llm"), 2e-5, 256, 10_000, _UNDERSTAND, 500),
@@ -92,12 +91,12 @@ STAGES = {"nano": NANO, "small": SMALL, **{name: PAPER for name in LLMS if name 
 # Of the loss (Eq. 6-7): text is a mean over text tokens, a stream a mean over painted positions of the sum over depths, weighed by DEPTHS.
 LOSS = {"text": 1.0, "pixel": 1.0, "semantic": 1.0, "unified": 1.0}
 DEPTHS = {"nano": (1.0, 0.2, 0.1, 0.05), "small": (1.0, 0.2, 0.1, 0.05)}        # first depth, second, ...; default 1 for all, as in Eq. 7
-HELD_OUT = 50           # of each kind of record every so-manieth is held out, and at most ten times as many
+HELD_OUT = 50           # every 50th record of a kind is held out; of more than 25,000 every n-th, so that they are about 500
 DROP = 0.1              # share of painted samples without their words, for guidance
 LATER = {"nano": 0.25}  # share of painted positions whose depths after the first are learned in a step; default 1. They are most of a
                         # head's work and little of a picture
-MUON = ("nano", "small")        # the matrices inside the transformers train with Muon: at the nano size, the loss of AdamW in less than
-                                # half the steps. Else AdamW alone, as in the paper
+MUON = ("nano", "small")        # the matrices of transformers and projectors train with Muon: at the nano size, the loss of AdamW in
+                                # less than half the steps. Else AdamW alone, as in the paper
 MATRICES = re.compile(r"layers\.|projector|code_in")
 SCENES = {"nano": 16_384, "small": 65_536}      # of the built-in world, whose codes are extracted once; a quarter of them with an edit
 POOL = (0.3, 0.5, 0.1, 0.1)                     # of these scenes, the shares with one, two, three and four shapes
@@ -134,7 +133,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--teacher", default="", help="folder of the SigLIP whose features --streams-in continuous reads; default: "
                                                  "TOKENIZER/siglip, or what the tokenizer was trained from")
     g.add_argument("--parameters", action="store_true", help="print the parameter table (paper App. D.1) and stop")
-    g.add_argument("--code-dim", type=int, default=0, help="E in that table; 0: the tokenizer's")
+    g.add_argument("--code-dim", type=int, default=0, help="E in that table, or in a dry run; 0: the tokenizer's")
     g.add_argument("--vocabulary", default="", help="folder of GPT-2's, Qwen2.5's or SmolLM2's, for an LLM from scratch; default: bytes")
     g = shared_flags(p, tables(), ("paint", "answer", "growth"))
     g.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False,
@@ -160,7 +159,7 @@ def flags(argv=None) -> argparse.Namespace:
         raise ValueError(f"--streams-out is {args.streams_out!r}, but a model that reads continuous features paints nothing; leave it out")
     if args.data == "none" and not (records or args.text_data):
         raise ValueError("--data is none, and there are no --conversations, --documents or --text-data either; give some of them")
-    if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not (args.bench or args.dry_run):
+    if (args.steps or args.lr or args.batch_size) and args.stage == "all" and not (args.bench or args.dry_run or args.table):
         raise ValueError("--steps, --lr and --batch-size are those of one stage, and --stage is all; name the stage")
     return args
 
@@ -411,7 +410,8 @@ class RecordSequences:
         key = {**encode.key, **self.key, "limit": 0}
         self.pictures, said = extract(args, ranks, key, len(paths), chunks, encode) if paths else (None, [])
         self.key["files"] = sorted(state(path) for path, _ in self.records.sources)
-        number, said = {path: i for i, path in enumerate(paths)}, dict(zip(paths, said))       # what is wrong with a picture: mostly ""
+        # what is wrong with a picture: mostly ""; a bench, where one stands for all, does not ask
+        number, said = {path: i for i, path in enumerate(paths)}, {} if args.bench else dict(zip(paths, said))
         rows, self.shown = collections.defaultdict(list), []
         for record, kind, length, shown in good:
             if reason := next(filter(None, map(said.get, shown)), ""):
@@ -420,7 +420,7 @@ class RecordSequences:
             rows[kind].append((length, record, len(self.shown), len(shown)))
             self.shown += [number[path] for path in shown]
         self.shown = np.array(self.shown, np.int32)
-        every = lambda rows: min(len(rows) + 1, max(HELD_OUT, len(rows) // (10 * HELD_OUT)))
+        every = lambda rows: max(HELD_OUT, len(rows) // (10 * HELD_OUT))
         self.held = {kind: np.array(sorted(of[every(of) - 1::every(of)])) for kind, of in rows.items()}     # (records, 4), by length
         self.rows = {kind: np.array(sorted({*of} - {*map(tuple, self.held[kind].tolist())})) for kind, of in rows.items()}
         self.kinds = tuple(kind for kind in ("question", "edit", "document") if kind in rows)
@@ -637,7 +637,8 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
 
 
 def editing(model: DualMLLM, tokenizer: DualTokenizer, encode, val: Validation, ranks: Ranks, how: dict) -> dict:
-    """Edits of pictures, marked by the world's reader: whether it reads what was asked for, and all the rest as it was."""
+    """Edits of pictures, marked by the world's reader: whether it reads the shapes, colours and sizes that should be there and, of a
+    move, that shape where it was to go."""
     rows = [{"kinds": [], "right": []}]     # of few scenes, none may have an edit
     for part in batched(range(len(val.edits)), 64, ranks, "editing"):
         before, kinds, words, after = zip(*(val.edits[j] for j in part))
@@ -703,8 +704,8 @@ class MLLMStage(Stage):
         model.llm.checkpointing = args.checkpointing
         self.optimise((0.9, 0.95), 0.01, [p for name, p in model.named_parameters()
                                           if muon and p.requires_grad and p.dim() >= 2 and MATRICES.search(name)])
-        self.metrics, self.earlier = {}, {}     # earlier: seconds of the stages before
-        self.evaluated = True                   # whether it is worth the time
+        self.earlier = {}               # seconds of the stages before
+        self.evaluated = True           # whether this stage is to be measured, which takes minutes
 
     def before_step(self, parts):
         """Means are over the tokens and positions of the whole global batch, however it is split over ranks and micro-batches."""
@@ -730,12 +731,13 @@ class MLLMStage(Stage):
             with torch.device("meta"):
                 model = DualMLLM(self.model.config, self.model.text)
             model.load_state_dict({name: whole(value) for name, value in self.model.state_dict().items()}, assign=True)
-        self.metrics = {"streams_in": list(self.model.config.streams_in), "streams_out": list(self.model.config.streams_out)}
-        self.metrics |= evaluate(model, self.tokenizer, self.look, self.data, self.encode, self.args.eval_images, self.ranks,
-                                 os.path.join(self.folder, "samples", "painted.png"), kinds)
+        c = self.model.config
+        metrics = {"images": self.args.eval_images if kinds else 0, "streams_in": list(c.streams_in), "streams_out": list(c.streams_out)}
+        metrics |= evaluate(model, self.tokenizer, self.look, self.data, self.encode, self.args.eval_images, self.ranks,
+                            os.path.join(self.folder, "samples", "painted.png"), kinds)
         if self.data.records:
-            self.metrics |= held_out_loss(model, self.data.records, self.ranks, kinds)
-        return self.metrics
+            metrics |= held_out_loss(model, self.data.records, self.ranks, kinds)
+        return metrics
 
     def about(self):
         share = sum(self.data.mixture.values())
@@ -836,9 +838,10 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
                 f"{text.marks['<image_start>']} to {text.size - 1}")
     else:
         raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a checkpoint's folder, or a name such as Qwen/Qwen2.5-3B")
-    c, split = tokenizer_config, lambda names: tuple(name for name in names.split(",") if name not in ("", "none"))
-    paints = split(args.streams_out) if args.streams_out else c.streams if c.image_stream else ()
-    config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=split(args.streams_in) or c.streams, streams_out=paints,
+    c, default = tokenizer_config, tokenizer_config.streams if tokenizer_config.image_stream else ()
+    paints = () if args.streams_out == "none" else tuple(args.streams_out.split(",")) if args.streams_out else default
+    reads = tuple(args.streams_in.split(",")) if args.streams_in else c.streams
+    config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=reads, streams_out=paints,
                         positions=c.positions, depth=c.depth, codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim,
                         tables=tables, feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256,
                         **HEADS.get(args.preset, {}))
@@ -893,11 +896,11 @@ def tables() -> dict[str, Table]:
 
 def train_table(args):
     """The language models of a table, over the tokenizers of the same --out, which are trained first where they are missing."""
+    own = ("streams_in", "streams_out", "teacher", "until", "parameters", "steps", "lr", "batch_size")
+    taken = [name for name in own if getattr(args, name)] + ["stage"] * (args.stage != "all")
+    taken += ["tokenizer"] * (args.tokenizer not in ("out/tokenizer", *PRESETS))
+    check(not taken, f"the rows of a table have --{', --'.join(taken)} of their own; leave that out".replace("_", "-"))
     preset = tokenizer_preset(args)
-    taken = [name for name in ("streams_in", "streams_out", "teacher", "until", "parameters") if getattr(args, name)]
-    taken += ["stage"] * (args.stage != "all")
-    if taken or args.tokenizer not in ("out/tokenizer", *PRESETS):
-        raise ValueError(f"the rows of a table have --{', --'.join(taken or ['tokenizer'])} of their own; leave that out".replace("_", "-"))
     if args.data not in ("", *shapes.DIFFICULTIES):
         raise ValueError(f"--data is {args.data!r}, but tables are of the built-in world; expected one of {', '.join(shapes.DIFFICULTIES)}")
     args.out = "out/tables" if args.out == "out/mllm" else args.out
@@ -932,7 +935,7 @@ def main(argv=None, args=None):
         with torch.device("meta"):
             config, text, _ = build(args, c, 1, "", c.vision.hidden_size)
             table = parameter_table(DualMLLM(config, text))
-        print(f"{args.preset} over {c.preset}, K {c.codebook_size}, E {config.code_dim}, D {c.depth}")
+        print(f"{args.llm or args.preset} over {c.preset}, K {c.codebook_size}, E {config.code_dim}, D {c.depth}")
         print_parts([*table, ("a second stream in the projector", config.code_dim * config.llm.hidden_size)])
         print("paper, App. D.1 (3B, E 1024): a head 258 M, a code table 16 M, a second stream in the projector 2.1 M")
         return
@@ -974,7 +977,12 @@ def main(argv=None, args=None):
         return bench_painting(args, ranks, model, tokenizer) if args.bench == "paint" else bench_answering(ranks, model)
 
     # ---- data
+    if args.eval_images < 4 * ranks.count:
+        raise ValueError(f"--eval-images is {args.eval_images}, expected at least {4 * ranks.count} for {ranks.count} ranks")
     for row in chosen:
+        check_batch(row.batch, ranks, args.accumulate)
+        if args.bench == "":
+            text.check_room(args.out if row.name == names[-1] else os.path.join(args.out, f"stage-{row.name}"))
         if args.data == "none" and not {*row.mixture} - {"caption", "paint"}:
             raise ValueError(f"stage {row.name} is of captioned images, and --data is none; name some with --data, or another --stage")
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
@@ -986,8 +994,6 @@ def main(argv=None, args=None):
         data.add(RecordSequences(args, ranks, text, config, size, encode))
     for row in chosen:
         data.batches(row)       # raises before anything is trained
-    if args.eval_images < 4 * ranks.count:
-        raise ValueError(f"--eval-images is {args.eval_images}, expected at least {4 * ranks.count} for {ranks.count} ranks")
     if args.compile:
         compile_parts(model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -1007,7 +1013,9 @@ def main(argv=None, args=None):
             bench(stage, batches)
             continue
         stage.earlier, stage.evaluated = dict(earlier), row is chosen[-1] or args.eval_every > 0
-        if args.resume and kept(stage):
+        # one that was kept unmeasured is done again from its last checkpoint, which measures it
+        unmeasured = stage.evaluated and kept(stage) and read_json(os.path.join(stage.folder, "metrics.json")).get("images") == 0
+        if args.resume and kept(stage) and not unmeasured:
             ranks.say(f"stage {row.name}: {stage.folder} is kept from an earlier run with these settings")
             load_part(model, DualMLLM.from_pretrained(stage.folder).state_dict(), stage.folder)
             earlier[row.name] = read_json(os.path.join(stage.folder, "metrics.json"))["seconds"]
@@ -1035,11 +1043,12 @@ def named(rows: list[Row], args) -> list[Row]:
 
 def tokenizer_preset(args) -> str:
     """The tokenizer whose shapes stand for one that is not there: --tokenizer, if it names a preset, else --preset, else the paper's."""
+    check(args.tokenizer in ("out/tokenizer", *PRESETS), f"--tokenizer is {args.tokenizer!r}, expected a preset here: {', '.join(PRESETS)}")
     return args.tokenizer if args.tokenizer in PRESETS else args.preset if args.preset in PRESETS else "siglip-l-256"
 
 
 class DrySequences(Sequences):
-    """A dry run's: of one picture and --text-length bytes, or of the bytes alone. No edits, which are two pictures long."""
+    """A dry run's and --bench growth's: of one picture and --text-length bytes, or of these alone. No edits, which have two pictures."""
     kinds = ("caption", "question", "paint", "text")
 
     def sequence(self, kind, rng):
@@ -1047,7 +1056,7 @@ class DrySequences(Sequences):
 
 
 def painting_flops(model: DualMLLM, words: int) -> tuple[float, float]:
-    """FLOPs of painting one image after so many words, without guidance, which does all of it twice -> all, a position with its codes."""
+    """FLOPs of painting one image after so many tokens, without guidance, which does all of it twice -> all, a position with its codes."""
     c, counter = model.config, flop_counter()
     cache, codes = Cache(c.llm, 1, words + c.positions, "cpu", torch.float32), torch.zeros(1, 1, len(c.streams), c.depth, dtype=torch.int64)
     with torch.no_grad(), counter:
@@ -1077,10 +1086,7 @@ def bench_painting(args, ranks: Ranks, model: DualMLLM, tokenizer: DualTokenizer
         if graph and ranks.device.type == "cuda":
             compile_parts(model)
         for n in (1, 16, 64) if ranks.device.type == "cuda" else (1, 16):
-            begun = time.perf_counter()
-            decoded(n, graph)
-            first = time.perf_counter() - begun
-            seconds = seconds_of(lambda: decoded(n, graph), ranks.device, warmup=0, rounds=3)
+            first, seconds = (seconds_of(lambda: decoded(n, graph), ranks.device, warmup=0, rounds=rounds) for rounds in (1, 3))
             ranks.say(f"painting{', compiled' * graph}, {n} at a time, {model.config.positions} positions, guided: {seconds:.3f} s, "
                       f"{n / seconds:.2f} images/s; the first time {first:.1f} s")
 
@@ -1107,9 +1113,10 @@ def bench_answering(ranks: Ranks, model: DualMLLM, words: int = 64):
 
 
 def bench_stage_growth(args, ranks: Ranks):
-    """--bench growth: the last stage of a preset at other sizes, on a random picture's codes."""
-    row, tokenizer = STAGES[args.preset][-1], preset_config(tokenizer_preset(args))
+    """--bench growth: the last stage of a preset at other sizes, on one picture, whose codes are all 0."""
+    tokenizer = preset_config(tokenizer_preset(args))
     usual, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
+    row = stages_for(args, usual, False)[-1]
     row = replace(row, batch=args.batch_size or row.batch)
 
     def make(what, size):
@@ -1121,7 +1128,8 @@ def bench_stage_growth(args, ranks: Ranks):
         config = replace(usual, llm=replace(llm, max_position_embeddings=32_768),
                          **{"positions": dict(positions=size), "codebook size": dict(codebook_size=size)}.get(what, {}))
         data = DrySequences("", given, ranks, text, config)
-        data.pictures = np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
+        data.pictures = kept_form(torch.zeros(1, config.positions, config.feature_width) if config.continuous else
+                                  torch.zeros(1, config.positions, len(config.streams), config.depth).long())
         parts, model = next(data.batches(row)(0))[0], DualMLLM(config, text).to(ranks.device)
         return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), parts
     width = usual.llm.hidden_size
@@ -1148,13 +1156,13 @@ def estimate(args):
 
     with fake() as mode:
         model, frozen = DualMLLM(config, text), DualTokenizer(tokenizer)
-        print(f"dry run of {args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and {args.text_length} bytes, "
-              f"K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
+        print(f"dry run of {args.llm or args.preset} over {tokenizer.preset}: sequences of {config.positions} positions and "
+              f"{args.text_length} bytes, K {config.codebook_size}, E {config.code_dim}, D {config.depth}")
         print_parts([*parameter_table(model), ("tokenizer, frozen", sum(p.numel() for p in frozen.parameters()))])
         flops = {n: painting_flops(DualMLLM(replace(config, streams_in=config.streams[:n], streams_out=config.streams[:n]), text),
                                    args.text_length) for n in (1, 2)}
         dry_run(args, makers, count, "sequence")
-    print(f"painting an image after {args.text_length} words, without guidance: {flops[2][0] / 1e9:,.0f} GFLOP with two streams, "
+    print(f"painting an image after {args.text_length} bytes, without guidance: {flops[2][0] / 1e9:,.0f} GFLOP with two streams, "
           f"{flops[2][0] / flops[1][0]:.3f} times those with one; a position and its codes: {flops[2][1] / 1e9:.2f}, "
           f"{flops[2][1] / flops[1][1]:.3f} times")
     print("paper, Table 11 (3B; of what, it does not say): 337.20 GFLOP a forward with two streams, 1.025 times the 328.98 with one")

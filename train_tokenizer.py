@@ -15,7 +15,8 @@
     python train_tokenizer.py --preset so400m-384 --siglip NAME --dry-run   # FLOPs, memory and time of a run; needs no data, no weights
 
 A run writes into --out: model.safetensors, config.json, state.pt (to resume), log.jsonl, metrics.json, curves.png, samples/*.png; the
-SigLIP stage's are in --out/siglip. Read downward: settings, flags, plumbing (shared with train_mllm.py), data, evaluation, stages, main.
+SigLIP stage's are in --out/siglip. Read downward: settings, flags, plumbing, dry run and tables (these three shared with train_mllm.py),
+data, evaluation, stages, runs.
 """
 
 import argparse
@@ -64,7 +65,7 @@ from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import CELLS, ResidualVQ, all_reduce, histogram, usage_and_perplexity
-from tokenizer import (BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, VisionConfig, brief, check, first_line,
+from tokenizer import (BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, brief, check, first_line,
                        layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers,
                        split_layers, write_json)
 
@@ -74,7 +75,7 @@ from tokenizer import (BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, Ti
 
 @dataclass
 class Settings:
-    """How a preset is trained. The defaults are the release's (the paper: batch 64)."""
+    """How a preset is trained. The defaults are the release's (the paper: batch 64), but the SigLIP stage's and shared_gradient, ours."""
     data: str = "textured"          # plain or textured: the built-in world; else a source of images
     siglip_steps: int = 20_000      # of the stage that makes a SigLIP where none is given
     siglip_batch: int = 1024
@@ -107,7 +108,7 @@ SETTINGS = {
     "small": Settings(data="textured", siglip_steps=3000, siglip_batch=256, siglip_lr=1e-3, steps=2500, batch=128, lr=1e-3, **_TOY),
     "siglip-l-256": Settings(), "so400m-384": Settings(), "siglip2-so-256": Settings(),
 }
-MATRICES = re.compile(r"layers\.|^(semantic_)?decoder\.(?!conv_out)|^encoder\.(?!conv_in)")      # of a tokenizer, those for Muon
+MATRICES = re.compile(r"layers\.|vision_model\.model\.blocks\.|^(semantic_)?decoder\.(?!conv_out)|^encoder\.(?!conv_in)")      # for Muon
 VALIDATION_SEED = 12_345            # whatever --seed is, so that numbers of different runs compare
 
 
@@ -143,7 +144,7 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--out", default="out/tokenizer", help="run folder")
     g.add_argument("--data", default="", help="plain, textured, a folder of images, or shards (cc12m/{0..9}.tar); default: the preset's")
     g.add_argument("--val-data", default="", help="images to evaluate on; default: 5%% of --data, held out")
-    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, others each time, by shards if there are many; 0: all")
+    g.add_argument("--num-samples", type=int, default=0, help="images of an epoch, drawn anew each time, by shards if many; 0: all")
     g.add_argument("--siglip", default="", help="folder of a pretrained SigLIP, SigLIP2 (fixed resolution) or CLIP in Hugging Face's "
                                                 "layout, or its name on the hub; default: train one first")
     g.add_argument("--backbone", default="", help="timm:NAME, a pretrained ViT of timm's in place of --siglip; no text tower: no zero-shot")
@@ -192,8 +193,10 @@ def flags(argv=None) -> argparse.Namespace:
         check(given == -1 or 0 <= given <= 1, f"--{name.replace('_', '-')} is {given}, expected a share from 0 to 1, or -1")
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
         raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data")
-    idle = [name for name in ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "vgg", "muon",
-                              "compile", "checkpointing") if args.eval and getattr(args, name) != p.get_default(name)]
+    training = ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "gan_start", "vgg", "muon", "compile",
+                "checkpointing", "precision", "clip", "accumulate", "semantic_weight", "shared_gradient", "max_bad_steps", "log_every",
+                "eval_every", "save_every", "keep_checkpoints")
+    idle = [name for name in training if args.eval and getattr(args, name) != p.get_default(name)]
     check(not idle, f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
     gan = SETTINGS[args.preset].gan if args.gan is None else args.gan
     check(gan or args.gan_start == -1, "--gan-start would do nothing, for the adversarial term is off; leave it out, or add --gan")
@@ -221,15 +224,15 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
                                                "in --out (default: out/tables), and write the table there")
     g.add_argument("--seeds", type=int, default=1, help="of every row of --table: --seed and those that follow it")
     g.add_argument("--bench", nargs="?", const="steps", default="", choices=("steps", *benches),
-                   help="time 20 steps of each stage, or something else, and write nothing")
+                   help="time 20 steps of each stage, and write nothing; or measure something else, and draw it into --out")
     g = p.add_argument_group("dry run: what a run would cost, before there are data, weights or a GPU")
     g.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and time, with and without --checkpointing")
     g.add_argument("--ranks", type=int, default=0, help="GPUs that it is for; 0: 8 in the paper's presets, 1 in ours")
     g.add_argument("--utilisation", type=float, default=0.4, help="share of an H100's dense bf16 FLOP/s that is reached")
     g = p.add_argument_group("optimisation (0: the preset's)")
-    g.add_argument("--steps", type=int, default=0, help="steps of the tokenizer stage, or of the --stage that is named")
-    g.add_argument("--batch-size", type=int, default=0, help="samples a step over all ranks")
-    g.add_argument("--lr", type=float, default=0.0, help="peak learning rate of the tokenizer stage, or of the --stage that is named")
+    g.add_argument("--steps", type=int, default=0, help="steps of the tokenizer stage; of train_mllm.py, of the --stage that is named")
+    g.add_argument("--batch-size", type=int, default=0, help="samples a step over all ranks, in every stage")
+    g.add_argument("--lr", type=float, default=0.0, help="peak learning rate, of the same stages")
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches of a rank's share of a step, where memory is short")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     g.add_argument("--muon", action=argparse.BooleanOptionalAction, default=None,
@@ -329,7 +332,7 @@ class Ranks:
 
 
 def batched(items, size: int, ranks: Ranks, what: str = ""):
-    """This rank's share of items, every so-manieth, `size` at a time; what: the words of a bar on the screen."""
+    """This rank's share of items, every R-th of R ranks, `size` at a time; what: the words of a bar on the screen."""
     mine = items[ranks.rank::ranks.count]
     return tqdm([mine[i:i + size] for i in range(0, len(mine), size)], what, leave=False, disable=not what or not ranks.first)
 
@@ -518,7 +521,7 @@ def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
     return norm, bad
 
 
-LOCKS = {}
+LOCKS = {}      # folder -> its open descriptor, which holds the lock until this process ends
 
 
 def lock(folder: str, ranks: Ranks):
@@ -606,17 +609,19 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
     Raises Stopped after SIGINT or SIGTERM, once it has saved."""
     args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3), "low": {}, "counted": {}}
     stage.wrapped = ranks.wrap(stage.model)
-    stream, waited, broken = never_ending(batches, start, lambda words: print(f"{words} (rank {ranks.rank})", flush=True)), 0.0, []
+    stream, waited = never_ending(batches, start, lambda words: print(f"{words} (rank {ranks.rank})", flush=True)), 0.0
+    broken = since_log.get("broken", []) * ranks.first
     # Of the steps since the last log line: the sums of `gradients`; bad steps in a row, the longest such row, and all of them.
     mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first     # the ranks may be others now
     sums = {name: mine(rows).to(ranks.device) for name, rows in since_log["sums"].items()}
     streak, longest, skipped = since_log["bad"].to(ranks.device)
     low = since_log["low"]      # streams, and since when they have used few codes
     stage.counted |= {name: value.to(ranks.device) for name, value in since_log["counted"].items()}
-    begun, since, seen, training = time.time() - elapsed, time.time(), start, 0.0
+    begun, seen, training = time.time() - elapsed, start, 0.0
     evaluated = start and any(line["step"] == start and any(name.startswith("eval_") for name in line) for line in read_log(stage.folder))
     if ranks.agree(start == stage.steps or start and args.eval_every and start % args.eval_every == 0 and not evaluated):
         evaluate_and_log(stage, start, log=not evaluated)       # it died before it had, or before metrics.json
+    since = time.time()
     with Signals() as signals:
         for step in range(start, stage.steps):
             before = time.time()
@@ -633,13 +638,13 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
                 for row in sums.values():       # the term may have been another rank's; all ranks are here together
                     all_reduce(row)
                 raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite "
-                                 f"({not_finite(sums)}); the last checkpoint is kept in {stage.folder}: lower --lr, or look at the data")
+                                 f"({not_finite(sums)}); what was saved before is kept in {stage.folder}: lower --lr, or look at the data")
             if final or done % args.log_every == 0:
                 line, low = summary(stage, done, sums, skipped, norm, lr, low)
                 now = time.time()
                 line |= {f"{stage.unit}_per_second": (done - seen) * stage.batch / (now - since)}
                 line |= {"waiting": waited / (now - since), "seconds": now - begun}
-                write_log(stage, line, broken)
+                write_log(stage, line, [*dict.fromkeys(ranks.gather_rows({"broken": broken})["broken"])])
                 training += now - since
                 sums, waited, broken, since, seen = {}, 0.0, [], now, done
                 longest, skipped = torch.zeros_like(longest), torch.zeros_like(skipped)
@@ -648,7 +653,8 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
             before, due = time.time(), final or args.eval_every and done % args.eval_every == 0
             if asked or due or done % args.save_every == 0:     # before an evaluation too: it may be long, and nobody waits for its end
                 rows = ranks.gather_rows({name: row[None] for name, row in sums.items()})
-                since_log = {"sums": rows, "bad": torch.stack([streak, longest, skipped]), "low": low, "counted": stage.counted}
+                since_log = {"sums": rows, "bad": torch.stack([streak, longest, skipped]), "low": low, "counted": stage.counted,
+                             **ranks.gather_rows({"broken": broken})}
                 save_state(stage, done, time.time() - begun, since_log)
             if due and not asked:
                 evaluate_and_log(stage, done)
@@ -668,14 +674,15 @@ def summary(stage: Stage, done: int, sums: dict[str, Tensor], skipped: Tensor, n
     if skipped.item():
         line |= {"skipped": int(skipped), "not_finite": not_finite(sums)}
     last = (done - 1) // stage.args.log_every * stage.args.log_every        # the step of the last log line
-    low = {name[6:]: low.get(name[6:], last) for name, value in line.items() if name.startswith("usage_") and value < LOW}
-    if collapsed := [stream for stream, since in low.items() if done - since >= LOW_STEPS]:
+    before, low = low, {name[6:]: low.get(name[6:], last) for name, value in line.items() if name.startswith("usage_") and value < LOW}
+    if collapsed := [stream for stream, since in low.items() if stream in before and done - since >= LOW_STEPS]:
         line["collapsed"] = collapsed
     return line, low
 
 
 def evaluate_and_log(stage: Stage, step: int, log: bool = True):
-    metrics = {name: value for name, value in stage.evaluate().items() if isinstance(value, float)}
+    stage.metrics = stage.evaluate()
+    metrics = {name: value for name, value in stage.metrics.items() if isinstance(value, float)}
     stage.ranks.say(f"{stage.name} {step}/{stage.steps}  evaluated: " + "  ".join(f"{name} {show(x)}" for name, x in metrics.items()))
     if stage.ranks.first and log:
         append_log(stage.folder, {"step": step, **{f"eval_{name}": value for name, value in metrics.items()}})
@@ -1173,7 +1180,7 @@ def dry_run(args, makers: list, ranks: int, unit: str):
 
 
 def print_parts(rows: list[tuple[str, int]]):
-    """Parameters by part, and their sum."""
+    """Parameters by part."""
     for name, count in rows:
         print(f"  {name:40} {count / 1e6:10.1f} M")
 
@@ -1332,8 +1339,8 @@ def first_time(reports: list[str], seen: set[str]) -> list[str]:
 
 
 class Data:
-    """Training and validation images with captions, of the built-in world or of real images, of which an epoch draws --num-samples, each
-    time others. Captions become ids in the stages. runs: images that each stage takes, by its name, to say how many epochs that is."""
+    """Training and validation images with captions, of the built-in world or of real images, of which an epoch draws --num-samples
+    anew. Captions become ids in the stages. runs: images that each stage takes, by its name, to say how many epochs that is."""
 
     def __init__(self, source: str, val_source: str, size: int, args, ranks: Ranks, runs: dict[str, int]):
         self.source, self.size, self.args, self.ranks, self.worlds = source, size, args, ranks, source in shapes.DIFFICULTIES
@@ -1390,12 +1397,13 @@ class Data:
             for part in batched(range(n), batch, self.ranks):
                 yield self.val.batch(part, self.ranks.device)
             return
-        local = max(1, min(batch, len(self.val) // ranks))
-        stop, seen = math.ceil(math.ceil(n / ranks) / local), set()
-        for images, captions, reports in self.val.load(local * ranks, stop=stop, rank=rank, ranks=ranks, workers=self.args.workers):
+        local, left, seen = max(1, min(batch, len(self.val) // ranks)), len(range(rank, min(n, len(self.val)), ranks)), set()
+        for images, captions, reports in self.val.load(local * ranks, stop=math.ceil(left / local), rank=rank, ranks=ranks,
+                                                       workers=self.args.workers):
             for report in first_time(reports, seen):
                 print(f"  {report}", flush=True)
-            yield self._signed(images), captions
+            yield self._signed(images[:left]), captions[:left]
+            left -= len(images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1470,7 +1478,7 @@ def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data)
     reads = tokenizer.design.means and not siglip.vocabulary.lacking
     rows, counts = [], {s: torch.zeros(c.depth, c.codebook_size, device=device) for s in streams}
     for images, captions in data.validation():
-        codes, look = tokenizer.encode(images), lambda x: teacher(x, c.deep_layer)[1].float()
+        codes, look = tokenizer.encode(images), lambda x: teacher(x)[1].float()
         rows.append({"real": look(images), "captions": captions})
         if paints:
             rebuilt = tokenizer.decode(codes)
@@ -1691,8 +1699,7 @@ class SigLIPStage(Stage):
         return sigmoid_contrastive(*self.wrapped(images, ids)), {"scale": self.model.logit_scale[0].exp(), "bias": self.model.logit_bias[0]}
 
     def evaluate(self):
-        self.metrics = evaluate_siglip(self.model, self.data)
-        return self.metrics
+        return evaluate_siglip(self.model, self.data)
 
     def save(self, weights):
         self.model.save_pretrained(self.folder)
@@ -1772,16 +1779,17 @@ class TokenizerStage(Stage):
         return super().extra_state() | gan
 
     def log(self):
-        counts = (all_reduce(histogram(codes, self.model.config.codebook_size).sum(0)) for codes in self.codes.unbind(2))
-        line = {f"usage_{stream}": usage_and_perplexity(count)[0].item() for stream, count in zip(self.streams, counts)}
+        c = self.model.config
+        counts = (all_reduce(histogram(codes, c.codebook_size)) for codes in self.codes.unbind(2))
+        line = {f"usage_{stream}": usage_and_perplexity(count.sum(0) if c.shared_codebook else count)[0].mean().item()
+                for stream, count in zip(self.streams, counts)}
         if skipped := self.counted["gan_skipped"].item():
             line["discriminator_skipped"] = skipped
             self.counted["gan_skipped"].zero_()
         return line
 
     def evaluate(self):
-        self.metrics = evaluate_tokenizer(self.model, self.teacher, self.data)
-        return self.metrics
+        return evaluate_tokenizer(self.model, self.teacher, self.data)
 
     def about(self):
         return evaluate_files(self.model, self.teacher, self.data, *self.files)
@@ -1802,6 +1810,9 @@ class TokenizerStage(Stage):
                   os.path.join(self.folder, "samples", "reconstructions.png"))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# runs: what they leave behind, evaluation alone, tables, main
+
 FACTS = ("preset", "design", "streams", "steps", "seed", "data", "device", "ranks", "seconds", "peak_memory_gib", "images_per_second",
          "torch", "commit", "settings")
 
@@ -1820,6 +1831,7 @@ def finish(stage: Stage):
              "data": stage.data.source, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
              f"{stage.unit}_per_second": round(stage.per_second, 1), **machine(ranks), **stage.about()}
     if ranks.first:
+        draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))       # with the last evaluation
         tell(os.path.join(stage.folder, "metrics.json"), {**stage.metrics, **about}, settings=stage.settings)
 
 
@@ -1859,11 +1871,11 @@ def report(metrics: dict):
 
 
 def train_table(args):
-    """The tokenizers of --table. Its rows have their designs from it, and the sizes that flags give all of them."""
+    """The tokenizers of --table. Its rows have their designs and layers from it, and the other sizes that flags give all of them."""
     taken = [name for name in ("design", "quantizer", "layers", "shallow_layer", "init", "eval") if getattr(args, name)]
     if args.table == "trade":
         taken += [name for name, default in (("semantic_weight", 1), ("shared_gradient", -1)) if getattr(args, name) != default]
-    check(not taken, f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own; leave that out")
+    check(not taken, f"the rows of a table have --{', --'.join(taken).replace('_', '-')} of their own, or the preset's; leave that out")
     if args.backbone and args.table in ("7", "9"):
         raise ValueError(f"--table {args.table} counts the layers of a SigLIP; give it with --siglip in place of --backbone, or train one")
     args.out = "out/tables" if args.out == "out/tokenizer" else args.out
@@ -1877,6 +1889,12 @@ def idle_flags(name: str) -> dict:
     return {**({} if "shallow" in design.features else {"shallow_layer": 0}), **({} if name == "dual" else {"shared_gradient": -1.0}),
             **({} if design.means else {"semantic_weight": 1.0, **dict.fromkeys(files, "")}),
             **({} if design.paints else {"gan": None, "gan_start": -1.0, "vgg": "", "lpips": ""})}
+
+
+def check_idle(args, design: str):
+    """Raises ValueError for flags that say nothing to a design."""
+    idle = ", --".join(name for name, default in idle_flags(design).items() if getattr(args, name) != default).replace("_", "-")
+    check(not idle, f"the design {design} has nothing that --{idle} could change; leave that out")
 
 
 def train_row(args, seed: int, name: str, changes: dict) -> dict:
@@ -1907,12 +1925,13 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer",
                                                       "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer in ("quarter", "split") else {}
-    if args.layers and (args.siglip or args.backbone or args.init):
+    if args.layers and (args.siglip or args.backbone or args.init or args.eval):
         raise ValueError(f"--layers {args.layers} is of a ViT that is trained here, and there is one already; leave it out")
     if args.dry_run:
         if args.init or args.backbone or args.shallow_layer == "split":
             raise ValueError("--dry-run is of a preset's sizes; --init, --backbone and --shallow-layer split bring others; leave them out")
         config = preset_config(args.preset, args.image_size, args.layers, **changes)
+        check_idle(args, config.design)
         config.text.vocab_size = config.text.vocab_size if args.siglip else BYTES
         with fake():
             return estimate(args, s, config)
@@ -1932,9 +1951,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     if init and siglip.vision_config != init.config.vision:
         raise ValueError(f"the SigLIP's sizes are {siglip.vision_config}, the tokenizer's {init.config.vision}; give its own with --siglip")
     config = init.config if init else preset_config(args.preset, args.image_size, args.layers, **changes)
-    if idle := [name for name, default in idle_flags(config.design).items() if getattr(args, name) != default]:
-        words = f"--{', --'.join(idle)}".replace("_", "-")
-        raise ValueError(f"the design {config.design} has nothing that {words} could change; leave that out")
+    check_idle(args, config.design)
     if args.fast_vq and config.code_dim > 128:
         raise ValueError(f"--fast-vq is a kernel for up to 128 numbers a code, and --code-dim is {config.code_dim}; leave one of them out")
     if not siglip:
@@ -1953,9 +1970,9 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     data = Data(s.data, args.val_data, side, args, ranks, runs)
     for batch in () if args.eval else (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
-    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)} (quantizers "
-              f"fp32), data {s.data} at {side} px, out {args.out}")
-    trained_for = read_config(given)["vision_config"].get("image_size", VisionConfig.image_size) if given else side
+    ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, "
+              f"{'fp32' if args.eval else precision(args, ranks) + ' (quantizers fp32)'}, data {s.data} at {side} px, out {args.out}")
+    trained_for = read_towers(given)[0].image_size if given else side
     if trained_for != side:
         ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {side}")
     if siglip:
@@ -2005,7 +2022,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     else:
         train(stage, data.batches(stage.batch))
         paths = ["curves.png", *([os.path.join("samples", "reconstructions.png")] if stage.model.design.paints else [])]
-        ranks.say("pictures: " + ", ".join(os.path.join(stage.folder, path) for path in paths))
+        ranks.say("pictures: " + ", ".join(path for path in (os.path.join(stage.folder, path) for path in paths) if os.path.exists(path)))
 
 
 def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
@@ -2115,7 +2132,8 @@ def teacher_of(folder: str) -> str:
     told = read_config(folder).get("teacher", "")
     if not isinstance(told, str):
         raise ValueError(f"{folder}/config.json has the teacher {brief(told)}, expected a folder or a name; correct that, or take it out")
-    return next((path for path in (os.path.join(folder, "siglip"), told and os.path.join(folder, told)) if os.path.isdir(path)), told)
+    beside = os.path.join(folder, told or "siglip")
+    return beside if os.path.isdir(beside) else told
 
 
 def load_teacher(folder: str, image_size: int, name: str = "") -> nn.Module:

@@ -8,9 +8,11 @@ deviation. A file gets its name only when it is whole: a broken connection leave
 """
 import contextlib
 import errno
+import http.client
 import json
 import os
 import re
+import socket
 import urllib.error
 import urllib.request
 
@@ -28,9 +30,10 @@ def folder(name: str) -> str:
 
 
 def _cached(name: str) -> str | None:
-    """Where Hugging Face's library keeps this model, whole."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface")
-    model = os.path.join(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"), "models--" + name.replace("/", "--"))
+    """Where Hugging Face's library keeps this model's configuration and weights; a vocabulary only if a program asked for it."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    model = os.path.join(cache, "models--" + name.replace("/", "--"))
     try:
         with open(os.path.join(model, "refs", "main"), encoding="utf-8") as file:
             found = os.path.join(model, "snapshots", file.read().strip())
@@ -55,11 +58,12 @@ def weight_files(found: str) -> list[str]:
 
 
 def _downloaded(name: str) -> str:
-    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}/resolve/main"
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{hub}/{name}/resolve/main"
     found = os.path.join(torch.hub.get_dir(), "nanodualtoken", *name.split("/"))
     os.makedirs(found, exist_ok=True)
     with open(os.path.join(found, ".lock"), "w") as lock:
-        with contextlib.suppress(ImportError):      # Windows: each downloads for itself
+        with contextlib.suppress(ImportError, OSError):     # Windows, or a file system without locks: each downloads for itself
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)        # of several processes on a machine one downloads; a process that ends leaves no lock
         if all(os.path.exists(os.path.join(found, file)) for file in ("config.json", *weight_files(found))):
@@ -81,9 +85,10 @@ def _fetch(url: str, found: str, file: str) -> bool:
     path, url = os.path.join(found, file), f"{url}/{file}"
     if os.path.exists(path):
         return True
-    part = f"{path}.{os.getpid()}.part"
+    part, patience = f"{path}.{os.getpid()}.part", socket.getdefaulttimeout()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as answer:
+        socket.setdefaulttimeout(60)        # seconds of silence; torch sets none
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as answer:
             size = int(answer.headers.get("Content-Length", -1))
         torch.hub.download_url_to_file(url, part)
         got = os.path.getsize(part)
@@ -94,12 +99,14 @@ def _fetch(url: str, found: str, file: str) -> bool:
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return False
-        raise ValueError(f"{url} answers {error.code} ({error.reason}); download it by hand, and give its folder") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        closed = "no model has this name, or it is not open to all: check the spelling, or " * (error.code == 401)
+        raise ValueError(f"{url} answers {error.code} ({error.reason}); {closed}download it by hand, and give its folder") from None
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise       # no matter of the connection
         raise ValueError(f"no such folder is here, and {url} cannot be fetched ({getattr(error, 'reason', error)}); "
                          "without a connection, give a folder that holds the model") from None
     finally:
+        socket.setdefaulttimeout(patience)
         if os.path.exists(part):
             os.remove(part)

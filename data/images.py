@@ -338,7 +338,7 @@ def _scan(source):
 
 class ImageData:
     """The images of a source, `size` pixels square: for training shuffled anew in each epoch and cropped at random, else in order and
-    cropped in the middle. `broken`: what the scan has to report. `num_samples`: how many of them an epoch draws, each time others; 0: all.
+    cropped in the middle. `broken`: what the scan has to report. `num_samples`: how many of them an epoch draws, each time anew; 0: all.
     `buffer`: samples that are shuffled with each other. Raises FileNotFoundError or ValueError for a source without images."""
 
     def __init__(self, source, size, train=True, seed=0, num_samples=0, buffer=BUFFER):

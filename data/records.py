@@ -136,6 +136,7 @@ def document(record, folder: str) -> tuple[str, list]:
                f'{str(part)[:60]!r} has other names than "text" or "image", "loss" and "paint"')
         for flag in ("loss", "paint"):
             _check(isinstance(part.get(flag, True), bool), f'"{flag}" is {str(part.get(flag))[:40]!r}, expected true or false')
+        _check("image" in part or not part.get("paint"), f'{str(part)[:40]!r}: "paint" is of pictures')
         words, path, loss = part.get("text"), part.get("image"), part.get("loss", True)
         _check(isinstance(words if "text" in part else path, str), f"{str(part)[:40]!r} is neither words nor a path")
         parts.append(Text(words, loss) if "text" in part else Image(os.path.join(folder, path), part.get("paint", False), loss))

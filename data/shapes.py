@@ -30,7 +30,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 SLOTS = 4                           # the most shapes in a scene
 GRID = 256                          # positions are whole multiples of 1/256 of the image side
 GAP = 0.06                          # least distance between the circles around two shapes, in image sides
-BORDER = 8 / GRID                   # least distance from such a circle to the edge; 8 steps, so that 3 free bits of x never cross it
+BORDER = 8 / GRID                   # from such a circle to the edge as shapes are placed; 3 free bits of x may then take 7 of its 8 steps
 MARGIN = 0.2                        # "left of" and its like are said, and hold, only from this distance on
 RADII = torch.tensor([0.12, 0.18])  # of the circle around a shape, by size
 PALETTE = torch.tensor([[0.86, 0.18, 0.18], [0.20, 0.66, 0.27], [0.16, 0.34, 0.86], [0.97, 0.83, 0.16],
@@ -433,7 +433,7 @@ RADIUS = dict(zip(SIZES, RADII.tolist()))
 
 
 def _fits(o: Object, others) -> bool:
-    """Whether an object lies inside the image and clear of the others, as in drawn scenes."""
+    """Whether an object lies inside the image and clear of the others, as `_place` puts them."""
     inside = all(RADIUS[o.size] + BORDER <= v <= 1 - RADIUS[o.size] - BORDER for v in (o.x, o.y))
     return inside and all(math.hypot(o.x - p.x, o.y - p.y) >= RADIUS[o.size] + RADIUS[p.size] + GAP for p in others)
 
