@@ -5971,7 +5971,7 @@ def test_train_mllm_bad_input_ends_in_a_sentence(tokenizer_folder, tmp_path, mon
                         (["--streams-in", "pixel", "--streams-out", "semantic"], "streams"), (["--streams-in", "depth"], "streams"),
                         (["--streams-in", "none"], "streams in ('none',)"), (["--streams-in", "pixel,pixel"], "expected some of"),
                         (["--dry-run"], "expected a preset here"), (["--parameters"], "expected a preset here"),
-                        (["--table", "4", "--batch-size", "8"], "have --batch-size of their own"),
+                        (["--table", "4", "--batch-size", "8"], "have --batch-size, --tokenizer of their own"),
                         (["--table", "4"], "have --tokenizer of their own"), (["--eval-images", "3"], "at least 4"),
                         (["--streams-out", "depth"], "streams"),
                         (["--until", "9"], "--until is '9'"), (["--until", "2", "--stage", "1"], "--stage all"),

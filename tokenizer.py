@@ -37,7 +37,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data.hub import weight_files
 from rvq import QUANTIZERS
 
 
@@ -1253,7 +1252,16 @@ def make_config(cls, values: dict, folder: str, defaults: dict = {}, given: dict
 
 def read_shards(folder: str, ignore: tuple = ()) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the files that model.safetensors.index.json names. ValueError: one is missing."""
-    return {key: value for name in weight_files(folder) for key, value in read_weights(folder, name, ignore).items()}
+    index, names = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
+    if not os.path.exists(os.path.join(folder, names[0])) and os.path.exists(index):
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+            if odd := [name for name in names if os.path.basename(name) != name or not name.isprintable() or len(name) > 200]:
+                raise ValueError(f"got {brief(odd[0])}, expected files beside it")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is no index of safetensors files ({type(error).__name__}: {error}); copy it again") from None
+    return {key: value for name in names for key, value in read_weights(folder, name, ignore).items()}
 
 
 def read_weights(folder: str, name: str = "model.safetensors", ignore: tuple = ()) -> dict[str, Tensor]:

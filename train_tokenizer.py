@@ -137,6 +137,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {or_nearest(message, unknown, [*self._option_string_actions])} ({self.prog} --help lists all flags)\n")
 
 
+# flags that say nothing to --eval
+TRAINING = ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "gan_start", "vgg", "muon", "compile",
+            "checkpointing", "precision", "clip", "accumulate", "semantic_weight", "shared_gradient", "max_bad_steps", "log_every",
+            "eval_every", "save_every", "keep_checkpoints")
+
+
 def flags(argv=None) -> argparse.Namespace:
     p = Parser(__doc__)
     g = p.add_argument_group("what")
@@ -193,13 +199,8 @@ def flags(argv=None) -> argparse.Namespace:
         check(given == -1 or 0 <= given <= 1, f"--{name.replace('_', '-')} is {given}, expected a share from 0 to 1, or -1")
     if (args.class_names or args.templates) and not args.zero_shot_data or args.retrieval_images and not args.retrieval_data:
         raise ValueError("--class-names and --templates go with --zero-shot-data, --retrieval-images with --retrieval-data")
-    training = ("bench", "dry_run", "resume", "steps", "siglip_steps", "batch_size", "lr", "gan", "gan_start", "vgg", "muon", "compile",
-                "checkpointing", "precision", "clip", "accumulate", "semantic_weight", "shared_gradient", "max_bad_steps", "log_every",
-                "eval_every", "save_every", "keep_checkpoints")
-    idle = [name for name in training if args.eval and getattr(args, name) != p.get_default(name)]
+    idle = [name for name in TRAINING if args.eval and getattr(args, name) != p.get_default(name)]
     check(not idle, f"--eval trains nothing, so that --{', --'.join(idle).replace('_', '-')} would do nothing; leave it out")
-    gan = SETTINGS[args.preset].gan if args.gan is None else args.gan
-    check(gan or args.gan_start == -1, "--gan-start would do nothing, for the adversarial term is off; leave it out, or add --gan")
     return args
 
 
@@ -610,12 +611,11 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
     args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3), "low": {}, "counted": {}}
     stage.wrapped = ranks.wrap(stage.model)
     stream, waited = never_ending(batches, start, lambda words: print(f"{words} (rank {ranks.rank})", flush=True)), 0.0
-    broken = since_log.get("broken", []) * ranks.first
+    broken, low = since_log.get("broken", []) * ranks.first, since_log["low"]      # low: streams, and since when they have used few codes
     # Of the steps since the last log line: the sums of `gradients`; bad steps in a row, the longest such row, and all of them.
     mine = lambda rows: rows[ranks.rank] if len(rows) == ranks.count else rows.sum(0) * ranks.first     # the ranks may be others now
     sums = {name: mine(rows).to(ranks.device) for name, rows in since_log["sums"].items()}
     streak, longest, skipped = since_log["bad"].to(ranks.device)
-    low = since_log["low"]      # streams, and since when they have used few codes
     stage.counted |= {name: value.to(ranks.device) for name, value in since_log["counted"].items()}
     begun, seen, training = time.time() - elapsed, start, 0.0
     evaluated = start and any(line["step"] == start and any(name.startswith("eval_") for name in line) for line in read_log(stage.folder))
@@ -1922,6 +1922,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
                 shared_gradient=s.shared_gradient if args.shared_gradient < 0 else args.shared_gradient,
                 muon=s.muon if args.muon is None else args.muon,
                 weights=replace(s.weights, **semantic))
+    check(s.gan or args.gan_start == -1, "--gan-start would do nothing, for the adversarial term is off; leave it out, or add --gan")
     changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer",
                                                       "deep_layer", "shortcut_layer") if getattr(args, name)}
     changes |= {"shallow_layer": 0} if args.shallow_layer in ("quarter", "split") else {}
