@@ -4473,6 +4473,7 @@ def test_mllm_llm_bad_files_end_in_a_sentence(tmp_path):
         return words(lambda folder: (folder / "config.json").write_text(json.dumps({**config, **more})))
 
     assert "part-1.safetensors" in words(lambda folder: os.remove(folder / "part-1.safetensors"))
+    assert "mlp_bias True" in configured(use_sliding_window=None, hidden_act=None, attention_bias=None, mlp_bias=True)      # null: left out
     assert "truncated or damaged" in words(lambda folder: (folder / "part-0.safetensors").write_bytes(b"x"))
     less = words(lambda folder: save_file({name: weights[name] for name in names[2::2]}, folder / "part-0.safetensors"))
     assert f"missing {names[0]}" in less and names[2] not in less
@@ -6268,6 +6269,14 @@ def test_train_mllm_records_are_batches_by_hand(recorded, tokenizer_folder, tmp_
     assert T == 1 + 4 + 66 + 3 + 66 + 66 + 5 + 1 and story.at[:3].tolist() == [6, 75, 141] and story.text_from[:5].tolist() == [0, 1, 2, 3,
         T - 7]
     assert story.ids[0, 5] == GEN_START and story.ids[0, 74] == START and story.ids[0, 206 - 1] == GEN_END
+
+
+def test_train_mllm_bench_of_records_does_not_take_one_broken_picture_for_all(recorded, tokenizer_folder, tmp_path, capsys):
+    """Though one picture, here the broken one, stands for all."""
+    (tmp_path / "some.jsonl").write_text("\n".join(json.dumps([{"image": f"{recorded}/{name}.png"}, {"text": "x"}])
+                                                   for name in ("broken", 0, 1)))
+    record_data(recorded, tokenizer_folder, tmp_path, "--documents", str(tmp_path / "some.jsonl"), "--bench")
+    assert "3 of kind document" in capsys.readouterr().out
 
 
 def test_train_mllm_bad_records_are_left_out_counted_and_named(recorded, tokenizer_folder, tmp_path, capsys, monkeypatch):
