@@ -5944,10 +5944,10 @@ def test_train_mllm_benches_write_a_picture_of_growth_alone(tmp_path, monkeypatc
     for what, more, words in (("paint", (), ["1 at a time, 64 positions, guided: 0.500 s, 2.00 images/s",
                                              "16 at a time, 64 positions, guided: 0.500 s, 32.00 images/s"]),
                               ("answer", (), first), ("answer", ("--streams-in", "continuous"), first),
-                              ("growth", ("--batch-size", "4"), [
+                              ("growth", ("--batch-size", "1"), [
                                   "stage-4-2, positions 64, 128, 256: 0.500", "stage-4-2, words 256, 512, 1024",
                                   "stage-4-2, width 128, 256, 512", "stage-4-2, codebook size 256, 1024, 4096"]),
-                              ("growth", ("--batch-size", "4", "--streams-in", "continuous"), ["stage-4-2, words 256, 512, 1024"])):
+                              ("growth", ("--batch-size", "1", "--streams-in", "continuous"), ["stage-4-2, words 256, 512, 1024"])):
         if what == "answer":        # at an instant speed, tokens a second divide by zero
             took = iter((0.5, 1.0, 0.25, 0.75))
             monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), next(took))[1])
