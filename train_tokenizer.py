@@ -99,7 +99,8 @@ class Settings:
 # Deep features of a small SigLIP from scratch are large (variance 25), so their squared error at the release's weight drowns the pixels'.
 # In a trial of 300 steps (patches of 8, one seed), 0.02 in place of 0.2 gave 24.4 dB in place of 21.6, for a zero-shot accuracy of .973 in
 # place of .984. With AdamW and all of the semantic gradient in the shared layers, dual reconstructs .3 and 1.5 dB worse than
-# recon-shallow (seeds 0 and 1); with a tenth, .3 dB better and .5 worse. With Muon (seeds 0 to 2) it is .6, .2 and -.4 better; with a tenth .7, .5, .1.
+# recon-shallow (seeds 0 and 1); with a tenth, .3 dB better and .5 worse. With Muon (seeds 0 to 2) it is better by .6, .2 and -.4 dB;
+# with a tenth by .7, .5 and .1.
 _TOY = dict(betas=(0.9, 0.95), warmup=50, muon=True, shared_gradient=0.1, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
