@@ -248,7 +248,7 @@ class ResidualVQ(Quantizer):
             residual = residual - chosen[-1]
         chosen = torch.stack(chosen, 1)                                                      # (M, D, E)
         partial = chosen.cumsum(1)
-        return torch.stack(codes, 1), x[:, None] - partial + chosen, partial                 # each depth with the residual that it saw
+        return torch.stack(codes, 1), x[:, None] - partial + chosen, partial     # each depth with the residual that it saw, to rounding
 
 
 class MultiCodebookVQ(Quantizer):

@@ -6001,6 +6001,10 @@ def test_train_mllm_a_stage_kept_unmeasured_is_measured_where_it_is_the_last(tok
     assert read()["images"] == 0 and json.load(open(tmp_path / "metrics.json"))["images"] == 32
     train_tiny(tmp_path, tokenizer_folder, "--resume", "--until", "1")
     assert read()["images"] == 32 and (tmp_path / "stage-1/model.safetensors").read_bytes() == weights
+    (tmp_path / "stage-1/metrics.json").write_text(json.dumps(read() | {"images": 0}))
+    os.remove(tmp_path / "stage-1/state.pt")        # without a checkpoint it is not trained anew
+    train_tiny(tmp_path, tokenizer_folder, "--resume", "--until", "1")
+    assert read()["images"] == 0 and (tmp_path / "stage-1/model.safetensors").read_bytes() == weights
 
 
 def test_train_mllm_dry_run_is_the_real_step(monkeypatch):

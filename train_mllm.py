@@ -46,10 +46,10 @@ from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
 from tokenizer import PRESETS, DualTokenizer, check, preset_config, read_config, read_json, write_json
-from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, Stage, System, Table, batched, bench, bench_growth, check_batch, check_shared,
-                             common, compile_parts, differences, digest, dry_run, fake, flop_counter, kept, load_part, load_teacher, lock,
-                             make_table, metrics_of, precision, print_parts, read_text, run, save_grid, seconds_of, shared_flags,
-                             teacher_of, train, whole)
+from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, Stage, System, Table, batched, bench, bench_growth, check_batch,
+                             check_shared, checkpoints, common, compile_parts, differences, digest, dry_run, fake, flop_counter, kept,
+                             load_part, load_teacher, lock, make_table, metrics_of, precision, print_parts, read_text, run, save_grid,
+                             seconds_of, shared_flags, teacher_of, train, whole)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: the stages, by preset
@@ -1013,12 +1013,13 @@ def main(argv=None, args=None):
             bench(stage, batches)
             continue
         stage.earlier, stage.evaluated = dict(earlier), row is chosen[-1] or args.eval_every > 0
-        # one that was kept unmeasured is done again from its last checkpoint, which measures it
-        unmeasured = stage.evaluated and kept(stage) and read_json(os.path.join(stage.folder, "metrics.json")).get("images") == 0
-        if args.resume and kept(stage) and not unmeasured:
+        metrics = read_json(os.path.join(stage.folder, "metrics.json")) if args.resume and kept(stage) else {}
+        # one that was kept unmeasured goes on from its last checkpoint, if that is still there, which measures it
+        unmeasured = stage.evaluated and metrics.get("images") == 0 and checkpoints(stage.folder)
+        if metrics and not unmeasured:
             ranks.say(f"stage {row.name}: {stage.folder} is kept from an earlier run with these settings")
             load_part(model, DualMLLM.from_pretrained(stage.folder).state_dict(), stage.folder)
-            earlier[row.name] = read_json(os.path.join(stage.folder, "metrics.json"))["seconds"]
+            earlier[row.name] = metrics["seconds"]
         else:
             train(stage, batches)
             earlier[row.name] = stage.seconds
