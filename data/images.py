@@ -28,7 +28,6 @@ import multiprocessing
 import os
 import re
 import signal
-import stat
 import sys
 import tarfile
 import warnings
@@ -61,17 +60,14 @@ RECORD = np.dtype([("name", "i8"), ("name_size", "i4"), ("hash", "u4"), ("file",
 
 # ---- pixels: bytes -> RGB picture -> (3, size, size) uint8 ----------------------------------------------------------
 
-def decode(source, name=None, near=None):
-    """Bytes or a path -> RGB PIL image: first frame, upright, transparency on white, deep grey scaled to 8 bits.
+def decode(data, name="image", near=None):
+    """A file's bytes -> RGB PIL image: first frame, upright, transparency on white, deep grey scaled to 8 bits.
     `near`: the size in pixels it is needed at; a JPEG is then decoded at 1/2, 1/4 or 1/8 where that leaves both sides twice as long.
     Raises ValueError, with `name`, for what is damaged, cut, no image, or has more pixels than Pillow's limit."""
-    if not isinstance(source, bytes):
-        return decode(_read_file(source, name or source), name or source, near)
-    name = name or "image"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)      # Pillow warns from its limit on, refuses from twice that
-            image = Image.open(io.BytesIO(source), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             if near:
                 image.draft("RGB", (2 * near, 2 * near))    # a square, so it does not matter that the picture may yet be turned
             image.load()
@@ -81,15 +77,15 @@ def decode(source, name=None, near=None):
         raise ValueError(f"{name}: too many pixels (expected at most {Image.MAX_IMAGE_PIXELS:,}); shrink the image") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on bad bytes: OSError, SyntaxError, struct.error, IndexError, ...
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "0 bytes" if not source else "unknown format" if unknown else f"{type(error).__name__}: {error}"
+        reason = "0 bytes" if not data else "unknown format" if unknown else f"{type(error).__name__}: {error}"
         raise ValueError(f"{name}: cannot be read as an image ({reason}); expected a complete file in a format that Pillow opens") from None
 
 
 def _read_file(path, name):
     """-> bytes. Raises ValueError for what is no file, such as a device, which may have no end, or too large; OSError where nothing is."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-        got = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "a folder, a pipe or a device"
+    size = os.path.getsize(path)
+    if not os.path.isfile(path) or size > MAX_BYTES:
+        got = f"{size:,} bytes" if os.path.isfile(path) else "a folder, a pipe or a device"
         raise ValueError(f"{name}: {got}, expected a file of at most {MAX_BYTES:,} bytes")
     with open(path, "rb") as file:
         return file.read()
@@ -175,11 +171,10 @@ def _paths(source):
 
 
 def _pack(rows, prefix=b""):
-    """Rows of (name, and RECORD's fields from `file` on) -> RECORD array, their names run together (bytes)."""
+    """Rows of (name, and RECORD's fields from `file` on) -> RECORD array, their names run together (bytes); `_scan` sets their starts."""
     names = [os.fsencode(row[0]) for row in rows]
-    starts = np.cumsum([0] + [len(name) for name in names])
     hashes = [int.from_bytes(hashlib.blake2b(prefix + name, digest_size=4).digest(), "little") for name in names]
-    records = [(start, len(name), key, *row[1:]) for start, name, key, row in zip(starts, names, hashes, rows)]
+    records = [(0, len(name), key, *row[1:]) for name, key, row in zip(names, hashes, rows)]
     return np.array(records, RECORD), b"".join(names)
 
 
@@ -262,16 +257,15 @@ def _scan_shard(path, folder):
 
 def _scan_metadata(path):
     """metadata.jsonl -> {file_name: (offset, bytes) of its line}. Raises ValueError, with the line's number."""
-    lines, offset = {}, 0
+    lines = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
-                    lines[json.loads(line.decode("utf-8-sig", "replace"))["file_name"] + ""] = offset, len(line)
+                    lines[json.loads(line.decode("utf-8-sig", "replace"))["file_name"] + ""] = file.tell() - len(line), len(line)
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: got {line[:80]!r} ({type(error).__name__}), expected a JSON object "
                                  'such as {"file_name": "a.jpg", "text": "a caption"}: correct that line') from None
-            offset += len(line)
     return lines
 
 
@@ -310,28 +304,24 @@ def _scan(source):
     # torchrun starts several of us on one computer. Fork, because a fresh interpreter would run the calling script again.
     processes = min(len(shards) // 4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    pool = ProcessPoolExecutor(processes, context) if processes > 1 else None
     folder = os.environ.get("NANODUALTOKEN_INDEX", os.path.join(torch.hub.get_dir(), "nanodualtoken", "index"))
     shuffled = np.random.default_rng().permutation(len(shards))      # every rank in another order: so they seldom wait for each other
-    scans = (pool.map if pool else map)(functools.partial(_scan_shard, folder=folder), [shards[i] for i in shuffled])
     quiet = len(shards) < 8 or os.environ.get("RANK", "0") != "0"
-    scanned = dict(zip(shuffled.tolist(), tqdm(scans, "scanning shards", len(shards), disable=quiet)))
-    for i, shard in enumerate(shards):
-        records, names, reports = scanned.pop(i)
+    with ProcessPoolExecutor(processes, context) if processes > 1 else contextlib.nullcontext() as pool:
+        scans = (pool.map if pool else map)(functools.partial(_scan_shard, folder=folder), [shards[i] for i in shuffled])
+        scanned = sorted(zip(shuffled.tolist(), tqdm(scans, "scanning shards", len(shards), disable=quiet)))
+    for i, (records, names, reports) in scanned:
         records["file"] = records["text_file"] = len(files)
-        files.append(shard)
+        files.append(shards[i])
         packs.append((records, names))
         broken += reports
-    if pool:
-        pool.shutdown()
-    offset = 0
-    for records, names in packs:
-        records["name"] += offset
-        offset += len(names)
-    if not offset:
+    names = b"".join(names for _, names in packs)
+    if not names:
         raise ValueError(f"no images in {source!r}, expected files such as .jpg, .png or .webp there: check the path"
                          + (f" ({len(broken)} problems, the first: {broken[0]})" if broken else ""))
-    return files, np.concatenate([records for records, _ in packs]), b"".join(names for _, names in packs), list(dict.fromkeys(broken))
+    records = np.concatenate([records for records, _ in packs])
+    records["name"] = np.cumsum(records["name_size"], dtype=np.int64) - records["name_size"]
+    return files, records, names, list(dict.fromkeys(broken))
 
 
 # ---- samples and batches --------------------------------------------------------------------------------------------
@@ -344,24 +334,18 @@ class ImageData:
     def __init__(self, source, size, train=True, seed=0, num_samples=0, buffer=BUFFER):
         self.size, self.seed, self.num_samples, self.buffer = size, seed, num_samples, buffer
         self.files, records, self.names, self.broken = _scan(source)
-        self.epoch, self.group = None, None
-        self.process, self.handles = None, {}
         self._hold(records, train)
 
     def _hold(self, records, train):
         """Takes these records. `starts`, `sizes`: of the shards' runs among them; `loose`: indices of those shuffled as a whole."""
         starts = np.flatnonzero(np.r_[True, records["file"][1:] != records["file"][:-1]])
-        sizes, tar = np.diff(starts, append=len(records)), records["image"][starts] >= 0
-        tar &= len(records) > self.buffer
-        self.records, self.train, self.starts, self.sizes = records, train, starts[tar], sizes[tar]
+        sizes, tar = np.diff(starts, append=len(records)), (records["image"][starts] >= 0) & (len(records) > self.buffer)
+        self.records, self.train, self.starts, self.sizes, self.epoch = records, train, starts[tar], sizes[tar], None
         self.loose = np.flatnonzero(~np.repeat(tar, sizes)).astype(np.uint32)
         return self
 
     def __len__(self):
         return len(self.records)
-
-    def __getstate__(self):     # for copies and spawned workers: open files stay behind
-        return {**self.__dict__, "epoch": None, "group": None, "groups": None, "rows": None, "process": None, "handles": {}}
 
     def split(self):
         """-> (train, held out): 5 % of the samples are held out, the same for every seed. Chosen by a hash of their names, so that a new or
@@ -470,19 +454,20 @@ class ImageData:
         """The bytes at an offset of `files[file]`, or, where that is -1, of the file `path`."""
         if offset < 0:
             return _read_file(path, path.decode("utf-8", "replace"))
-        if self.process != os.getpid():     # a forked worker reads through handles of its own: shared ones would share their position
-            self.process, self.handles = os.getpid(), {}
         try:
-            handle = self.handles.pop(file, None) or open(self.files[file], "rb")       # where it fails it is opened anew the next time
-            handle.seek(offset)
-            if len(data := handle.read(size)) < size:
+            shard = _opened(self.files[file], os.getpid())
+            shard.seek(offset)
+            if len(data := shard.read(size)) < size:
                 raise OSError(None, "it was longer")
+            return data
         except OSError as error:        # in the same words for all its samples, to be said once
+            _opened.cache_clear()       # the next time it is opened anew
             raise OSError(f"{self.files[file]}: gone or cut since the scan ({error.strerror})") from None
-        self.handles[file] = handle     # the one used last comes last
-        if len(self.handles) > OPEN_SHARDS:
-            self.handles.pop(next(iter(self.handles))).close()
-        return data
+
+
+@functools.lru_cache(OPEN_SHARDS)
+def _opened(shard, process):    # a forked worker reads through handles of its own: shared ones would share their position
+    return open(shard, "rb")
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -492,8 +477,9 @@ class Pictures(torch.utils.data.Dataset):
         self.paths, self.size = paths, size
 
     def __getitem__(self, i):
+        path = self.paths[i]
         try:
-            return centre_crop(decode(self.paths[i], near=self.size), self.size), ""
+            return centre_crop(decode(_read_file(path, path), path, self.size), self.size), ""
         except (OSError, ValueError) as error:
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)[:500]        # a path can be of any length
 
