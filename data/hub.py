@@ -34,12 +34,9 @@ def _cached(name: str) -> str | None:
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
     model = os.path.join(cache, "models--" + name.replace("/", "--"))
-    try:
-        with open(os.path.join(model, "refs", "main"), encoding="utf-8") as file:
-            found = os.path.join(model, "snapshots", file.read().strip())
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(model, "refs", "main"), encoding="utf-8") as file:
+        found = os.path.join(model, "snapshots", file.read().strip())
         return found if all(os.path.exists(os.path.join(found, file)) for file in ("config.json", *weight_files(found))) else None
-    except (OSError, ValueError):
-        return None
 
 
 def weight_files(found: str) -> list[str]:

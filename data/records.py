@@ -72,11 +72,9 @@ def _spans(path: str, lists: bool):
     """File -> (first byte, bytes) of each record: its lines, or, where it begins with [ and lines are no lists, that list's items."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else io.BytesIO() as data:
         if lists or isinstance(data, io.BytesIO) or not re.match(rb"(?:\xef\xbb\xbf)?\s*\[", data):
-            begin = 0
             for line in file:
                 if line.strip():
-                    yield begin, len(line)
-                begin += len(line)
+                    yield file.tell() - len(line), len(line)
             return
         depth = begin = 0
         for token in TOKENS.finditer(data):
