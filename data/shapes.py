@@ -9,7 +9,6 @@ no generator whose state would have to be saved. Scenes are small integer tensor
 `plain` has 4 shapes, 4 colours and one size on flat grounds; `textured` has 8 of each, two sizes, patterned grounds and shaded shapes. The
 reader knows how shapes are drawn and nothing else, so it can mark reconstructed and generated images without any model.
 """
-
 import itertools
 import math
 from dataclasses import dataclass
@@ -163,8 +162,7 @@ def _place(bits: Tensor, radius: Tensor, present: Tensor) -> Tensor:
 def _look(bits: Tensor, difficulty: str) -> Tensor:
     """(B, 9): difficulty, ground, second ground, pattern of the ground (flat, gradient, stripes, noise), its angle, frequency and phase (of
     256), pattern of the shapes (flat, shaded, striped) and its angle. Plain scenes use the first two only."""
-    ranges = torch.tensor([1, len(GROUNDS), 1, 4, 256, 256, 256, 3, 256])
-    look = bits % ranges
+    look = bits % torch.tensor([1, len(GROUNDS), 1, 4, 256, 256, 256, 3, 256])
     if difficulty == "plain":
         return look * (torch.arange(9) == 1)
     look[:, 0] = 1
@@ -254,8 +252,7 @@ def _cover(shape: Tensor, xy: Tensor, radius: Tensor, size: int) -> tuple[Tensor
     """How much of each pixel each shape covers, (O, H, W) in [0, 1], and the pixels' x (O, 1, W) and y (O, H, 1) in radii from its centre.
     shape (O,) sorted, on the CPU; centres xy (O, 2) in pixels and radius (O,) in pixels on the device."""
     ticks = torch.arange(size, device=xy.device) + 0.5
-    x, y = (ticks - xy[:, :1]) / radius[:, None], (ticks - xy[:, 1:]) / radius[:, None]
-    x, y = x[:, None], y[:, :, None]
+    x, y = ((ticks - xy[:, :1]) / radius[:, None])[:, None], ((ticks - xy[:, 1:]) / radius[:, None])[:, :, None]
     groups = torch.bincount(shape, minlength=len(SHAPES)).tolist()
     distance = torch.cat([outline(u, v) for outline, u, v in zip(DISTANCES, x.split(groups), y.split(groups)) if len(u)])
     return (0.5 - distance * radius[:, None, None]).clamp(0, 1), x, y         # edges one pixel wide
@@ -370,15 +367,11 @@ def claims(scene: Scene) -> list[Claim]:
 
 def caption(scene: Scene, roll: int) -> Claim:
     """One claim, picked by a non-negative random integer. Of one shape, seven captions in ten are exactly "a COLOUR SHAPE"."""
-    skills: dict[str, list[Claim]] = {}
-    for claim in claims(scene):
-        skills.setdefault(claim.skill, []).append(claim)
-    roll, draw = divmod(roll, sum(WEIGHTS[skill] for skill in skills))
-    for skill, found in skills.items():
-        if draw < WEIGHTS[skill]:
-            break
-        draw -= WEIGHTS[skill]
-    pick = roll % (len(found) * 3 if skill == "single" else len(found))
+    true = claims(scene)
+    skills = [skill for skill in dict.fromkeys(claim.skill for claim in true) for _ in range(WEIGHTS[skill])]
+    roll, draw = divmod(roll, len(skills))
+    found = [claim for claim in true if claim.skill == skills[draw]]
+    pick = roll % (len(found) * 3 if skills[draw] == "single" else len(found))
     return found[pick if pick < len(found) else 0]
 
 
