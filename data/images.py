@@ -334,6 +334,7 @@ class ImageData:
     def __init__(self, source, size, train=True, seed=0, num_samples=0, buffer=BUFFER):
         self.size, self.seed, self.num_samples, self.buffer = size, seed, num_samples, buffer
         self.files, records, self.names, self.broken = _scan(source)
+        _opened.cache_clear()       # a shard may have become another file since
         self._hold(records, train)
 
     def _hold(self, records, train):
