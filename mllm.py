@@ -39,6 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -219,44 +220,39 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
     generation). A picture takes `positions` = N places between its two marks, and is never counted as text. later: share of a painted
     picture's positions, drawn by its sequence's `random.Random`, whose later depths are learned too. ValueError: longer than `limit`,
     or a picture of another size."""
-    rows, marks = [], text.marks
-    for segments in sequences:
-        ids, loss, pictures = [], [], []
+    rows, places, targets, pictures, at, learned, all_depths = [], [], [], [], [], [], []
+    for b, segments in enumerate(sequences):
+        row = []
         for s in segments:
             if isinstance(s, Words):
-                ids += s.ids
-                loss += [s.loss] * len(s.ids)
-            else:
-                if len(s.data) != positions:
-                    raise ValueError(f"a picture of {len(s.data)} positions, expected {positions}: was it encoded by another tokenizer?")
-                pictures.append((len(ids) + 1, s))
-                opening, closing = MARKS[2:] if s.paint else MARKS[:2]
-                ids += [marks[opening], *[0] * positions, marks[closing]]
-                loss += [False] * (positions + 2)
-        rows.append((ids, loss, pictures))
-    longest = max(len(ids) for ids, _, _ in rows)
-    check(limit is None or longest <= limit, f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.bool)
-    places, targets, data, at, painted, learned, all_depths = [], [], [], [], [], [], []
-    for b, (row, loss, pictures) in enumerate(rows):
-        start = longest - len(row) if left else 0
-        ids[b, start:start + len(row)], mask[b, start:start + len(row)] = torch.tensor(row), True
-        wanted = [p for p in range(1, len(row)) if loss[p]]
-        places += [b * longest + start + p - 1 for p in wanted]
-        targets += [row[p] for p in wanted]
-        for p, s in pictures:
-            if s.paint and s.loss:
+                wanted = [n for n in range(len(s.ids)) if s.loss and len(row) + n > 0]      # before a row's first token nothing predicts it
+                places += [(b, len(row) + n - 1) for n in wanted]
+                targets += [s.ids[n] for n in wanted]
+                row += s.ids
+                continue
+            data, paint, loss = s
+            check(len(data) == positions, f"a picture of {len(data)} positions, expected {positions}: was it encoded by another tokenizer?")
+            if paint and loss:
                 drawn = range(positions) if later == 1 else rngs[b].sample(range(positions), round(later * positions))
                 all_depths += [len(learned) * positions + n for n in drawn]
-                learned.append(len(at))
-            data.append(s.data), at.append(b * longest + start + p), painted.append(s.paint)
+                learned.append(len(pictures))
+            pictures.append(s)
+            at.append((b, len(row) + 1))
+            opening, closing = MARKS[2:] if paint else MARKS[:2]
+            row += [text.marks[opening], *[0] * positions, text.marks[closing]]
+        rows.append(row)
+    longest = max(map(len, rows))
+    check(limit is None or longest <= limit, f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
     long = lambda values: torch.tensor(values, dtype=torch.int64)
-    pictures = torch.stack(data) if data else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
-    pictures = pictures if pictures.is_floating_point() else pictures.long()
-    at, learned, all_depths, painted, first_depth = long(at), long(learned), long(all_depths), torch.tensor(painted, dtype=torch.bool), None
+    flat = lambda pairs: long([b * longest + (longest - len(rows[b])) * left + place for b, place in pairs])
+    ids, mask = (pad_sequence(values, batch_first=True, padding_side="left" if left else "right")
+                 for values in ([long(row) for row in rows], [torch.ones(len(row), dtype=torch.bool) for row in rows]))
+    data = torch.stack([s.data for s in pictures]) if pictures else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
+    data, painted = data if data.is_floating_point() else data.long(), torch.tensor([s.paint for s in pictures], dtype=torch.bool)
+    all_depths, first_depth = long(all_depths), None
     if later != 1:
         first_depth = torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, all_depths, False).nonzero()[:, 0]
-    return Batch(ids, mask, long(places), long(targets), pictures, at, painted, learned, all_depths, first_depth)
+    return Batch(ids, mask, flat(places), long(targets), data, flat(at), painted, long(learned), all_depths, first_depth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
