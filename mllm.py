@@ -372,26 +372,22 @@ class LLM(nn.Module):
                 module.weight.data /= math.sqrt(2 * c.num_hidden_layers)
 
     def hidden(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Embeddings x (B, T, C) -> states after the last norm (B, T, C). mask (B, T) bool is false in padding, on either side; None: there
-        is none, or only on the right, which nothing before it can see. With a cache, x continues what is in it."""
+        """Embeddings x (B, T, C) -> states after the last norm (B, T, C). With a cache, x continues what is in it, and mask (B, T) bool is
+        false in padding, on either side (None: there is none). Without one, padding is on the right alone: nothing before it can see it."""
         c, (B, T, _) = self.config, x.shape
-        steps, slots, bias = torch.arange(T, device=x.device), None, None
-        place = steps.expand(1, T)                                                                                           # (B or 1, T)
+        steps = torch.arange(T, device=x.device)
+        place, slots, bias = steps[None], None, None                                                    # (B or 1, T)
         if cache is not None:
             valid, slots = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask, cache.filled + steps
             place = cache.valid.sum(1, keepdim=True) + valid.cumsum(1) - 1
             cache.valid.index_copy_(1, slots, valid)
             order = torch.arange(cache.valid.shape[1], device=x.device)
-            # (B, T, length); padding sees itself: no empty softmax
-            bias = (order <= slots[:, None]) & (cache.valid[:, None] | (order == slots[:, None]))
-        elif mask is not None:
-            place = mask.cumsum(1) - 1
-            bias = (steps <= steps[:, None]) & (mask[:, None] | (steps == steps[:, None]))              # (B, T, T)
+            # (B, 1, T, length); padding sees itself: no empty softmax
+            bias = (order <= slots[:, None]) & (cache.valid[:, None, None] | (order == slots[:, None]))
         d = c.hidden_size // c.num_attention_heads
         angle = place.clamp(min=0)[..., None] * c.rope_theta ** -(torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
         angle = torch.cat([angle, angle], -1)[:, None]                                                  # (B or 1, 1, T, d)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        rope, bias = (angle.cos().to(dtype), angle.sin().to(dtype)), None if bias is None else bias[:, None]
+        rope = [part.to(lower(x[:0]).dtype) for part in (angle.cos(), angle.sin())]
         for n, layer in enumerate(self.model.layers):
             kept = () if cache is None else (slots, cache.k[n], cache.v[n])
             x = recomputed(self.checkpointing, lambda y, layer=layer, kept=kept: layer(y, rope, bias, *kept), x)
@@ -408,9 +404,9 @@ class LLM(nn.Module):
         """States (..., C) -> logits (..., V)."""
         return F.linear(h, self.classifier)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """ids (B, T) -> logits (B, T, V); mask as in `hidden`."""
-        return self.head(self.hidden(self.model.embed_tokens(ids), mask))
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> logits (B, T, V)."""
+        return self.head(self.hidden(self.model.embed_tokens(ids)))
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "LLM":
