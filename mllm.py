@@ -555,21 +555,16 @@ def uniform(seeds, *shape: int) -> Tensor:
 
 def repeat(step, times: int, graph: str, progress: bool):
     """step(), so many times. graph "cpu": compiled into one; "cuda": all but the first three by a CUDA graph; "": as it is."""
-    bar = tqdm(range(times), "painting", leave=False, disable=not progress)
+    bar = iter(tqdm(range(times), "painting", leave=False, disable=not progress))
     if graph == "cpu":
         step = torch.compile(step)
     if graph == "cuda" and times > 3:
-        side = torch.cuda.Stream()      # where torch wants a step warmed up before it is captured
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
+        for _ in itertools.islice(bar, 3):      # kernels are loaded and chosen before a step is captured
+            step()
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):        # records, and runs nothing
             step()
-        bar.update(3)
-        step, bar = captured.replay, itertools.islice(bar, times - 3)
+        step = captured.replay
     for _ in bar:
         step()
 
