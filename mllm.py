@@ -762,21 +762,17 @@ class DualMLLM(nn.Module):
         return codes
 
     @torch.no_grad()
-    def answer(self, pictures: Tensor | None, questions: list[str], longest: int = 64, temperature: float = 0.0, top_k: int = 0,
-               top_p: float = 1.0, seeds: list[int] | None = None) -> list[str]:
-        """Text about pictures (B, N, S, D) (or features, or None), one question each, "" for a caption: up to `longest` tokens, no mark."""
+    def answer(self, pictures: Tensor | None, questions: list[str], longest: int = 64) -> list[str]:
+        """The likeliest text, token by token, about pictures (B, N, S, D) (or features, or None), one question each, "" for a caption: up
+        to `longest` tokens, no mark."""
         text, stop = self.text, self.text.turn_end if self.text.turn_start is not None else self.text.end
         rows = [turn(text, [*([] if pictures is None else [Picture(pictures[i].cpu())]), question]) for i, question in enumerate(questions)]
         h, cache = self._begin(rows, longest)
-        noise = uniform(seeds or range(len(rows)), longest).to(h.device)
-        allowed = torch.zeros(self.config.llm.vocab_size, dtype=torch.bool)
-        allowed[[*text.ordinary, stop]] = True
-        allowed, written, done = allowed.to(h.device), [], torch.zeros(len(rows), dtype=torch.bool, device=h.device)
-
-        def pick(logits, t):
-            return choose(logits.masked_fill(~allowed, -math.inf), noise[:, t], temperature, top_k, top_p)
-        for token in self.write_words(h, cache, longest, pick):
-            written.append(token.masked_fill(done, stop))
+        written, done = [], torch.zeros(len(rows), dtype=torch.bool, device=h.device)
+        barred = torch.ones(self.config.llm.vocab_size, dtype=torch.bool, device=h.device)
+        barred[[*text.ordinary, stop]] = False
+        for token in self.write_words(h, cache, longest, lambda logits, t: logits.masked_fill(barred, -math.inf).argmax(-1)):
+            written.append(token)
             done |= token == stop
             if done.all():
                 break

@@ -4219,7 +4219,8 @@ def test_text_smollm_answers_nothing_but_text(smollm, monkeypatch):
                                 code_dim=5, head_width=8, head_heads=2, head_mlp=8), text)
     seen = []
     monkeypatch.setattr(text, "decode", lambda ids: seen.extend(ids) or "")
-    model.answer(None, ["what?"] * 40, longest=40, temperature=3.0)
+    monkeypatch.setattr(model.llm, "head", lambda h: torch.randn(len(h), text.size))
+    model.answer(None, ["what?"] * 40, longest=40)
     assert len(seen) > 200 and set(seen) <= text.ordinary
 
 
@@ -5059,11 +5060,9 @@ def test_mllm_answers_are_text_that_ends(monkeypatch):
             return logits
 
         with monkeypatch.context() as patch:
-            seen = heard(patch)
             patch.setattr(model.llm, "head", head)
             assert model.answer(None, ["a", "b", "c"], longest=5) == ["hi", "", "hxxii"]
-            assert model.answer(None, ["a", "b"], longest=3, temperature=1.0, top_p=0.5) == ["xxx"] * 2
-        assert len(seen) == 5 + 3 and all({*(logits > -np.inf).nonzero()[:, 1].tolist()} == {*range(256), stop} for logits in seen)
+            assert model.answer(None, ["a", "b"], longest=3) == ["xxx"] * 2
 
 
 def test_mllm_unpainted_streams_are_read_as_zeros():
