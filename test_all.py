@@ -4827,16 +4827,23 @@ def test_mllm_loss_of_nothing_is_zero_with_gradients_for_all():
         assert any(p.grad.any() for p in model.heads.parameters()) == (len(empty) == 1)
 
 
+def logits_of(head, h, vectors):
+    """Of all depths at once, (D, M, K)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mllm, "linear_cross_entropy", lambda h, weight, target: F.linear(h, weight))
+        return head(h, vectors, torch.zeros(vectors.shape[:2], dtype=torch.int64))
+
+
 @torch.no_grad()
 def test_mllm_depth_is_causal():
     """A code moves the logits of the depths after it, and of these alone; the last one moves none."""
     for shared in (True, False):
         head, h, vectors = small_mllm(head_shared=shared).heads["pixel"], torch.randn(5, 32), torch.randn(5, 3, 6)
-        logits = head(h, vectors)
+        logits = logits_of(head, h, vectors)
         for d in range(3):
             changed = vectors.clone()
             changed[:, d] = torch.randn(5, 6)
-            moved = (head(h, changed) - logits).abs().amax((1, 2))
+            moved = (logits_of(head, h, changed) - logits).abs().amax((1, 2))
             assert (moved[:d + 1] < 1e-6).all() and (moved[d + 1:] > 1e-3).all()
 
 
@@ -4865,7 +4872,7 @@ def forced(model, prompts, codes, given=None):
     h, logits = model.llm.hidden(model.embed(batch)).flatten(0, 1)[places.flatten()], []
     for stream, head in model.heads.items():
         s = c.streams.index(stream)
-        logits.append(head(h, model.vectors(codes[:, :, s].flatten(0, 1), s)).unflatten(1, places.shape))     # (D, B, N, K)
+        logits.append(logits_of(head, h, model.vectors(codes[:, :, s].flatten(0, 1), s)).unflatten(1, places.shape))     # (D, B, N, K)
     return torch.stack(logits).permute(3, 0, 1, 2, 4)
 
 
@@ -4963,7 +4970,7 @@ def test_mllm_heads_sample_what_they_are_taught():
         head = model.heads["semantic"]
         got = head.sample(h, model.tables[1], lambda logits, d: seen.append(logits) or codes[:, d])
         assert torch.equal(got, codes)
-        torch.testing.assert_close(torch.stack(seen), head(h, model.vectors(codes, 1)), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(seen), logits_of(head, h, model.vectors(codes, 1)), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -5111,8 +5118,8 @@ def test_mllm_score_is_the_logarithm_of_the_captions_probability(monkeypatch):
     expected = torch.stack([-slow_losses(model, [turn(BYTES, [Picture(p)], [c])])["text"] for p, c in zip(pictures, captions)])
     torch.testing.assert_close(model.score(pictures, captions), expected, atol=1e-3, rtol=1e-5)
     monkeypatch.setattr(mllm, "LOGITS", 3 * model.config.llm.vocab_size)        # three tokens at a time
-    head, sizes = model.llm.head, []
-    monkeypatch.setattr(model.llm, "head", lambda h: (sizes.append(len(h)), head(h))[1])
+    linear, sizes, words = F.linear, [], model.llm.classifier
+    monkeypatch.setattr(mllm.F, "linear", lambda x, w, *b: (sizes.append(len(x)) if w is words else None, linear(x, w, *b))[1])
     torch.testing.assert_close(model.score(pictures, captions), expected, atol=1e-3, rtol=1e-5)
     assert max(sizes) == 3
 
