@@ -101,8 +101,7 @@ def flags(argv=None) -> argparse.Namespace:
 def read_images(paths: list[str], size: int) -> Tensor:
     """Images of any size, the middle square of each: (B, 3, size, size) in [-1, 1]. Raises ValueError for one that cannot be read."""
     images, broken = zip(*map(Pictures(paths, size).__getitem__, range(len(paths))))
-    if any(broken):
-        raise ValueError(f"{next(filter(None, broken))}; expected the path of an image")
+    check(not any(broken), f"{next(filter(None, broken), '')}; expected the path of an image")
     return torch.stack(images).float() / 127.5 - 1
 
 
