@@ -30,7 +30,6 @@ import json
 import math
 import unicodedata
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,44 +218,39 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
     generation). A picture takes `positions` = N places between its two marks, and is never counted as text. later: share of a painted
     picture's positions, drawn by its sequence's `random.Random`, whose later depths are learned too. ValueError: longer than `limit`,
     or a picture of another size."""
-    rows, marks = [], text.marks
-    for segments in sequences:
-        ids, loss, pictures = [], [], []
+    rows, places, targets, pictures, at, learned, all_depths = [], [], [], [], [], [], []
+    for b, segments in enumerate(sequences):
+        row = []
         for s in segments:
             if isinstance(s, Words):
-                ids += s.ids
-                loss += [s.loss] * len(s.ids)
-            else:
-                if len(s.data) != positions:
-                    raise ValueError(f"a picture of {len(s.data)} positions, expected {positions}: was it encoded by another tokenizer?")
-                pictures.append((len(ids) + 1, s))
-                opening, closing = MARKS[2:] if s.paint else MARKS[:2]
-                ids += [marks[opening], *[0] * positions, marks[closing]]
-                loss += [False] * (positions + 2)
-        rows.append((ids, loss, pictures))
-    longest = max(len(ids) for ids, _, _ in rows)
-    check(limit is None or longest <= limit, f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.bool)
-    places, targets, data, at, painted, learned, all_depths = [], [], [], [], [], [], []
-    for b, (row, loss, pictures) in enumerate(rows):
-        start = longest - len(row) if left else 0
-        ids[b, start:start + len(row)], mask[b, start:start + len(row)] = torch.tensor(row), True
-        wanted = [p for p in range(1, len(row)) if loss[p]]
-        places += [b * longest + start + p - 1 for p in wanted]
-        targets += [row[p] for p in wanted]
-        for p, s in pictures:
-            if s.paint and s.loss:
+                wanted = [n for n in range(len(s.ids)) if s.loss and len(row) + n > 0]      # before a row's first token nothing predicts it
+                places += [(b, len(row) + n - 1) for n in wanted]
+                targets += [s.ids[n] for n in wanted]
+                row += s.ids
+                continue
+            data, paint, loss = s
+            check(len(data) == positions, f"a picture of {len(data)} positions, expected {positions}: was it encoded by another tokenizer?")
+            if paint and loss:
                 drawn = range(positions) if later == 1 else rngs[b].sample(range(positions), round(later * positions))
                 all_depths += [len(learned) * positions + n for n in drawn]
-                learned.append(len(at))
-            data.append(s.data), at.append(b * longest + start + p), painted.append(s.paint)
+                learned.append(len(pictures))
+            pictures.append(s)
+            at.append((b, len(row) + 1))
+            opening, closing = MARKS[2:] if paint else MARKS[:2]
+            row += [text.marks[opening], *[0] * positions, text.marks[closing]]
+        rows.append(row)
+    longest = max(map(len, rows))
+    check(limit is None or longest <= limit, f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
     long = lambda values: torch.tensor(values, dtype=torch.int64)
-    pictures = torch.stack(data) if data else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
-    pictures = pictures if pictures.is_floating_point() else pictures.long()
-    at, learned, all_depths, painted, first_depth = long(at), long(learned), long(all_depths), torch.tensor(painted, dtype=torch.bool), None
+    flat = lambda pairs: long([b * longest + (longest - len(rows[b])) * left + place for b, place in pairs])
+    ids, mask = (nn.utils.rnn.pad_sequence(values, batch_first=True, padding_side="left" if left else "right")
+                 for values in ([long(row) for row in rows], [torch.ones(len(row), dtype=torch.bool) for row in rows]))
+    data = torch.stack([s.data for s in pictures]) if pictures else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
+    data, painted = data if data.is_floating_point() else data.long(), torch.tensor([s.paint for s in pictures], dtype=torch.bool)
+    all_depths, first_depth = long(all_depths), None
     if later != 1:
         first_depth = torch.ones(len(learned) * positions, dtype=torch.bool).index_fill_(0, all_depths, False).nonzero()[:, 0]
-    return Batch(ids, mask, long(places), long(targets), pictures, at, painted, learned, all_depths, first_depth)
+    return Batch(ids, mask, flat(places), long(targets), data, flat(at), painted, long(learned), all_depths, first_depth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,8 +289,7 @@ LLMS = {    # the first two are ours, from scratch, over bytes; the others are t
     "small": _sizes(384, 1024, 8, 6, 2, vocab=264, theta=1e4, length=1024),
     "smollm2-135m": _sizes(576, 1536, 30, 9, 3, vocab=49152, theta=1e5, length=8192, attention_bias=False),
     "qwen2.5-0.5b": _sizes(896, 4864, 24, 14, 2), "qwen2.5-1.5b": _sizes(1536, 8960, 28, 12, 2),
-    "qwen2.5-3b": _sizes(2048, 11008, 36, 16, 2),
-    "qwen2.5-7b": _sizes(3584, 18944, 28, 28, 4, tied=False, vocab=152064),
+    "qwen2.5-3b": _sizes(2048, 11008, 36, 16, 2), "qwen2.5-7b": _sizes(3584, 18944, 28, 28, 4, tied=False, vocab=152064),
 }
 
 
@@ -370,32 +363,28 @@ class LLM(nn.Module):
         self.model.layers = nn.ModuleList(LLMLayer(c) for _ in range(c.num_hidden_layers))
         self.model.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.apply(partial(init, embedding=c.hidden_size ** -0.5))
+        self.apply(lambda module: init(module, c.hidden_size ** -0.5))
         for layer in self.model.layers:     # what joins the residual stream starts small, by the number of its summands (GPT-2)
             for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 module.weight.data /= math.sqrt(2 * c.num_hidden_layers)
 
     def hidden(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Embeddings x (B, T, C) -> states after the last norm (B, T, C). mask (B, T) bool is false in padding, on either side; None: there
-        is none, or only on the right, which nothing before it can see. With a cache, x continues what is in it."""
+        """Embeddings x (B, T, C) -> states after the last norm (B, T, C). With a cache, x continues what is in it, and mask (B, T) bool is
+        false in padding, on either side (None: there is none). Without one, padding is on the right alone: nothing before it can see it."""
         c, (B, T, _) = self.config, x.shape
-        steps, slots, bias = torch.arange(T, device=x.device), None, None
-        place = steps.expand(1, T)                                                                                           # (B or 1, T)
+        steps = torch.arange(T, device=x.device)
+        place, slots, bias = steps[None], None, None                                                    # (B or 1, T)
         if cache is not None:
             valid, slots = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask, cache.filled + steps
             place = cache.valid.sum(1, keepdim=True) + valid.cumsum(1) - 1
             cache.valid.index_copy_(1, slots, valid)
             order = torch.arange(cache.valid.shape[1], device=x.device)
-            # (B, T, length); padding sees itself: no empty softmax
-            bias = (order <= slots[:, None]) & (cache.valid[:, None] | (order == slots[:, None]))
-        elif mask is not None:
-            place = mask.cumsum(1) - 1
-            bias = (steps <= steps[:, None]) & (mask[:, None] | (steps == steps[:, None]))              # (B, T, T)
+            # (B, 1, T, length); padding sees itself: no empty softmax
+            bias = (order <= slots[:, None]) & (cache.valid[:, None, None] | (order == slots[:, None]))
         d = c.hidden_size // c.num_attention_heads
         angle = place.clamp(min=0)[..., None] * c.rope_theta ** -(torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
         angle = torch.cat([angle, angle], -1)[:, None]                                                  # (B or 1, 1, T, d)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        rope, bias = (angle.cos().to(dtype), angle.sin().to(dtype)), None if bias is None else bias[:, None]
+        rope = [part.to(lower(x[:0]).dtype) for part in (angle.cos(), angle.sin())]
         for n, layer in enumerate(self.model.layers):
             kept = () if cache is None else (slots, cache.k[n], cache.v[n])
             x = recomputed(self.checkpointing, lambda y, layer=layer, kept=kept: layer(y, rope, bias, *kept), x)
@@ -412,9 +401,9 @@ class LLM(nn.Module):
         """States (..., C) -> logits (..., V)."""
         return F.linear(h, self.classifier)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """ids (B, T) -> logits (B, T, V); mask as in `hidden`."""
-        return self.head(self.hidden(self.model.embed_tokens(ids), mask))
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> logits (B, T, V)."""
+        return self.head(self.hidden(self.model.embed_tokens(ids)))
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "LLM":
@@ -435,9 +424,8 @@ class LLM(nn.Module):
                                     ("attention_bias", config.get("attention_bias", qwen), qwen),
                                     ("mlp_bias", config.get("mlp_bias", False), False), ("head_dim", config.get("head_dim") or each, each),
                                     ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
-            if got != expected:
-                raise ValueError(f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: "
-                                 "this LLM is Qwen2's (qwen2) or Llama's (llama)")
+            check(got == expected, f"{folder}/config.json has {what} {brief(got)}, expected {expected!r}: "
+                                   "this LLM is Qwen2's (qwen2) or Llama's (llama)")
         model = unbuilt(lambda: cls(sizes), folder)      # no time for random weights that are not used
         ignore = ("lm_head.weight",) if model.lm_head is None else ()        # some tied checkpoints hold the table twice
         load_weights(model, {name: value.float() for name, value in read_shards(folder, ignore).items()}, folder, assign=True)
@@ -450,15 +438,16 @@ class LLM(nn.Module):
 LOGITS = 2 ** 26        # at once, 256 MiB in fp32; a quarter of that may stay until the backward pass
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """States h (M, C), classifier (V, C), classes (M,) -> the sum of the cross entropies of h @ weight.T, in fp32. Many logits are made a
-    chunk of rows at a time, and once more in the backward pass: those of 151,936 words at all places would be larger than the model."""
+def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, reduction: str = "sum") -> Tensor:
+    """States h (M, C), classifier (V, C), classes (M,) -> the sum of the cross entropies of h @ weight.T, in fp32; "none": each, (M,). Many
+    logits are made a chunk of rows at a time, and again in the backward pass: of 151,936 words at all places, they outgrow the model."""
     def part(h, target):
-        return F.cross_entropy(F.linear(h, weight).float(), target, reduction="sum")
+        return F.cross_entropy(F.linear(h, weight).float(), target, reduction=reduction)
     if len(h) * len(weight) <= LOGITS // 4:
         return part(h, target)
     rows = max(1, LOGITS // len(weight))
-    return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in zip(h.split(rows), target.split(rows))]).sum()
+    losses = torch.hstack([checkpoint(part, *chunk, use_reentrant=False) for chunk in zip(h.split(rows), target.split(rows))])
+    return losses if reduction == "none" else losses.sum()
 
 
 class DepthLayer(nn.Module):
@@ -503,21 +492,15 @@ class VisualHead(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.classifiers = nn.Parameter(torch.randn(c.depth, width, c.codebook_size) * width ** -0.5)
 
-    def inputs(self, h: Tensor, vectors: Tensor) -> Tensor:
-        """Eq. 5: h (M, C), code vectors (M, d, E), the last not looked at -> what the depth transformer reads (M, d, head width)."""
-        before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
+    def forward(self, h: Tensor, vectors: Tensor, codes: Tensor) -> Tensor:
+        """Teacher forcing, the first d depths at once: h (M, C), codes (M, d), their vectors (M, d, E), the last not looked at -> the
+        sum of each depth's cross entropies (d,)."""
+        before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E), Eq. 5
         x = torch.cat([self.projector(h)[:, None], self.code_in(before.to(self.depth.dtype))], 1)
-        return x + self.depth[:x.shape[1]]
-
-    def forward(self, h: Tensor, vectors: Tensor, codes: Tensor | None = None) -> Tensor:
-        """Teacher forcing, the first d depths at once: h (M, C), code vectors (M, d, E) of which the last is not looked at -> logits (d, M,
-        K), or, given the codes (M, d), the sum of each depth's cross entropies (d,)."""
-        x = self.inputs(h, vectors)
+        x = x + self.depth[:x.shape[1]]                                                                  # (M, d, head width)
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x).transpose(0, 1)                                                                 # (d, M, head width)
-        if codes is None:
-            return torch.bmm(x, self.classifiers[:len(x)])
         return torch.stack([linear_cross_entropy(y, weight.T, wanted) for y, weight, wanted in zip(x, self.classifiers, codes.T)])
 
     def sample(self, h: Tensor, table: Tensor, pick) -> Tensor:
@@ -536,12 +519,6 @@ class VisualHead(nn.Module):
 GUIDANCE, EDIT_GUIDANCE = 3.0, 1.5      # from words: arXiv v2's, ICLR's text names none; edits: ours, at nano 3 is worse
 
 
-def guide(logits: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: logits (2M, K), with the words c and without them u, one half below the other -> u + s (c - u), (M, K)."""
-    conditional, unconditional = logits.float().chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
-
-
 def choose(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Sample one class per row by inverting the distribution: logits (M, K), noise (M,) uniform in [0, 1) -> (M,). A row's choice depends
     on its own noise alone, so a seed gives the same picture in any batch. top_k 0: all; temperature 0: the likeliest; top_p above 0."""
@@ -556,28 +533,18 @@ def choose(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_k: int =
     return order.gather(1, rank.clamp(max=order.shape[1] - 1))[:, 0]
 
 
-def uniform(seeds, *shape: int) -> Tensor:
-    """Noise in [0, 1), (n, *shape): a sample's own generator for each, so that it does not depend on the rest of the batch."""
-    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 def repeat(step, times: int, graph: str, progress: bool):
     """step(), so many times. graph "cpu": compiled into one; "cuda": all but the first three by a CUDA graph; "": as it is."""
-    bar = tqdm(range(times), "painting", leave=False, disable=not progress)
+    bar = iter(tqdm(range(times), "painting", leave=False, disable=not progress))
     if graph == "cpu":
         step = torch.compile(step)
     if graph == "cuda" and times > 3:
-        side = torch.cuda.Stream()      # where torch wants a step warmed up before it is captured
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
+        for _ in itertools.islice(bar, 3):      # kernels are loaded and chosen before a step is captured
+            step()
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):        # records, and runs nothing
             step()
-        bar.update(3)
-        step, bar = captured.replay, itertools.islice(bar, times - 3)
+        step = captured.replay
     for _ in bar:
         step()
 
@@ -747,7 +714,8 @@ class DualMLLM(nn.Module):
         rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)]
         rows += [turn(self.text, [*g, ""]) + start for g in given if guided]
         h, cache = self._begin(rows, c.positions, 64 if graph else 1)      # prompts of other lengths mostly find it compiled
-        noise = uniform(seeds or range(n), c.positions, len(c.streams), c.depth).to(h.device)
+        own = (torch.Generator().manual_seed(seed) for seed in seeds or range(n))       # each sample's: it depends on no other
+        noise = torch.stack([torch.rand(c.positions, len(c.streams), c.depth, generator=generator) for generator in own]).to(h.device)
         codes, new = torch.zeros(noise.shape, dtype=torch.int64, device=h.device), torch.zeros_like(noise[:, :1], dtype=torch.int64)
         place, painted = torch.zeros(1, dtype=torch.int64, device=h.device), torch.ones(n, dtype=torch.bool, device=h.device)
 
@@ -759,7 +727,8 @@ class DualMLLM(nn.Module):
 
                 def pick(logits, d):
                     if guided:
-                        logits = guide(logits, guidance)
+                        conditional, unconditional = logits.float().chunk(2)
+                        logits = unconditional + guidance * (conditional - unconditional)
                     chosen = choose(logits, drawn[:, s, d], temperature, top_k, top_p)
                     return chosen.repeat(2) if guided else chosen
                 new[:, 0, s] = head.sample(h, self.tables[s], pick)[:n]
@@ -775,21 +744,17 @@ class DualMLLM(nn.Module):
         return codes
 
     @torch.no_grad()
-    def answer(self, pictures: Tensor | None, questions: list[str], longest: int = 64, temperature: float = 0.0, top_k: int = 0,
-               top_p: float = 1.0, seeds: list[int] | None = None) -> list[str]:
-        """Text about pictures (B, N, S, D) (or features, or None), one question each, "" for a caption: up to `longest` tokens, no mark."""
+    def answer(self, pictures: Tensor | None, questions: list[str], longest: int = 64) -> list[str]:
+        """The likeliest text, token by token, about pictures (B, N, S, D) (or features, or None), one question each, "" for a caption: up
+        to `longest` tokens, no mark."""
         text, stop = self.text, self.text.turn_end if self.text.turn_start is not None else self.text.end
         rows = [turn(text, [*([] if pictures is None else [Picture(pictures[i].cpu())]), question]) for i, question in enumerate(questions)]
         h, cache = self._begin(rows, longest)
-        noise = uniform(seeds or range(len(rows)), longest).to(h.device)
-        allowed = torch.zeros(self.config.llm.vocab_size, dtype=torch.bool)
-        allowed[[*text.ordinary, stop]] = True
-        allowed, written, done = allowed.to(h.device), [], torch.zeros(len(rows), dtype=torch.bool, device=h.device)
-
-        def pick(logits, t):
-            return choose(logits.masked_fill(~allowed, -math.inf), noise[:, t], temperature, top_k, top_p)
-        for token in self.write_words(h, cache, longest, pick):
-            written.append(token.masked_fill(done, stop))
+        written, done = [], torch.zeros(len(rows), dtype=torch.bool, device=h.device)
+        barred = torch.ones(self.config.llm.vocab_size, dtype=torch.bool, device=h.device)
+        barred[[*text.ordinary, stop]] = False
+        for token in self.write_words(h, cache, longest, lambda logits, t: logits.masked_fill(barred, -math.inf).argmax(-1)):
+            written.append(token)
             done |= token == stop
             if done.all():
                 break
@@ -810,9 +775,7 @@ class DualMLLM(nn.Module):
         rows = [turn(self.text, [Picture(p)], [c]) for p, c in zip(pictures.cpu(), captions)]
         batch = pack(rows, self.text, self.config.positions).to(self.marks.device)
         h = self.llm.hidden(self.embed(batch)).flatten(0, 1)
-        rows = max(1, LOGITS // self.config.llm.vocab_size)
-        parts = zip(h[batch.text_from].split(rows), batch.text_target.split(rows))
-        loss = torch.cat([F.cross_entropy(self.llm.head(y).float(), target, reduction="none") for y, target in parts])
+        loss = linear_cross_entropy(h[batch.text_from], self.llm.classifier, batch.text_target, "none")
         return loss.new_zeros(len(captions)).index_add_(0, batch.text_from // batch.ids.shape[1], -loss)
 
     # ---- files

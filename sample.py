@@ -35,7 +35,7 @@ from data.images import ImageData, Pictures
 from losses import Moments, frechet_distance, psnr, ssim
 from mllm import EDIT_GUIDANCE, GUIDANCE, DualMLLM, Picture, code_tables
 from rvq import all_reduce
-from tokenizer import DualTokenizer, check, first_line, layer_similarity, read_config, read_json, split_layers, write_json
+from tokenizer import DualTokenizer, check, first_line, layer_similarity, read_config, read_json, save_files, split_layers, write_json
 from train_mllm import SAMPLING, ImageSequences, encoder, evaluate, judge, to_generate
 from train_mllm import flags as train_flags
 from train_tokenizer import (VALIDATION_SEED, Parser, Ranks, batched, compile_parts, digest, load_teacher, read_text, report, run,
@@ -101,8 +101,7 @@ def flags(argv=None) -> argparse.Namespace:
 def read_images(paths: list[str], size: int) -> Tensor:
     """Images of any size, the middle square of each: (B, 3, size, size) in [-1, 1]. Raises ValueError for one that cannot be read."""
     images, broken = zip(*map(Pictures(paths, size).__getitem__, range(len(paths))))
-    if any(broken):
-        raise ValueError(f"{next(filter(None, broken))}; expected the path of an image")
+    check(not any(broken), f"{next(filter(None, broken), '')}; expected the path of an image")
     return torch.stack(images).float() / 127.5 - 1
 
 
@@ -132,34 +131,30 @@ def pictures_for(args, size: int, least: int, device, most: int = 256, **world) 
     return torch.stack(images).to(device).float() / 127.5 - 1, None, f"{n} pictures of {source}"
 
 
-@torch.no_grad()
 def reconstruct(args, tokenizer: DualTokenizer, device):
     """Original and reconstruction side by side, one PNG per image."""
-    size, n = tokenizer.config.vision.image_size, args.n or 8
+    size = tokenizer.config.vision.image_size
     if args.reconstruct:
         images, names = read_images(args.reconstruct, size).to(device), numbered([Path(path).stem for path in args.reconstruct])
     else:
-        images, names = pictures_for(args, size, 1, device, most=8)[0], [f"scene-{i}" for i in range(n)]
+        images, names = pictures_for(args, size, 1, device, most=8)[0], [f"scene-{i}" for i in range(args.n or 8)]
     rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in images.split(16)])
-    for i, name in enumerate(names):
-        pair, path = slice(i, i + 1), os.path.join(args.out, f"{name}-reconstruction.png")
-        save_grid([torch.cat([images[pair], rebuilt[pair]])], path, cell=256)
-        print(f"{path}  {size} px  PSNR {psnr(rebuilt[pair], images[pair]).item():.2f} dB  SSIM "
-              f"{ssim(rebuilt[pair], images[pair]).item():.3f}")
+    for name, image, again in zip(names, images.split(1), rebuilt.split(1)):
+        path = os.path.join(args.out, f"{name}-reconstruction.png")
+        save_grid([torch.cat([image, again])], path, cell=256)
+        print(f"{path}  {size} px  PSNR {psnr(again, image).item():.2f} dB  SSIM {ssim(again, image).item():.3f}")
 
 
-@torch.no_grad()
 def paint(args, tokenizer: DualTokenizer, model: DualMLLM, how: dict):
     """One PNG per prompt, with --n samples."""
     n = args.n or 1
     for prompt, name in zip(args.paint, numbered([slug(prompt) for prompt in args.paint])):
-        codes = model.paint([prompt] * n, seeds=list(range(args.seed, args.seed + n)), progress=True, **how)
+        codes = model.paint([prompt] * n, seeds=range(args.seed, args.seed + n), progress=True, **how)
         path = os.path.join(args.out, f"{name}.png")
         save_grid(list(tokenizer.decode(codes).split(min(n, 4))), path, cell=256 if n == 1 else 96)
         print(path)
 
 
-@torch.no_grad()
 def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device, how: dict):
     """Answers on the screen, or original and edited side by side in a PNG, for each image."""
     images, n = read_images(args.image, tokenizer.config.vision.image_size).to(device), args.n or 1
@@ -168,15 +163,13 @@ def ask_or_edit(args, tokenizer: DualTokenizer, model: DualMLLM, encode, device,
         for path, answer in zip(args.image, model.answer(pictures, [args.ask] * len(images))):
             print(answer if len(images) == 1 else f"{path}: {answer}")
         return
-    for i, name in enumerate(numbered([Path(path).stem for path in args.image])):
-        codes = model.paint([args.edit] * n, pictures[i:i + 1].expand(n, *pictures.shape[1:]), seeds=list(range(args.seed, args.seed + n)),
-                            progress=True, **how)
+    for name, image, picture in zip(numbered([Path(path).stem for path in args.image]), images.split(1), pictures.split(1)):
+        codes = model.paint([args.edit] * n, torch.cat([picture] * n), seeds=range(args.seed, args.seed + n), progress=True, **how)
         path = os.path.join(args.out, f"{name}-{slug(args.edit)}.png")
-        save_grid([torch.cat([images[i:i + 1], tokenizer.decode(codes)])], path, cell=256 if n == 1 else 96)
+        save_grid([torch.cat([image, tokenizer.decode(codes)])], path, cell=256 if n == 1 else 96)
         print(path)
 
 
-@torch.no_grad()
 def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, how: dict):
     """Line i, from 0 -> OUT/0000i.png, or with --n pictures a prompt OUT/0000i-0.png, ... Those there are kept: a stopped run goes on."""
     os.makedirs(args.out, exist_ok=True)
@@ -204,7 +197,6 @@ def paint_file(args, tokenizer: DualTokenizer, model: DualMLLM, ranks: Ranks, ho
             os.replace(path + ".tmp", path)
 
 
-@torch.no_grad()
 def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: Ranks):
     """Every record with its answer, in order; one without a readable image is left out, counted and named. Paths: relative to the file."""
     records, broken, done = [], [], {}
@@ -231,15 +223,12 @@ def answer_file(args, tokenizer: DualTokenizer, model: DualMLLM, encode, ranks: 
         raise ValueError(f'{args.answer_file} has no record that can be answered, such as {{"image": "a.png", "question": "what is this?"}}'
                          + "".join(f"; the first: {b}" for b in rows["broken"][:1]))
     if ranks.first:
-        os.makedirs(args.out, exist_ok=True)
         path = os.path.join(args.out, "answers.jsonl")
-        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as file:     # half a letter stays: "\ud800"
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for _, record in sorted(rows["done"], key=lambda row: row[0]))
-        os.replace(path + ".tmp", path)
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for _, record in sorted(rows["done"], key=lambda row: row[0]))
+        save_files(args.out, {"answers.jsonl": text.encode("utf-8", "backslashreplace")})       # half a letter stays: "\ud800"
         print(f"{path}: {len(rows['done'])} answers, {len(rows['broken'])} records left out", *rows["broken"][:10], sep="\n  ")
 
 
-@torch.no_grad()
 def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
     """Frechet distance between two folders, each picture cropped to the middle square at the tokenizer's size."""
     if args.inception:
@@ -259,8 +248,7 @@ def fd(args, tokenizer: DualTokenizer, ranks: Ranks):
             features = look(images.to(ranks.device))
             moments = moments or Moments(features.shape[1], ranks.device)
             moments.add(features)
-        if moments is None:
-            raise ValueError(f"{folder!r} has fewer pictures than there are ranks; start fewer")
+        check(moments, f"{folder!r} has fewer pictures than there are ranks; start fewer")
         for part in (moments.count, moments.sum, moments.outer):
             all_reduce(part)
         sides.append(moments)
@@ -433,7 +421,6 @@ def draw_depth(sheet, draw, args, tokenizer: DualTokenizer, device, shown: int =
             f"Pictures decoded from the first codes of each position; above them, the mean PSNR over {where}.")
 
 
-@torch.no_grad()
 def figure(args, tokenizer: DualTokenizer, device):
     sheet = Image.new("RGB", (3000, 3000), "white")
     draws = {"layers": draw_layers, "clusters": draw_clusters, "features": draw_features, "codes": draw_codes, "depth": draw_depth}
@@ -459,6 +446,7 @@ def or_weights(args, needed: tuple, say):
             "these are the weights that come with the code (preset nano, the built-in world)")
 
 
+@torch.no_grad()
 def main(argv=None):
     args = flags(argv)
     ranks = Ranks(args.device)
