@@ -371,6 +371,7 @@ class LLM(nn.Module):
     def hidden(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Embeddings x (B, T, C) -> states after the last norm (B, T, C). With a cache, x continues what is in it, and mask (B, T) bool is
         false in padding, on either side (None: there is none). Without one, padding is on the right alone: nothing before it can see it."""
+        check(mask is None or cache is not None, "a mask without a cache: pad on the right, where nothing sees it, and leave the mask out")
         c, (B, T, _) = self.config, x.shape
         steps = torch.arange(T, device=x.device)
         place, slots, bias = steps[None], None, None                                                    # (B or 1, T)
@@ -492,12 +493,16 @@ class VisualHead(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.classifiers = nn.Parameter(torch.randn(c.depth, width, c.codebook_size) * width ** -0.5)
 
+    def inputs(self, h: Tensor, vectors: Tensor) -> Tensor:
+        """Eq. 5: h (M, C), code vectors (M, d, E), the last not looked at -> what the depth transformer reads (M, d, head width)."""
+        before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E)
+        x = torch.cat([self.projector(h)[:, None], self.code_in(before.to(self.depth.dtype))], 1)
+        return x + self.depth[:x.shape[1]]
+
     def forward(self, h: Tensor, vectors: Tensor, codes: Tensor) -> Tensor:
         """Teacher forcing, the first d depths at once: h (M, C), codes (M, d), their vectors (M, d, E), the last not looked at -> the
         sum of each depth's cross entropies (d,)."""
-        before = vectors[:, :-1].cumsum(1)                                                               # (M, d - 1, E), Eq. 5
-        x = torch.cat([self.projector(h)[:, None], self.code_in(before.to(self.depth.dtype))], 1)
-        x = x + self.depth[:x.shape[1]]                                                                  # (M, d, head width)
+        x = self.inputs(h, vectors)
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x).transpose(0, 1)                                                                 # (d, M, head width)
@@ -517,6 +522,12 @@ class VisualHead(nn.Module):
 
 
 GUIDANCE, EDIT_GUIDANCE = 3.0, 1.5      # from words: arXiv v2's, ICLR's text names none; edits: ours, at nano 3 is worse
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance: logits (2M, K), with the words c and without them u, one half below the other -> u + s (c - u), (M, K)."""
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 def choose(logits: Tensor, noise: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -539,8 +550,12 @@ def repeat(step, times: int, graph: str, progress: bool):
     if graph == "cpu":
         step = torch.compile(step)
     if graph == "cuda" and times > 3:
-        for _ in itertools.islice(bar, 3):      # kernels are loaded and chosen before a step is captured
-            step()
+        side = torch.cuda.Stream()      # where torch wants a step warmed up before it is captured
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in itertools.islice(bar, 3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):        # records, and runs nothing
             step()
@@ -727,8 +742,7 @@ class DualMLLM(nn.Module):
 
                 def pick(logits, d):
                     if guided:
-                        conditional, unconditional = logits.float().chunk(2)
-                        logits = unconditional + guidance * (conditional - unconditional)
+                        logits = guide(logits, guidance)
                     chosen = choose(logits, drawn[:, s, d], temperature, top_k, top_p)
                     return chosen.repeat(2) if guided else chosen
                 new[:, 0, s] = head.sample(h, self.tables[s], pick)[:n]

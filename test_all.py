@@ -4563,6 +4563,8 @@ def test_mllm_llm_is_causal():
     for mask in (None, torch.arange(12) >= torch.tensor([[0], [3]])):
         a, b = (llm.hidden(y, mask, None if mask is None else Cache(llm.config, 2, 12, "cpu", torch.float32)) for y in (x, later))
         assert torch.allclose(a[:, :5], b[:, :5], atol=1e-6) and ((a - b).abs().amax(-1) > 1e-2)[:, 5:].all()
+    with pytest.raises(ValueError, match="a mask without a cache"):
+        llm.hidden(x, mask)
 
 
 def test_mllm_checkpointing_changes_nothing():

@@ -9,6 +9,7 @@ no generator whose state would have to be saved. Scenes are small integer tensor
 `plain` has 4 shapes, 4 colours and one size on flat grounds; `textured` has 8 of each, two sizes, patterned grounds and shaded shapes. The
 reader knows how shapes are drawn and nothing else, so it can mark reconstructed and generated images without any model.
 """
+
 import itertools
 import math
 from dataclasses import dataclass
