@@ -19,7 +19,7 @@ stages, main; the plumbing is train_tokenizer.py's.
 """
 
 import argparse
-import collections.abc
+import collections
 import copy
 import hashlib
 import itertools
@@ -28,9 +28,7 @@ import math
 import os
 import random
 import re
-import sys
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -196,9 +194,7 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
             rows = sorted(ranks.gather_rows({"rows": rows})["rows"], key=lambda row: row[0])
             if ranks.first:     # alone writes: ranks may be on several nodes
                 _, values, texts = zip(*rows)
-                if not start:
-                    np.lib.format.open_memmap(path, "w+", values[0].dtype, (count, *values[0].shape)).flush()
-                kept = np.load(path, mmap_mode="r+")
+                kept = np.lib.format.open_memmap(path, "r+" if start else "w+", values[0].dtype, (count, *values[0].shape))
                 kept[start:start + len(values)] = values
                 kept.flush()
                 with open(said, "a", encoding="utf-8") as file:
@@ -220,32 +216,22 @@ def kept_form(values: Tensor) -> np.ndarray:
 
 def keep_whole(path: str, step: int) -> int:
     """How many texts a stopped extraction wrote, in whole steps; what follows them is cut off."""
-    if not os.path.exists(path):
-        return 0
-    with open(path, "r+b") as file:
-        ends = list(itertools.accumulate(len(line) for line in file if line.endswith(b"\n")))
-        done = len(ends) // step * step
-        file.truncate(ends[done - 1] if done else 0)
+    with open(path, "a+b") as file:
+        file.seek(0)
+        ends = [0, *itertools.accumulate(len(line) for line in file if line.endswith(b"\n"))]
+        done = (len(ends) - 1) // step * step
+        file.truncate(ends[done])
     return done
 
 
-class Texts(collections.abc.Sequence):
-    """Texts of pictures, read from disk one by one: millions of captions are in no process's memory."""
+class Texts:
+    """Texts of pictures, one after the other or by number, mapped from disk: millions of captions are in no process's memory."""
 
     def __init__(self, folder: str):
-        self.path, self.ends = os.path.join(folder, "said.jsonl"), np.load(os.path.join(folder, "said.npy"), mmap_mode="r")
+        self.lines, self.ends = np.memmap(os.path.join(folder, "said.jsonl"), mode="r"), np.load(os.path.join(folder, "said.npy"), "r")
 
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __iter__(self):
-        with open(self.path, "rb") as file:
-            yield from map(json.loads, file)
-
-    def __getitem__(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.ends[i])
-            return json.loads(file.read(self.ends[i + 1] - self.ends[i]))
+    def __getitem__(self, i):       # past the last, an IndexError ends a loop
+        return json.loads(self.lines[self.ends[i]:self.ends[i + 1]].tobytes())
 
 
 def to_tensor(values: np.ndarray) -> Tensor:
@@ -338,7 +324,7 @@ class Sequences(torch.utils.data.Dataset):
 
         def steps(start):
             workers = self.args.workers if cuda else 0      # on a CPU they would only take the model's cores
-            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, sys.maxsize), num_workers=workers,
+            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=itertools.count(start), num_workers=workers,
                                                  pin_memory=cuda, worker_init_fn=start_worker,
                                                  prefetch_factor=4 if workers else None, generator=torch.Generator())
             for parts in loader:
@@ -399,17 +385,16 @@ class RecordSequences:
         good, broken = self.read(ranks)
         paths = sorted({path for *_, shown in good for path in shown})
         states = ranks.gather_rows({"all": [state(path) for path in paths[ranks.rank::ranks.count]]})["all"]
-        self.key = {"size": size, "limit": self.limit,
-                    "content": hashlib.sha256("\n".join(sorted(states)).encode("utf-8", "surrogatepass")).hexdigest()}
+        content = hashlib.sha256("\n".join(sorted(states)).encode("utf-8", "surrogatepass")).hexdigest()
+        self.key = {"size": size, "limit": 0, "content": content}       # whatever the limit, codes are the same
 
         def chunks(mine):
             loader = torch.utils.data.DataLoader(Pictures(paths, size), CHUNK, sampler=mine, num_workers=args.workers,
                                                  worker_init_fn=start_worker, generator=torch.Generator())
             for images, reasons in loader:
                 yield images.to(ranks.device).float() / 127.5 - 1, list(reasons)
-        key = {**encode.key, **self.key, "limit": 0}
-        self.pictures, said = extract(args, ranks, key, len(paths), chunks, encode) if paths else (None, [])
-        self.key["files"] = sorted(state(path) for path, _ in self.records.sources)
+        self.pictures, said = extract(args, ranks, {**encode.key, **self.key}, len(paths), chunks, encode) if paths else (None, [])
+        self.key |= {"limit": self.limit, "files": sorted(state(path) for path, _ in self.records.sources)}
         # what is wrong with a picture: mostly ""; a bench, where one stands for all, does not ask
         number, said = {path: i for i, path in enumerate(paths)}, {} if args.bench else dict(zip(paths, said))
         rows, self.shown = collections.defaultdict(list), []
@@ -669,9 +654,8 @@ def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds
         sums = torch.zeros(4)
         for part in batched(records.held[kind], 8, ranks):
             batch = pack([records.made(kind, row) for row in part], records.text, records.positions).to(ranks.device)
-            terms = {name: float(value) for name, value in model(batch).items()}
-            text = terms.pop("text")
-            sums += torch.tensor([text, len(batch.text_target), sum(terms.values()), len(batch.learned) * records.positions])
+            text, *codes = map(float, model(batch).values())
+            sums += torch.tensor([text, len(batch.text_target), sum(codes), len(batch.learned) * records.positions])
         text, tokens, codes, places = all_reduce(sums.to(ranks.device)).tolist()
         metrics |= {f"held_out_{kind}_{what}": value / n for what, value, n in (("text", text, tokens), ("codes", codes, places)) if n}
     return metrics
@@ -714,14 +698,13 @@ class MLLMStage(Stage):
         self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device, non_blocking=True)).clamp(min=1)
 
     def loss(self, batch, *, step):
-        terms, total, depths, kinds = {}, 0.0, DEPTHS.get(self.args.preset, (1.0,)), self.data.kinds_of(step).keys()
+        terms, total, depths, kinds = {}, 0.0, (1.0, *DEPTHS.get(self.args.preset, (1.0,))), self.data.kinds_of(step).keys()
         for name, value in self.wrapped(batch).items():
-            stream, depth = (*name.split("_"), "1")[:2]
-            depth, words = int(depth), stream == "text"
-            what = 0 if words else 1 if depth == 1 else 2
-            mean = value * self.scale[what]
-            total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * mean
-            if kinds & ({"text", "caption", "question", "document"} if words else {"paint", "edit", "document"}):
+            stream, _, depth = name.partition("_")
+            depth = int(depth or 0)         # of words
+            mean = value * self.scale[min(depth, 2)]
+            total = total + LOSS[stream] * depths[min(depth, len(depths) - 1)] * mean
+            if kinds & ({"paint", "edit", "document"} if depth else {"text", "caption", "question", "document"}):
                 terms[name] = mean
         return total, terms
 
@@ -863,10 +846,8 @@ def tables() -> dict[str, Table]:
         name = "-".join(filter(None, ("mllm", design, reads and f"reads-{reads}", paints and f"paints-{paints}")))
         return System(label, name, dict(streams_in=reads, streams_out=paints, until="2" if paints == "none" else ""), paper or {},
                       tokenizer=(design, dict(design=design)))
-    right, every = "understanding.all.right", "painting.all"
-    genai = lambda count, differ, compare, negate, universal, overall: {
-        **{f"painting.{k}": v for k, v in dict(count=count, differ=differ, compare=compare, negate=negate, universal=universal).items()},
-        every: overall}
+    right = "understanding.all.right"
+    genai = lambda *scores: dict(zip([f"painting.{skill}" for skill in (*SKILLS[2:7], "all")], scores))
     continuous = lambda paper: row("features of the teacher, continuous", "dual", "continuous", "none", {right: paper})
     return {
         "2": Table("Table 2: reading what was trained to reconstruct", asked, (), [
@@ -966,7 +947,12 @@ def main(argv=None, args=None):
     # ---- where to start
     first = 0 if args.stage == "all" else names.index(args.stage)
     if first and not args.bench:
-        model = load(os.path.join(args.out, f"stage-{names[first - 1]}"), names[first - 1], config)
+        folder = os.path.join(args.out, f"stage-{names[first - 1]}")
+        if not os.path.exists(os.path.join(folder, "metrics.json")):
+            raise ValueError(f"stage {names[first - 1]} is not finished in {folder!r}; run it first, or --stage all")
+        model = DualMLLM.from_pretrained(folder)
+        if changed := differences(asdict(model.config), asdict(config)):
+            raise ValueError(f"{folder} is of another tokenizer or design ({'; '.join(changed)}); use its flags, or another --out")
     else:
         model = DualMLLM(config, text, llm)
         model.take_tables(tables)
@@ -1132,7 +1118,7 @@ def bench_stage_growth(args, ranks: Ranks):
         data.pictures = kept_form(torch.zeros(1, config.positions, config.feature_width) if config.continuous else
                                   torch.zeros(1, config.positions, len(config.streams), config.depth).long())
         parts, model = next(data.batches(row)(0))[0], DualMLLM(config, text).to(ranks.device)
-        return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), parts
+        return MLLMStage(given, ranks, row, False, model, argparse.Namespace(config=tokenizer), None, data, None), parts
     width = usual.llm.hidden_size
     bench_growth(args, ranks, f"stage-{row.name}", {
         "positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)],
@@ -1167,16 +1153,6 @@ def estimate(args):
           f"{flops[2][0] / flops[1][0]:.3f} times those with one; a position and its codes: {flops[2][1] / 1e9:.2f}, "
           f"{flops[2][1] / flops[1][1]:.3f} times")
     print("paper, Table 11 (3B; of what, it does not say): 337.20 GFLOP a forward with two streams, 1.025 times the 328.98 with one")
-
-
-def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:
-    """The model that a stage left. ValueError: there is none, or it is of another tokenizer (`tables_sha256`) or design."""
-    if not os.path.exists(os.path.join(folder, "metrics.json")):
-        raise ValueError(f"stage {stage} is not finished in {folder!r}; run it first, or --stage all")
-    model = DualMLLM.from_pretrained(folder)
-    if changed := differences(asdict(model.config), asdict(config)):
-        raise ValueError(f"{folder} is of another tokenizer or design ({'; '.join(changed)}); use its flags, or another --out")
-    return model
 
 
 if __name__ == "__main__":
