@@ -20,7 +20,6 @@ stages, main; the plumbing is train_tokenizer.py's.
 
 import argparse
 import collections
-import copy
 import hashlib
 import itertools
 import json
@@ -38,8 +37,7 @@ from tqdm import tqdm
 import train_tokenizer
 from data import hub, shapes
 from data.images import ImageData, Pictures, start_worker
-from data.records import Image, Records, conversation, learned
-from data.records import document as read_document
+from data.records import Image, Records, conversation, document as read_document, learned
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
@@ -600,7 +598,7 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
 def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, ranks: Ranks, grid: str, how: dict) -> dict:
     """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy, the ceiling: the same
     for the tokenizer's reconstructions of scenes they are true of. fd: Frechet distance to these in pooled features of `look`, a ViT."""
-    shown = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
+    shown = [row for s in SKILLS if (row := [i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4])]
     rows = []
     for part in batched(range(len(val.claims)), 64, ranks, "painting"):
         claims, scenes = zip(*(val.claims[j][1:] for j in part))
@@ -615,7 +613,6 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
     metrics = {what: shares(skills, rows[name]) for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling"))}
     if ranks.first:
         pictures, right = dict(rows["pictures"]), dict(zip(rows["index"], rows["painted"]))
-        shown = [row for row in shown if row]
         save_grid([torch.stack([pictures[i] for i in row]) for row in shown], grid,
                   titles=[[f"{val.claims[i][1].text}: {'right' if right[i] else 'WRONG'}" for i in row] for row in shown])
     return {**metrics, "reader_accuracy": metrics["reader_accuracy_by_skill"]["all"], "fd": frechet_distance(rows["made"], rows["real"])}
@@ -681,10 +678,9 @@ class MLLMStage(Stage):
             "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length],
             "row": {**asdict(row), "mixture": data.mixture}, "muon": muon, "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)],
             "config": asdict(model.config), "from": digest(model), **common(args, ranks)}))
-        model.requires_grad_(False)
-        for part in row.trains:
-            for parameter in model.parts()[part]:
-                parameter.requires_grad_(True)
+        for part, parameters in model.parts().items():
+            for parameter in parameters:
+                parameter.requires_grad_(part in row.trains)
         model.llm.checkpointing = args.checkpointing
         self.optimise((0.9, 0.95), 0.01, [p for name, p in model.named_parameters()
                                           if muon and p.requires_grad and p.dim() >= 2 and MATRICES.search(name)])
@@ -737,8 +733,7 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
              how: dict = SAMPLING) -> dict:
     """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; look: the ViT that Frechet distances are
     measured in; grid: where a picture of these goes. Called on all ranks."""
-    was_training, metrics = model.training, {}
-    model.eval()
+    metrics = {}
     if data.source in shapes.DIFFICULTIES:
         val = Validation(data.source, tokenizer.config.vision.image_size, n)
         if "question" in kinds:
@@ -757,7 +752,6 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
             rows = [images[i:i + 8] for i in range(0, len(shown), 8) for images in (real, made)]
             titles = [[data.val_captions[j] if row % 2 else "" for j in shown[row // 2 * 8:][:8]] for row in range(len(rows))]
             save_grid(rows, grid, titles=titles)
-    model.train(was_training)
     return metrics
 
 
@@ -782,9 +776,8 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 
 def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
     """-> function: images (B, 3, H, W) -> codes, or deep features of the teacher (default: the tokenizer's); `key` tells encoders apart."""
-    c, model = tokenizer.config, tokenizer
-    if config.continuous:
-        model = load_teacher(folder, c.vision.image_size, teacher).to(next(tokenizer.parameters()).device)
+    c, device = tokenizer.config, next(tokenizer.parameters()).device
+    model = load_teacher(folder, c.vision.image_size, teacher).to(device) if config.continuous else tokenizer
 
     @torch.no_grad()
     def encode(images):
@@ -802,8 +795,8 @@ def judge(tokenizer: DualTokenizer, folder: str, ranks: Ranks):
     return tokenizer.siglip_model.vision_model
 
 
-def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, say=print) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
-    """The configuration that flags and tokenizer give, the text tokenizer, and the LLM where one is loaded."""
+def build(args, c, tables: int = 1, sha256: str = "", say=print) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
+    """The configuration that flags and a tokenizer's (c) give, the text tokenizer, and the LLM where one is loaded."""
     llm, name = None, args.llm or args.preset
     if name in LLMS:
         text, sizes = TextTokenizer.from_folder(args.vocabulary) if args.vocabulary else TextTokenizer.bytes(), LLMConfig(**LLMS[name])
@@ -821,12 +814,12 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
                 f"{text.marks['<image_start>']} to {text.size - 1}")
     else:
         raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a checkpoint's folder, or a name such as Qwen/Qwen2.5-3B")
-    c, default = tokenizer_config, tokenizer_config.streams if tokenizer_config.image_stream else ()
-    paints = () if args.streams_out == "none" else tuple(args.streams_out.split(",")) if args.streams_out else default
+    usual = c.streams if c.image_stream else ()
+    paints = () if args.streams_out == "none" else tuple(args.streams_out.split(",")) if args.streams_out else usual
     reads = tuple(args.streams_in.split(",")) if args.streams_in else c.streams
     config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=reads, streams_out=paints,
                         positions=c.positions, depth=c.depth, codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim,
-                        tables=tables, feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256,
+                        tables=tables, feature_width=c.vision.hidden_size, text="files" if text.files else "bytes", tables_sha256=sha256,
                         **HEADS.get(args.preset, {}))
     if config.streams_out and c.image_stream not in config.streams_out:
         raise ValueError(f"--streams-out is {args.streams_out!r}: expected none, " + (
@@ -914,7 +907,7 @@ def main(argv=None, args=None):
     if args.parameters:
         c = preset_config(tokenizer_preset(args))
         with torch.device("meta"):
-            config, text, _ = build(args, c, 1, "", c.vision.hidden_size)
+            config, text, _ = build(args, c)
             table = parameter_table(DualMLLM(config, text))
         print(f"{args.llm or args.preset} over {c.preset}, K {c.codebook_size}, E {config.code_dim}, D {c.depth}")
         print_parts([*table, ("a second stream in the projector", config.code_dim * config.llm.hidden_size)])
@@ -938,7 +931,7 @@ def main(argv=None, args=None):
         check(source, f"{args.tokenizer}/config.json does not say what the tokenizer was trained on; name the --data")
     tokenizer.to(ranks.device).requires_grad_(False)
     tables, sha256 = code_tables(tokenizer)
-    config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size, ranks.say)
+    config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, ranks.say)
     if not config.streams_out:
         ranks.say("pictures are read alone: nothing is painted, and stage 3 is left out")
     rows = stages_for(args, config, bool(llm))
@@ -956,7 +949,7 @@ def main(argv=None, args=None):
     else:
         model = DualMLLM(config, text, llm)
         model.take_tables(tables)
-    model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
+    model = model if args.fsdp else model.to(ranks.device)      # what is shared goes to the device part by part
 
     if args.bench in ("paint", "answer"):
         model = to_generate(model, args.precision, ranks.device)
@@ -1102,24 +1095,20 @@ def bench_answering(ranks: Ranks, model: DualMLLM, words: int = 64):
 def bench_stage_growth(args, ranks: Ranks):
     """--bench growth: the last stage of a preset at other sizes, on one picture, whose codes are all 0."""
     tokenizer = preset_config(tokenizer_preset(args))
-    usual, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
+    usual, text, _ = build(args, tokenizer)
     row = stages_for(args, usual, False)[-1]
-    row = replace(row, batch=args.batch_size or row.batch)
+    row, width = replace(row, batch=args.batch_size or row.batch), usual.llm.hidden_size
 
     def make(what, size):
-        llm, given = usual.llm, copy.copy(args)
-        if what == "width":
-            llm = replace(llm, hidden_size=size, intermediate_size=llm.intermediate_size * size // llm.hidden_size)
-        if what == "words":
-            given.text_length = size
-        config = replace(usual, llm=replace(llm, max_position_embeddings=32_768),
-                         **{"positions": dict(positions=size), "codebook size": dict(codebook_size=size)}.get(what, {}))
+        wide = dict(hidden_size=size, intermediate_size=usual.llm.intermediate_size * size // width) if what == "width" else {}
+        given = argparse.Namespace(**vars(args) | (dict(text_length=size) if what == "words" else {}))
+        config = replace(usual, llm=replace(usual.llm, max_position_embeddings=32_768, **wide),
+                         **({what.replace(" ", "_"): size} if what in ("positions", "codebook size") else {}))
         data = DrySequences("", given, ranks, text, config)
         data.pictures = kept_form(torch.zeros(1, config.positions, config.feature_width) if config.continuous else
                                   torch.zeros(1, config.positions, len(config.streams), config.depth).long())
         parts, model = next(data.batches(row)(0))[0], DualMLLM(config, text).to(ranks.device)
         return MLLMStage(given, ranks, row, False, model, argparse.Namespace(config=tokenizer), None, data, None), parts
-    width = usual.llm.hidden_size
     bench_growth(args, ranks, f"stage-{row.name}", {
         "positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)],
         "width": [width * n for n in (1, 2, 4)], "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
@@ -1130,9 +1119,9 @@ def estimate(args):
     if args.streams_in == "continuous" or (args.llm and args.llm not in LLMS) or args.vocabulary:
         raise ValueError("--dry-run is of codes; leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
     tokenizer, ranks, count = preset_config(tokenizer_preset(args)), Ranks("cpu"), args.ranks or (8 if STAGES[args.preset] is PAPER else 1)
-    config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
-    many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
-    many.count, args.text_data = count, ""
+    config, text, _ = build(args, tokenizer)
+    codes = np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
+    many, args.text_data = argparse.Namespace(**vars(ranks) | dict(count=count)), ""
 
     def maker(row):     # the data are real, and what is made of them below is fake
         data = DrySequences("", args, many, text, config)
