@@ -6239,9 +6239,9 @@ def test_train_mllm_records_become_sequences_with_losses_on_what_is_learned(reco
     flags = ["--conversations", f"{recorded}/chats.json,{recorded}/more.jsonl", "--documents", f"{recorded}/documents.jsonl"]
     data = record_data(recorded, tokenizer_folder, tmp_path, *flags)
     data.tokenizer, made = DualTokenizer.from_pretrained(tokenizer_folder), {}
-    for kind, rows in data.records.rows.items():
+    for rows in data.records.rows.values():
         for row in rows:
-            made[int(row[1])] = shown_as(data.records.made(kind, row), data, recorded)
+            made[int(row[1])] = shown_as(data.records.made(row), data, recorded)
     assert {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 8, "edit": 1,
         "document": 1} and data.kinds == ("question", "edit", "document")
     end = "(<|endoftext|>)"
@@ -6252,8 +6252,8 @@ def test_train_mllm_records_become_sequences_with_losses_on_what_is_learned(reco
     data = record_data(recorded, tokenizer_folder, tmp_path, *flags, text=CHAT)
     data.tokenizer = DualTokenizer.from_pretrained(tokenizer_folder)
     row, = [row for row in data.records.rows["question"] if row[1] == 0]
-    said = spelled(data.records.made("question", row), CHAT, losses=True)
-    assert said == "A cat.<|im_end|>It sleeps.<|im_end|>" and "(<|im_end|>) this" not in shown_as(data.records.made("question", row), data,
+    said = spelled(data.records.made(row), CHAT, losses=True)
+    assert said == "A cat.<|im_end|>It sleeps.<|im_end|>" and "(<|im_end|>) this" not in shown_as(data.records.made(row), data,
         recorded, CHAT)
 
 
@@ -6359,7 +6359,7 @@ def test_train_mllm_documents_are_cut_after_a_part(recorded, tokenizer_folder, t
         data = record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--documents",
                            str(tmp_path / "documents.jsonl"), "--max-tokens", str(limit))
         row, = data.records.rows["document"]
-        assert row[0] == length == len(laid_out(data.records.made("document", row), BYTES))
+        assert row[0] == length == len(laid_out(data.records.made(row), BYTES))
 
 
 def test_train_mllm_record_edits_drop_their_words_as_sampling_does(recorded, tokenizer_folder, tmp_path, monkeypatch):

@@ -421,11 +421,9 @@ class RecordSequences:
         rows, nothing = {"good": [], "broken": []}, torch.zeros(self.positions)
         for i in tqdm(range(ranks.rank, len(self.records), ranks.count), "reading records", leave=False, disable=not ranks.first):
             try:
-                kind, parts = self.records[i]
-                made = self.segments(kind, parts, itertools.repeat(nothing))
-                flat = [part for asked, _ in parts for part in asked] if kind == "question" else parts
-                images = [part.path for part in flat if isinstance(part, Image)]
-                rows["good"].append((i, kind, self.tokens(made), images[:sum(isinstance(s, Picture) for s in made)]))  # less those cut off
+                shown, (kind, parts) = [], self.records[i]
+                made = self.segments(kind, parts, lambda image: shown.append(image.path) or nothing)        # not of those cut off
+                rows["good"].append((i, kind, self.tokens(made), shown))
             except ValueError as error:
                 rows["broken"].append((i, str(error)))
         rows = ranks.gather_rows(rows)
@@ -435,8 +433,8 @@ class RecordSequences:
         return sum(len(s.ids) if isinstance(s, Words) else self.positions + 2 for s in segments)
 
     def segments(self, kind: str, parts: list, codes, drop: bool = False) -> list:
-        """A record's parts, and its pictures' codes in order -> segments; drop: without an edit's words. ValueError if it does not fit."""
-        picture = lambda image: Picture(next(codes), image.paint and self.paints, image.loss)
+        """A record's parts -> segments; codes(image): called in order; drop: without an edit's words. ValueError if it does not fit."""
+        picture = lambda image: Picture(codes(image), image.paint and self.paints, image.loss)
         if kind == "question":
             made = [s for asked, reply in parts
                     for s in turn(self.text, [picture(part) if isinstance(part, Image) else part for part in asked], reply)]
@@ -457,17 +455,17 @@ class RecordSequences:
             raise ValueError(f"{length} tokens, expected at most {self.limit}")
         return made
 
-    def made(self, kind: str, row, drop: bool = False) -> list:
+    def made(self, row, drop: bool = False) -> list:
         _, record, first, count = row.tolist()
         codes = (to_tensor(self.pictures[i]) for i in self.shown[first:first + count])
-        return self.segments(*self.records[record], codes, drop)
+        return self.segments(*self.records[record], lambda _: next(codes), drop)
 
     def sequence(self, kind: str, rng: random.Random) -> list:
         """Those of a step are of like length: its eighth of the records, where they are many."""
         rows, n = self.rows[kind], 8 if len(self.rows[kind]) >= 4096 else 1
         eighth = int(self.lengths * n)
         row = rows[rng.randrange(eighth * len(rows) // n, (eighth + 1) * len(rows) // n)]
-        return self.made(kind, row, kind == "edit" and rng.random() < DROP)
+        return self.made(row, kind == "edit" and rng.random() < DROP)
 
 
 def state(path: str) -> str:
@@ -650,7 +648,7 @@ def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds
     for kind in [kind for kind in records.kinds if kind in kinds and len(records.held[kind])]:
         sums = torch.zeros(4)
         for part in batched(records.held[kind], 8, ranks):
-            batch = pack([records.made(kind, row) for row in part], records.text, records.positions).to(ranks.device)
+            batch = pack([records.made(row) for row in part], records.text, records.positions).to(ranks.device)
             text, *codes = map(float, model(batch).values())
             sums += torch.tensor([text, len(batch.text_target), sum(codes), len(batch.learned) * records.positions])
         text, tokens, codes, places = all_reduce(sums.to(ranks.device)).tolist()
@@ -1120,12 +1118,11 @@ def estimate(args):
         raise ValueError("--dry-run is of codes; leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
     tokenizer, ranks, count = preset_config(tokenizer_preset(args)), Ranks("cpu"), args.ranks or (8 if STAGES[args.preset] is PAPER else 1)
     config, text, _ = build(args, tokenizer)
-    codes = np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
     many, args.text_data = argparse.Namespace(**vars(ranks) | dict(count=count)), ""
 
     def maker(row):     # the data are real, and what is made of them below is fake
         data = DrySequences("", args, many, text, config)
-        data.pictures = codes
+        data.pictures = np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
         parts = next(data.batches(row)(0))[0]
         return lambda: (MLLMStage(args, ranks, row, False, model, frozen, None, data, None), [(x.map(mode.from_tensor),) for x, in parts])
     makers = [maker(row) for row in named(stages_for(args, config, False), args)]
