@@ -5826,8 +5826,6 @@ def test_train_mllm_stopped_extraction_goes_on(captioned, tokenizer_folder, tmp_
         assert sorted(os.listdir(folder)) == sorted(os.listdir(twin)) == ["key.json", "pictures.npy", "said.jsonl", "said.npy"]
         assert np.array_equal(*(np.load(f / "pictures.npy") for f in (folder, twin))) and [*train_mllm.Texts(folder)] == [
             *train_mllm.Texts(twin)]
-        texts = train_mllm.Texts(folder)
-        assert [texts[i] for i in range(len(texts))] == [*texts]
 
 
 def test_train_mllm_caption_retrieval_counts_pictures(monkeypatch):
@@ -6018,7 +6016,7 @@ def test_train_mllm_dry_run_is_the_real_step(monkeypatch):
     """FLOPs, and bytes within a quarter of the allocator's own account, of a stage with all parts; and FLOPs of painting are those of
     `paint`."""
     args = train_mllm.flags(["--dry-run", "--precision", "fp32", "--text-length", "40"])
-    config, text, _ = train_mllm.build(args, preset_config("nano"), 1, "", 96)
+    config, text, _ = train_mllm.build(args, preset_config("nano"))
     ranks, row = train_tokenizer.Ranks("cpu"), replace(MIXED_ROW, batch=8)
     data = train_mllm.DrySequences("", args, ranks, text, config)
     data.key, data.pictures = {}, np.zeros((1, 64, 2, 4), np.uint16)
@@ -6248,9 +6246,9 @@ def test_train_mllm_records_become_sequences_with_losses_on_what_is_learned(reco
     flags = ["--conversations", f"{recorded}/chats.json,{recorded}/more.jsonl", "--documents", f"{recorded}/documents.jsonl"]
     data = record_data(recorded, tokenizer_folder, tmp_path, *flags)
     data.tokenizer, made = DualTokenizer.from_pretrained(tokenizer_folder), {}
-    for kind, rows in data.records.rows.items():
+    for rows in data.records.rows.values():
         for row in rows:
-            made[int(row[1])] = shown_as(data.records.made(kind, row), data, recorded)
+            made[int(row[1])] = shown_as(data.records.made(row), data, recorded)
     assert {kind: len(rows) for kind, rows in data.records.rows.items()} == {"question": 8, "edit": 1,
         "document": 1} and data.kinds == ("question", "edit", "document")
     end = "(<|endoftext|>)"
@@ -6261,8 +6259,8 @@ def test_train_mllm_records_become_sequences_with_losses_on_what_is_learned(reco
     data = record_data(recorded, tokenizer_folder, tmp_path, *flags, text=CHAT)
     data.tokenizer = DualTokenizer.from_pretrained(tokenizer_folder)
     row, = [row for row in data.records.rows["question"] if row[1] == 0]
-    said = spelled(data.records.made("question", row), CHAT, losses=True)
-    assert said == "A cat.<|im_end|>It sleeps.<|im_end|>" and "(<|im_end|>) this" not in shown_as(data.records.made("question", row), data,
+    said = spelled(data.records.made(row), CHAT, losses=True)
+    assert said == "A cat.<|im_end|>It sleeps.<|im_end|>" and "(<|im_end|>) this" not in shown_as(data.records.made(row), data,
         recorded, CHAT)
 
 
@@ -6368,7 +6366,7 @@ def test_train_mllm_documents_are_cut_after_a_part(recorded, tokenizer_folder, t
         data = record_data(recorded, tokenizer_folder, tmp_path / "run", "--image-folder", str(recorded), "--documents",
                            str(tmp_path / "documents.jsonl"), "--max-tokens", str(limit))
         row, = data.records.rows["document"]
-        assert row[0] == length == len(laid_out(data.records.made("document", row), BYTES))
+        assert row[0] == length == len(laid_out(data.records.made(row), BYTES))
 
 
 def test_train_mllm_record_edits_drop_their_words_as_sampling_does(recorded, tokenizer_folder, tmp_path, monkeypatch):

@@ -19,8 +19,7 @@ stages, main; the plumbing is train_tokenizer.py's.
 """
 
 import argparse
-import collections.abc
-import copy
+import collections
 import hashlib
 import itertools
 import json
@@ -28,9 +27,7 @@ import math
 import os
 import random
 import re
-import sys
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -40,8 +37,7 @@ from tqdm import tqdm
 import train_tokenizer
 from data import hub, shapes
 from data.images import ImageData, Pictures, start_worker
-from data.records import Image, Records, conversation, learned
-from data.records import document as read_document
+from data.records import Image, Records, conversation, document as read_document, learned
 from losses import frechet_distance
 from mllm import HEADS, LLM, LLMS, Cache, DualMLLM, LLMConfig, MLLMConfig, Picture, TextTokenizer, Words, code_tables, document, pack, turn
 from rvq import all_reduce
@@ -196,9 +192,7 @@ def extract(args, ranks: Ranks, key: dict, count: int, chunks, encode) -> tuple[
             rows = sorted(ranks.gather_rows({"rows": rows})["rows"], key=lambda row: row[0])
             if ranks.first:     # alone writes: ranks may be on several nodes
                 _, values, texts = zip(*rows)
-                if not start:
-                    np.lib.format.open_memmap(path, "w+", values[0].dtype, (count, *values[0].shape)).flush()
-                kept = np.load(path, mmap_mode="r+")
+                kept = np.lib.format.open_memmap(path, "r+" if start else "w+", values[0].dtype, (count, *values[0].shape))
                 kept[start:start + len(values)] = values
                 kept.flush()
                 with open(said, "a", encoding="utf-8") as file:
@@ -220,32 +214,22 @@ def kept_form(values: Tensor) -> np.ndarray:
 
 def keep_whole(path: str, step: int) -> int:
     """How many texts a stopped extraction wrote, in whole steps; what follows them is cut off."""
-    if not os.path.exists(path):
-        return 0
-    with open(path, "r+b") as file:
-        ends = list(itertools.accumulate(len(line) for line in file if line.endswith(b"\n")))
-        done = len(ends) // step * step
-        file.truncate(ends[done - 1] if done else 0)
+    with open(path, "a+b") as file:
+        file.seek(0)
+        ends = [0, *itertools.accumulate(len(line) for line in file if line.endswith(b"\n"))]
+        done = (len(ends) - 1) // step * step
+        file.truncate(ends[done])
     return done
 
 
-class Texts(collections.abc.Sequence):
-    """Texts of pictures, read from disk one by one: millions of captions are in no process's memory."""
+class Texts:
+    """Texts of pictures, one after the other or by number, mapped from disk: millions of captions are in no process's memory."""
 
     def __init__(self, folder: str):
-        self.path, self.ends = os.path.join(folder, "said.jsonl"), np.load(os.path.join(folder, "said.npy"), mmap_mode="r")
+        self.lines, self.ends = np.memmap(os.path.join(folder, "said.jsonl"), mode="r"), np.load(os.path.join(folder, "said.npy"), "r")
 
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __iter__(self):
-        with open(self.path, "rb") as file:
-            yield from map(json.loads, file)
-
-    def __getitem__(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.ends[i])
-            return json.loads(file.read(self.ends[i + 1] - self.ends[i]))
+    def __getitem__(self, i):       # past the last, an IndexError ends a loop
+        return json.loads(self.lines[self.ends[i]:self.ends[i + 1]].tobytes())
 
 
 def to_tensor(values: np.ndarray) -> Tensor:
@@ -338,7 +322,7 @@ class Sequences(torch.utils.data.Dataset):
 
         def steps(start):
             workers = self.args.workers if cuda else 0      # on a CPU they would only take the model's cores
-            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, sys.maxsize), num_workers=workers,
+            loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=itertools.count(start), num_workers=workers,
                                                  pin_memory=cuda, worker_init_fn=start_worker,
                                                  prefetch_factor=4 if workers else None, generator=torch.Generator())
             for parts in loader:
@@ -399,17 +383,16 @@ class RecordSequences:
         good, broken = self.read(ranks)
         paths = sorted({path for *_, shown in good for path in shown})
         states = ranks.gather_rows({"all": [state(path) for path in paths[ranks.rank::ranks.count]]})["all"]
-        self.key = {"size": size, "limit": self.limit,
-                    "content": hashlib.sha256("\n".join(sorted(states)).encode("utf-8", "surrogatepass")).hexdigest()}
+        content = hashlib.sha256("\n".join(sorted(states)).encode("utf-8", "surrogatepass")).hexdigest()
+        self.key = {"size": size, "limit": 0, "content": content}       # whatever the limit, codes are the same
 
         def chunks(mine):
             loader = torch.utils.data.DataLoader(Pictures(paths, size), CHUNK, sampler=mine, num_workers=args.workers,
                                                  worker_init_fn=start_worker, generator=torch.Generator())
             for images, reasons in loader:
                 yield images.to(ranks.device).float() / 127.5 - 1, list(reasons)
-        key = {**encode.key, **self.key, "limit": 0}
-        self.pictures, said = extract(args, ranks, key, len(paths), chunks, encode) if paths else (None, [])
-        self.key["files"] = sorted(state(path) for path, _ in self.records.sources)
+        self.pictures, said = extract(args, ranks, {**encode.key, **self.key}, len(paths), chunks, encode) if paths else (None, [])
+        self.key |= {"limit": self.limit, "files": sorted(state(path) for path, _ in self.records.sources)}
         # what is wrong with a picture: mostly ""; a bench, where one stands for all, does not ask
         number, said = {path: i for i, path in enumerate(paths)}, {} if args.bench else dict(zip(paths, said))
         rows, self.shown = collections.defaultdict(list), []
@@ -438,11 +421,9 @@ class RecordSequences:
         rows, nothing = {"good": [], "broken": []}, torch.zeros(self.positions)
         for i in tqdm(range(ranks.rank, len(self.records), ranks.count), "reading records", leave=False, disable=not ranks.first):
             try:
-                kind, parts = self.records[i]
-                made = self.segments(kind, parts, itertools.repeat(nothing))
-                flat = [part for asked, _ in parts for part in asked] if kind == "question" else parts
-                images = [part.path for part in flat if isinstance(part, Image)]
-                rows["good"].append((i, kind, self.tokens(made), images[:sum(isinstance(s, Picture) for s in made)]))  # less those cut off
+                shown, (kind, parts) = [], self.records[i]
+                made = self.segments(kind, parts, lambda image: shown.append(image.path) or nothing)        # not of those cut off
+                rows["good"].append((i, kind, self.tokens(made), shown))
             except ValueError as error:
                 rows["broken"].append((i, str(error)))
         rows = ranks.gather_rows(rows)
@@ -452,8 +433,8 @@ class RecordSequences:
         return sum(len(s.ids) if isinstance(s, Words) else self.positions + 2 for s in segments)
 
     def segments(self, kind: str, parts: list, codes, drop: bool = False) -> list:
-        """A record's parts, and its pictures' codes in order -> segments; drop: without an edit's words. ValueError if it does not fit."""
-        picture = lambda image: Picture(next(codes), image.paint and self.paints, image.loss)
+        """A record's parts -> segments; codes(image): called in order; drop: without an edit's words. ValueError if it does not fit."""
+        picture = lambda image: Picture(codes(image), image.paint and self.paints, image.loss)
         if kind == "question":
             made = [s for asked, reply in parts
                     for s in turn(self.text, [picture(part) if isinstance(part, Image) else part for part in asked], reply)]
@@ -474,17 +455,17 @@ class RecordSequences:
             raise ValueError(f"{length} tokens, expected at most {self.limit}")
         return made
 
-    def made(self, kind: str, row, drop: bool = False) -> list:
+    def made(self, row, drop: bool = False) -> list:
         _, record, first, count = row.tolist()
         codes = (to_tensor(self.pictures[i]) for i in self.shown[first:first + count])
-        return self.segments(*self.records[record], codes, drop)
+        return self.segments(*self.records[record], lambda _: next(codes), drop)
 
     def sequence(self, kind: str, rng: random.Random) -> list:
         """Those of a step are of like length: its eighth of the records, where they are many."""
         rows, n = self.rows[kind], 8 if len(self.rows[kind]) >= 4096 else 1
         eighth = int(self.lengths * n)
         row = rows[rng.randrange(eighth * len(rows) // n, (eighth + 1) * len(rows) // n)]
-        return self.made(kind, row, kind == "edit" and rng.random() < DROP)
+        return self.made(row, kind == "edit" and rng.random() < DROP)
 
 
 def state(path: str) -> str:
@@ -615,7 +596,7 @@ def understanding(model: DualMLLM, val: Validation, encode, ranks: Ranks) -> dic
 def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, ranks: Ranks, grid: str, how: dict) -> dict:
     """Prompts painted and marked by the world's reader: whether the claim holds for what it reads. reader_accuracy, the ceiling: the same
     for the tokenizer's reconstructions of scenes they are true of. fd: Frechet distance to these in pooled features of `look`, a ViT."""
-    shown = [[i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4] for s in SKILLS]
+    shown = [row for s in SKILLS if (row := [i for i, (skill, *_) in enumerate(val.claims) if skill == s][:4])]
     rows = []
     for part in batched(range(len(val.claims)), 64, ranks, "painting"):
         claims, scenes = zip(*(val.claims[j][1:] for j in part))
@@ -630,7 +611,6 @@ def painting(model: DualMLLM, tokenizer: DualTokenizer, look, val: Validation, r
     metrics = {what: shares(skills, rows[name]) for what, name in (("painting", "painted"), ("reader_accuracy_by_skill", "ceiling"))}
     if ranks.first:
         pictures, right = dict(rows["pictures"]), dict(zip(rows["index"], rows["painted"]))
-        shown = [row for row in shown if row]
         save_grid([torch.stack([pictures[i] for i in row]) for row in shown], grid,
                   titles=[[f"{val.claims[i][1].text}: {'right' if right[i] else 'WRONG'}" for i in row] for row in shown])
     return {**metrics, "reader_accuracy": metrics["reader_accuracy_by_skill"]["all"], "fd": frechet_distance(rows["made"], rows["real"])}
@@ -668,10 +648,9 @@ def held_out_loss(model: DualMLLM, records: RecordSequences, ranks: Ranks, kinds
     for kind in [kind for kind in records.kinds if kind in kinds and len(records.held[kind])]:
         sums = torch.zeros(4)
         for part in batched(records.held[kind], 8, ranks):
-            batch = pack([records.made(kind, row) for row in part], records.text, records.positions).to(ranks.device)
-            terms = {name: float(value) for name, value in model(batch).items()}
-            text = terms.pop("text")
-            sums += torch.tensor([text, len(batch.text_target), sum(terms.values()), len(batch.learned) * records.positions])
+            batch = pack([records.made(row) for row in part], records.text, records.positions).to(ranks.device)
+            text, *codes = map(float, model(batch).values())
+            sums += torch.tensor([text, len(batch.text_target), sum(codes), len(batch.learned) * records.positions])
         text, tokens, codes, places = all_reduce(sums.to(ranks.device)).tolist()
         metrics |= {f"held_out_{kind}_{what}": value / n for what, value, n in (("text", text, tokens), ("codes", codes, places)) if n}
     return metrics
@@ -697,10 +676,9 @@ class MLLMStage(Stage):
             "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length],
             "row": {**asdict(row), "mixture": data.mixture}, "muon": muon, "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)],
             "config": asdict(model.config), "from": digest(model), **common(args, ranks)}))
-        model.requires_grad_(False)
-        for part in row.trains:
-            for parameter in model.parts()[part]:
-                parameter.requires_grad_(True)
+        for part, parameters in model.parts().items():
+            for parameter in parameters:
+                parameter.requires_grad_(part in row.trains)
         model.llm.checkpointing = args.checkpointing
         self.optimise((0.9, 0.95), 0.01, [p for name, p in model.named_parameters()
                                           if muon and p.requires_grad and p.dim() >= 2 and MATRICES.search(name)])
@@ -714,14 +692,13 @@ class MLLMStage(Stage):
         self.scale = len(parts) * self.ranks.count / all_reduce(counts.to(self.ranks.device, non_blocking=True)).clamp(min=1)
 
     def loss(self, batch, *, step):
-        terms, total, depths, kinds = {}, 0.0, DEPTHS.get(self.args.preset, (1.0,)), self.data.kinds_of(step).keys()
+        terms, total, depths, kinds = {}, 0.0, (1.0, *DEPTHS.get(self.args.preset, (1.0,))), self.data.kinds_of(step).keys()
         for name, value in self.wrapped(batch).items():
-            stream, depth = (*name.split("_"), "1")[:2]
-            depth, words = int(depth), stream == "text"
-            what = 0 if words else 1 if depth == 1 else 2
-            mean = value * self.scale[what]
-            total = total + LOSS[stream] * (1.0 if words else depths[min(depth, len(depths)) - 1]) * mean
-            if kinds & ({"text", "caption", "question", "document"} if words else {"paint", "edit", "document"}):
+            stream, _, depth = name.partition("_")
+            depth = int(depth or 0)         # of words
+            mean = value * self.scale[min(depth, 2)]
+            total = total + LOSS[stream] * depths[min(depth, len(depths) - 1)] * mean
+            if kinds & ({"paint", "edit", "document"} if depth else {"text", "caption", "question", "document"}):
                 terms[name] = mean
         return total, terms
 
@@ -754,8 +731,7 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
              how: dict = SAMPLING) -> dict:
     """What these kinds of sequences teach, on n held-out pictures, and as many prompts, nearly; look: the ViT that Frechet distances are
     measured in; grid: where a picture of these goes. Called on all ranks."""
-    was_training, metrics = model.training, {}
-    model.eval()
+    metrics = {}
     if data.source in shapes.DIFFICULTIES:
         val = Validation(data.source, tokenizer.config.vision.image_size, n)
         if "question" in kinds:
@@ -774,7 +750,6 @@ def evaluate(model: DualMLLM, tokenizer: DualTokenizer, look, data, encode, n: i
             rows = [images[i:i + 8] for i in range(0, len(shown), 8) for images in (real, made)]
             titles = [[data.val_captions[j] if row % 2 else "" for j in shown[row // 2 * 8:][:8]] for row in range(len(rows))]
             save_grid(rows, grid, titles=titles)
-    model.train(was_training)
     return metrics
 
 
@@ -799,9 +774,8 @@ def parameter_table(model: DualMLLM) -> list[tuple[str, int]]:
 
 def encoder(config: MLLMConfig, tokenizer: DualTokenizer, folder: str, teacher: str = ""):
     """-> function: images (B, 3, H, W) -> codes, or deep features of the teacher (default: the tokenizer's); `key` tells encoders apart."""
-    c, model = tokenizer.config, tokenizer
-    if config.continuous:
-        model = load_teacher(folder, c.vision.image_size, teacher).to(next(tokenizer.parameters()).device)
+    c, device = tokenizer.config, next(tokenizer.parameters()).device
+    model = load_teacher(folder, c.vision.image_size, teacher).to(device) if config.continuous else tokenizer
 
     @torch.no_grad()
     def encode(images):
@@ -819,8 +793,8 @@ def judge(tokenizer: DualTokenizer, folder: str, ranks: Ranks):
     return tokenizer.siglip_model.vision_model
 
 
-def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, say=print) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
-    """The configuration that flags and tokenizer give, the text tokenizer, and the LLM where one is loaded."""
+def build(args, c, tables: int = 1, sha256: str = "", say=print) -> tuple[MLLMConfig, TextTokenizer, LLM | None]:
+    """The configuration that flags and a tokenizer's (c) give, the text tokenizer, and the LLM where one is loaded."""
     llm, name = None, args.llm or args.preset
     if name in LLMS:
         text, sizes = TextTokenizer.from_folder(args.vocabulary) if args.vocabulary else TextTokenizer.bytes(), LLMConfig(**LLMS[name])
@@ -838,12 +812,12 @@ def build(args, tokenizer_config, tables: int, sha256: str, feature_width: int, 
                 f"{text.marks['<image_start>']} to {text.size - 1}")
     else:
         raise ValueError(f"--llm is {name!r}, expected one of {', '.join(LLMS)}, a checkpoint's folder, or a name such as Qwen/Qwen2.5-3B")
-    c, default = tokenizer_config, tokenizer_config.streams if tokenizer_config.image_stream else ()
-    paints = () if args.streams_out == "none" else tuple(args.streams_out.split(",")) if args.streams_out else default
+    usual = c.streams if c.image_stream else ()
+    paints = () if args.streams_out == "none" else tuple(args.streams_out.split(",")) if args.streams_out else usual
     reads = tuple(args.streams_in.split(",")) if args.streams_in else c.streams
     config = MLLMConfig(llm=sizes, streams=c.streams, streams_in=reads, streams_out=paints,
                         positions=c.positions, depth=c.depth, codebook_size=c.codebook_size, code_dim=args.code_dim or c.code_dim,
-                        tables=tables, feature_width=feature_width, text="files" if text.files else "bytes", tables_sha256=sha256,
+                        tables=tables, feature_width=c.vision.hidden_size, text="files" if text.files else "bytes", tables_sha256=sha256,
                         **HEADS.get(args.preset, {}))
     if config.streams_out and c.image_stream not in config.streams_out:
         raise ValueError(f"--streams-out is {args.streams_out!r}: expected none, " + (
@@ -863,10 +837,8 @@ def tables() -> dict[str, Table]:
         name = "-".join(filter(None, ("mllm", design, reads and f"reads-{reads}", paints and f"paints-{paints}")))
         return System(label, name, dict(streams_in=reads, streams_out=paints, until="2" if paints == "none" else ""), paper or {},
                       tokenizer=(design, dict(design=design)))
-    right, every = "understanding.all.right", "painting.all"
-    genai = lambda count, differ, compare, negate, universal, overall: {
-        **{f"painting.{k}": v for k, v in dict(count=count, differ=differ, compare=compare, negate=negate, universal=universal).items()},
-        every: overall}
+    right = "understanding.all.right"
+    genai = lambda *scores: dict(zip([f"painting.{skill}" for skill in (*SKILLS[2:7], "all")], scores))
     continuous = lambda paper: row("features of the teacher, continuous", "dual", "continuous", "none", {right: paper})
     return {
         "2": Table("Table 2: reading what was trained to reconstruct", asked, (), [
@@ -933,7 +905,7 @@ def main(argv=None, args=None):
     if args.parameters:
         c = preset_config(tokenizer_preset(args))
         with torch.device("meta"):
-            config, text, _ = build(args, c, 1, "", c.vision.hidden_size)
+            config, text, _ = build(args, c)
             table = parameter_table(DualMLLM(config, text))
         print(f"{args.llm or args.preset} over {c.preset}, K {c.codebook_size}, E {config.code_dim}, D {c.depth}")
         print_parts([*table, ("a second stream in the projector", config.code_dim * config.llm.hidden_size)])
@@ -957,7 +929,7 @@ def main(argv=None, args=None):
         check(source, f"{args.tokenizer}/config.json does not say what the tokenizer was trained on; name the --data")
     tokenizer.to(ranks.device).requires_grad_(False)
     tables, sha256 = code_tables(tokenizer)
-    config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, tokenizer.config.vision.hidden_size, ranks.say)
+    config, text, llm = build(args, tokenizer.config, tables.shape[1], sha256, ranks.say)
     if not config.streams_out:
         ranks.say("pictures are read alone: nothing is painted, and stage 3 is left out")
     rows = stages_for(args, config, bool(llm))
@@ -966,11 +938,16 @@ def main(argv=None, args=None):
     # ---- where to start
     first = 0 if args.stage == "all" else names.index(args.stage)
     if first and not args.bench:
-        model = load(os.path.join(args.out, f"stage-{names[first - 1]}"), names[first - 1], config)
+        folder = os.path.join(args.out, f"stage-{names[first - 1]}")
+        if not os.path.exists(os.path.join(folder, "metrics.json")):
+            raise ValueError(f"stage {names[first - 1]} is not finished in {folder!r}; run it first, or --stage all")
+        model = DualMLLM.from_pretrained(folder)
+        if changed := differences(asdict(model.config), asdict(config)):
+            raise ValueError(f"{folder} is of another tokenizer or design ({'; '.join(changed)}); use its flags, or another --out")
     else:
         model = DualMLLM(config, text, llm)
         model.take_tables(tables)
-    model = model.train() if args.fsdp else model.to(ranks.device).train()       # what is shared goes to the device part by part
+    model = model if args.fsdp else model.to(ranks.device)      # what is shared goes to the device part by part
 
     if args.bench in ("paint", "answer"):
         model = to_generate(model, args.precision, ranks.device)
@@ -1116,24 +1093,20 @@ def bench_answering(ranks: Ranks, model: DualMLLM, words: int = 64):
 def bench_stage_growth(args, ranks: Ranks):
     """--bench growth: the last stage of a preset at other sizes, on one picture, whose codes are all 0."""
     tokenizer = preset_config(tokenizer_preset(args))
-    usual, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
+    usual, text, _ = build(args, tokenizer)
     row = stages_for(args, usual, False)[-1]
-    row = replace(row, batch=args.batch_size or row.batch)
+    row, width = replace(row, batch=args.batch_size or row.batch), usual.llm.hidden_size
 
     def make(what, size):
-        llm, given = usual.llm, copy.copy(args)
-        if what == "width":
-            llm = replace(llm, hidden_size=size, intermediate_size=llm.intermediate_size * size // llm.hidden_size)
-        if what == "words":
-            given.text_length = size
-        config = replace(usual, llm=replace(llm, max_position_embeddings=32_768),
-                         **{"positions": dict(positions=size), "codebook size": dict(codebook_size=size)}.get(what, {}))
+        wide = dict(hidden_size=size, intermediate_size=usual.llm.intermediate_size * size // width) if what == "width" else {}
+        given = argparse.Namespace(**vars(args) | (dict(text_length=size) if what == "words" else {}))
+        config = replace(usual, llm=replace(usual.llm, max_position_embeddings=32_768, **wide),
+                         **({what.replace(" ", "_"): size} if what in ("positions", "codebook size") else {}))
         data = DrySequences("", given, ranks, text, config)
         data.pictures = kept_form(torch.zeros(1, config.positions, config.feature_width) if config.continuous else
                                   torch.zeros(1, config.positions, len(config.streams), config.depth).long())
         parts, model = next(data.batches(row)(0))[0], DualMLLM(config, text).to(ranks.device)
-        return MLLMStage(given, ranks, row, False, model, SimpleNamespace(config=tokenizer), None, data, None), parts
-    width = usual.llm.hidden_size
+        return MLLMStage(given, ranks, row, False, model, argparse.Namespace(config=tokenizer), None, data, None), parts
     bench_growth(args, ranks, f"stage-{row.name}", {
         "positions": [usual.positions * n for n in (1, 2, 4)], "words": [args.text_length * n for n in (1, 2, 4)],
         "width": [width * n for n in (1, 2, 4)], "codebook size": [usual.codebook_size * n for n in (1, 4, 16)]}, make)
@@ -1144,13 +1117,12 @@ def estimate(args):
     if args.streams_in == "continuous" or (args.llm and args.llm not in LLMS) or args.vocabulary:
         raise ValueError("--dry-run is of codes; leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
     tokenizer, ranks, count = preset_config(tokenizer_preset(args)), Ranks("cpu"), args.ranks or (8 if STAGES[args.preset] is PAPER else 1)
-    config, text, _ = build(args, tokenizer, 1, "", tokenizer.vision.hidden_size)
-    many, codes = copy.copy(ranks), np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
-    many.count, args.text_data = count, ""
+    config, text, _ = build(args, tokenizer)
+    many, args.text_data = argparse.Namespace(**vars(ranks) | dict(count=count)), ""
 
     def maker(row):     # the data are real, and what is made of them below is fake
         data = DrySequences("", args, many, text, config)
-        data.pictures = codes
+        data.pictures = np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
         parts = next(data.batches(row)(0))[0]
         return lambda: (MLLMStage(args, ranks, row, False, model, frozen, None, data, None), [(x.map(mode.from_tensor),) for x, in parts])
     makers = [maker(row) for row in named(stages_for(args, config, False), args)]
@@ -1167,16 +1139,6 @@ def estimate(args):
           f"{flops[2][0] / flops[1][0]:.3f} times those with one; a position and its codes: {flops[2][1] / 1e9:.2f}, "
           f"{flops[2][1] / flops[1][1]:.3f} times")
     print("paper, Table 11 (3B; of what, it does not say): 337.20 GFLOP a forward with two streams, 1.025 times the 328.98 with one")
-
-
-def load(folder: str, stage: str, config: MLLMConfig) -> DualMLLM:
-    """The model that a stage left. ValueError: there is none, or it is of another tokenizer (`tables_sha256`) or design."""
-    if not os.path.exists(os.path.join(folder, "metrics.json")):
-        raise ValueError(f"stage {stage} is not finished in {folder!r}; run it first, or --stage all")
-    model = DualMLLM.from_pretrained(folder)
-    if changed := differences(asdict(model.config), asdict(config)):
-        raise ValueError(f"{folder} is of another tokenizer or design ({'; '.join(changed)}); use its flags, or another --out")
-    return model
 
 
 if __name__ == "__main__":
