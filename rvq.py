@@ -83,33 +83,24 @@ def fused_kernel():
     return kernel
 
 
-def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
-    """z_q, whose gradient goes to z as if nothing had been quantized: the nearest code has none of its own. Both of one shape."""
-    return z + (z_q - z).detach()
-
-
-def commitment_loss(z: Tensor, close: Tensor) -> Tensor:
-    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E), without gradient."""
-    return (z - close).square().mean()
-
-
 class Quantizer(nn.Module):
     """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables,
     statistics, restarts. A design says in `_search` how it codes.
 
-    tables      how many, T, and `width`, W, the numbers in a code vector
     decay       of the EMA
+    shared      one table for all depths (T = 1, as the authors' release), or one per depth (T = D)
     threshold   a code is dead when its EMA count is below this share of the average; it restarts at a random vector of the global batch
     grace       updates that a restarted code has to find its place before it can be called dead again
-    seed        of the restarts"""
+    seed        of the restarts
+    width       W, the numbers in a code vector; 0: E"""
 
-    shared = False      # one table for all depths?
     fused = False       # nearest codes by one kernel: CUDA alone
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, tables: int, width: int,
-                 decay: float, threshold: float, grace: int, seed: int):
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True,
+                 threshold: float = 0.1, grace: int = 20, seed: int = 0, width: int = 0):
         super().__init__()
-        self.dim, self.codebook_size, self.depth = dim, codebook_size, depth
+        self.dim, self.codebook_size, self.depth, self.shared = dim, codebook_size, depth, shared
+        tables, width = 1 if shared else depth, width or dim
         self.decay, self.threshold, self.grace, self.seed = decay, threshold, grace, seed
         self.register_buffer("codebook", torch.randn(tables, codebook_size, width))          # (T, K, W)
         # The EMA state is part of the weights: a run that resumes without it is another run.
@@ -140,9 +131,13 @@ class Quantizer(nn.Module):
             z = z.float()
             codes, seen, close = self._search(z.detach().reshape(-1, self.dim))              # (M, D), (M, D, W), (M, D or 1, E)
             if self.training:
-                self._collect(seen, codes)
-            commitment = commitment_loss(z.reshape(-1, 1, self.dim), close)
-            z_q = straight_through(z, close[:, -1].view_as(z))
+                row = (codes if self.shared else codes + torch.arange(self.depth, device=codes.device) * self.codebook_size).flatten()
+                self.batch_count.view(-1).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
+                self.batch_sum.view(-1, seen.shape[-1]).index_add_(0, row, seen.flatten(0, 1))
+                self._seen.append(seen)
+            commitment = (z.reshape(-1, 1, self.dim) - close).square().mean()       # Eq. 1, also averaged over the approximations
+            # Straight through: the gradient goes to z as if nothing had been quantized, for the nearest code has none of its own.
+            z_q = z + (close[:, -1].view_as(z) - z).detach()
         return z_q, codes.view(*z.shape[:-1], self.depth), commitment
 
     @torch.no_grad()
@@ -150,14 +145,6 @@ class Quantizer(nn.Module):
         """z (B, N, E) -> codes (B, N, D), with no statistics kept."""
         with torch.autocast(z.device.type, enabled=False):
             return self._search(z.float().reshape(-1, self.dim))[0].view(*z.shape[:-1], self.depth)
-
-    @torch.no_grad()
-    def _collect(self, seen: Tensor, codes: Tensor):
-        """Add what each code was chosen for, seen (M, D, W) and codes (M, D), to the batch statistics."""
-        row = (codes if self.shared else codes + torch.arange(self.depth, device=codes.device) * self.codebook_size).flatten()
-        self.batch_count.view(-1).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
-        self.batch_sum.view(-1, seen.shape[-1]).index_add_(0, row, seen.flatten(0, 1))
-        self._seen.append(seen)
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None):
@@ -168,7 +155,11 @@ class Quantizer(nn.Module):
                                "call it once after each optimiser step")
         new_count = self.ema_count.lerp(all_reduce(self.batch_count), 1 - self.decay)
         new_sum = self.ema_sum.lerp(all_reduce(self.batch_sum), 1 - self.decay)
-        new_count, new_sum, dead = self._restart(new_count, new_sum)
+        # A dead code begins anew at a candidate, as light as a live code may be, so that its first hits soon move it to where it is needed.
+        light = self.threshold * new_count.mean(1, keepdim=True)                             # (T, 1)
+        dead = (new_count < light) & (self.age >= self.grace)                                # (T, K)
+        new_count = torch.where(dead, light, new_count)
+        new_sum = torch.where(dead[..., None], self._candidates() * new_count[..., None], new_sum)
         book = torch.where(new_count[..., None] > 0, new_sum / new_count.clamp(min=1e-12)[..., None], self.codebook)
         age = torch.where(dead, 0, self.age + 1)
         keep = torch.zeros((), dtype=torch.bool, device=book.device) if skip is None else skip
@@ -176,14 +167,6 @@ class Quantizer(nn.Module):
             old.copy_(torch.where(keep, old, new))
         self.updates += 1        # skipped or not: the next draw is another one
         self.batch_count.zero_(), self.batch_sum.zero_(), self._seen.clear()
-
-    def _restart(self, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """EMA counts (T, K) and sums (T, K, W) -> the same with dead codes begun anew, and which those are (T, K)."""
-        candidates, mean = self._candidates(), count.mean(1, keepdim=True)                   # (T, K, W), (T, 1)
-        dead = (count < self.threshold * mean) & (self.age >= self.grace)
-        # A restarted code starts as light as a live code may be, so that its first hits soon move it to where it is needed.
-        count = torch.where(dead, self.threshold * mean, count)
-        return count, torch.where(dead[..., None], candidates * count[..., None], total), dead
 
     def _candidates(self) -> Tensor:
         """One vector of the global batch for every code, the same on all ranks (T, K, W). Vectors are numbered rank by rank, sample by
@@ -231,13 +214,7 @@ class Quantizer(nn.Module):
 
 
 class ResidualVQ(Quantizer):
-    """Residual quantizer: each code stands for what the codes before it left. One table of K x E for all depths if `shared` (as the
-    authors' release), else one per depth. The other arguments: see `Quantizer`."""
-
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True,
-                 threshold: float = 0.1, grace: int = 20, seed: int = 0):
-        super().__init__(dim, codebook_size, depth, 1 if shared else depth, dim, decay, threshold, grace, seed)
-        self.shared = shared
+    """Residual quantizer: each code stands for what the codes before it left. Arguments: see `Quantizer`."""
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Greedily, depth by depth. Commitment counts all partial sums (M, D, E)."""
@@ -252,15 +229,14 @@ class ResidualVQ(Quantizer):
 
 
 class MultiCodebookVQ(Quantizer):
-    """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others. The
-    other arguments: see `Quantizer`. Raises ValueError where E is not a multiple of D."""
+    """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others.
+    `more`: see `Quantizer`. Raises ValueError where E is not a multiple of D."""
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99,
-                 threshold: float = 0.1, grace: int = 20, seed: int = 0):
+    def __init__(self, dim: int, codebook_size: int, depth: int, **more):
         if dim % depth:
             raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, "
                              f"expected a multiple of {depth}; change the one or the other")
-        super().__init__(dim, codebook_size, depth, depth, dim // depth, decay, threshold, grace, seed)
+        super().__init__(dim, codebook_size, depth, shared=False, width=dim // depth, **more)
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Chunk by chunk. There are no partial sums: commitment counts the quantized vector alone (M, 1, E)."""
