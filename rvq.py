@@ -177,11 +177,9 @@ class Quantizer(nn.Module):
             self._draws = int(self.updates)
         generator = torch.Generator(local.device).manual_seed(self.seed * 1_000_003 + self._draws)
         self._draws += 1
-        shape = self.codebook.shape[:2]
-        sample = torch.randint(ranks * len(local), shape, generator=generator, device=local.device) - rank * len(local)
-        depth = torch.arange(self.depth, device=local.device)[:, None]
-        if self.shared:
-            depth = torch.randint(self.depth, shape, generator=generator, device=local.device)
+        draw = functools.partial(torch.randint, size=self.codebook.shape[:2], generator=generator, device=local.device)
+        sample = draw(ranks * len(local)) - rank * len(local)
+        depth = draw(self.depth) if self.shared else torch.arange(self.depth, device=local.device)[:, None]
         mine = (sample >= 0) & (sample < len(local))
         return all_reduce(local[sample.clamp(0, len(local) - 1), depth] * mine[..., None])
 

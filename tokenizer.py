@@ -27,6 +27,7 @@ import json
 import math
 import os
 import string
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -380,10 +381,9 @@ class Layer(nn.Module):
         return x + self.mlp(lower(self.layer_norm2(x)))
 
 
-class Encoder(nn.Module):
-    def __init__(self, c: TowerConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+def encoder(c: TowerConfig) -> nn.ModuleDict:
+    """The layers, under the name that they have in checkpoints."""
+    return nn.ModuleDict({"layers": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))})
 
 
 class Pixels(nn.Module):
@@ -440,7 +440,7 @@ class VisionTower(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.config, self.checkpointing, self.prefix = c, False, int(c.class_token)
-        self.embeddings, self.encoder = VisionEmbeddings(c), Encoder(c)
+        self.embeddings, self.encoder = VisionEmbeddings(c), encoder(c)
         self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.head = nn.Linear(c.hidden_size, c.projection_dim, bias=False) if c.class_token else PoolingHead(c)
 
@@ -475,28 +475,20 @@ class VisionTower(nn.Module):
         return self.patches(state), self.pool(self.run(state, deep + 1, layers))
 
 
-class TextEmbeddings(nn.Module):
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
-
-
 class TextTower(nn.Module):
     """ids (B, T) -> (B, C), a linear head on the last position of texts padded to full length, without a mask; of CLIP on the end token."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
         self.config = c
-        self.embeddings, self.encoder = TextEmbeddings(c), Encoder(c)
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
+                                         "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
+        self.encoder = encoder(c)
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.head = nn.Linear(c.hidden_size, c.projection_size or c.hidden_size, bias=not c.causal)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embeddings(ids)
+        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
         for layer in self.encoder.layers:
             x = layer(x)
         x = self.final_layer_norm(x)
@@ -854,15 +846,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(attend(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention at the coarsest; then twice the side, except at the finest."""
 
@@ -870,14 +853,13 @@ class Level(nn.Module):
         super().__init__()
         blocks, groups = c.decoder_blocks + 1, c.decoder_groups
         self.block = nn.ModuleList(ResBlock(i if n == 0 else o, o, groups) for n in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(o, groups) for _ in range(blocks if coarsest else 0))
-        self.upsample = nn.Identity() if finest else Upsample(o)
+        self.attn = nn.ModuleList(AttnBlock(o, groups) if coarsest else nn.Identity() for _ in range(blocks))
+        double = {} if finest else {"nearest": nn.Upsample(scale_factor=2.0), "conv": nn.Conv2d(o, o, 3, padding=1)}
+        self.upsample = nn.Sequential(OrderedDict(double))
 
     def forward(self, x: Tensor) -> Tensor:
-        for n, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[n](x)
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
         return self.upsample(x)
 
 
@@ -1185,7 +1167,7 @@ def save_model(folder: str, weights: dict[str, Tensor], config: dict):
 
 def save_files(folder: str, files: dict[str, bytes]):
     """Files by name, each under a temporary one first."""
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder or ".", exist_ok=True)
     for name, content in files.items():
         with open(os.path.join(folder, name + ".tmp"), "wb") as file:
             file.write(content)
@@ -1194,10 +1176,7 @@ def save_files(folder: str, files: dict[str, bytes]):
 
 def write_json(path: str, content):
     """Pretty JSON under a temporary name, then renamed."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(path + ".tmp", path)
+    save_files(os.path.dirname(path), {os.path.basename(path): (json.dumps(content, indent=1) + "\n").encode()})
 
 
 def check(right, words: str):
