@@ -433,7 +433,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config, self.checkpointing, self.prefix = c, False, int(c.class_token)
         self.embeddings = VisionEmbeddings(c)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))})
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*(Layer(c) for _ in range(c.num_hidden_layers)))})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.head = nn.Linear(c.hidden_size, c.projection_dim, bias=False) if c.class_token else PoolingHead(c)
 
@@ -476,15 +476,13 @@ class TextTower(nn.Module):
         self.config = c
         self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
                                          "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))})
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*(Layer(c) for _ in range(c.num_hidden_layers)))})
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.head = nn.Linear(c.hidden_size, c.projection_size or c.hidden_size, bias=not c.causal)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
-        for layer in self.encoder.layers:
-            x = layer(x)
-        x = self.final_layer_norm(x)
+        x = self.final_layer_norm(self.encoder.layers(x))
         if not self.config.causal:
             return self.head(x[:, -1])
         end = (ids if self.config.eos_token_id == 2 else (ids == self.config.eos_token_id).int()).argmax(1)
@@ -606,10 +604,9 @@ def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
     kind, defaults = config.get("model_type"), {"siglip": ({}, {}), "timm": ({}, {}), "clip": CLIP_DEFAULTS}
     if not isinstance(kind, str) or kind not in defaults:
         raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (or SigLIP2 at fixed resolution) or 'clip'")
-    pixels = {}
-    if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
-        found = read_config(folder, "preprocessor_config.json")
-        pixels = {ours: found[theirs] for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")) if theirs in found}
+    name = "preprocessor_config.json"
+    found = read_config(folder, name) if os.path.isfile(os.path.join(folder, name)) else {}
+    pixels = {ours: found[theirs] for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")) if theirs in found}
     pooled = {"projection_dim": config.get("projection_dim", 512)} if kind == "clip" else {}
     vision = make_config(VisionConfig, config["vision_config"], folder, defaults[kind][0] | pixels, pooled)
     return vision, make_config(TextConfig, config["text_config"], folder, defaults[kind][1])
@@ -954,16 +951,14 @@ class DualTokenizer(nn.Module):
         c, vit, side = self.config, self.siglip_model.vision_model, self.config.vision.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {side}, {side}): resize and crop them first")
-        layers, found = {"shallow": c.shallow_layer, "deep": c.deep_layer, "shortcut": c.shortcut_layer}, {}
+        layers, found = {"shallow": c.shallow_layer, "shortcut": c.shortcut_layer, "deep": c.deep_layer}, {}
         at = {name: n for name, n in layers.items() if n and name in self.design.features | {"shortcut"}}
         x, taken = vit.embeddings(images) if at else None, 0
-        for n in sorted({*at.values()}):
-            x, taken = vit.run(x, taken + 1, n), n
-            found |= {name: vit.patches(x) for name in at if at[name] == n and name != "deep"}
-            if n == max(at.get("shallow", 0), at.get("shortcut", 0)) and self.shared_gradient != 1:
+        for name in sorted(at, key=at.get):         # deep last, also where layers are the same
+            if name == "deep" and taken and self.shared_gradient != 1:
                 x = x.detach() + self.shared_gradient * (x - x.detach())
-            if n == at.get("deep"):
-                found["deep"] = vit.patches(x)
+            x, taken = vit.run(x, taken + 1, at[name]), at[name]
+            found[name] = vit.patches(x)
         if self.teacher is not None:
             found["teacher"] = self.teacher.patches(self.teacher.run(self.teacher.embeddings(images), 1, c.deep_layer))
         if self.encoder is not None:
