@@ -85,7 +85,8 @@ def fused_kernel():
 
 class Quantizer(nn.Module):
     """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables,
-    statistics, restarts. A design says in `_search` how it codes.
+    statistics, restarts. How it codes is its own `_search`: vectors x (M, E) -> codes (M, D); what each code was chosen for (M, D, W); the
+    approximations of x that commitment counts, the last one being what x is quantized to (M, D or 1, E).
 
     decay       of the EMA
     shared      one table for all depths (T = 1, as the authors' release), or one per depth (T = D)
@@ -117,11 +118,6 @@ class Quantizer(nn.Module):
     def table(self, d: int) -> Tensor:
         """The table (K, W) of depth d."""
         return self.codebook[0 if self.shared else d]
-
-    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors x (M, E) -> codes (M, D); what each code was chosen for (M, D, W); the approximations of x that commitment counts, the
-        last one being what x is quantized to (M, D or 1, E)."""
-        raise NotImplementedError
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1)."""

@@ -1260,8 +1260,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assi
     both = [(name, weights[name], own[name]) for name in own if name in weights]
     wrong += [f"{name} is {brief(tuple(x.shape))}, expected {tuple(y.shape)}" for name, x, y in both if x.shape != y.shape]
     wrong += [f"{name} is of {x.dtype}, expected {y.dtype}" for name, x, y in both if x.is_floating_point() != y.is_floating_point()]
-    if wrong:
-        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong[:10])
-                         + "; ..." * (len(wrong) > 10))
+    check(not wrong, f"the weights in {source} are not those of this model; {len(wrong)} differences: {'; '.join(wrong[:10])}"
+          + "; ..." * (len(wrong) > 10))
     if not only_check:
         model.load_state_dict(weights, assign=assign)
