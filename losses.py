@@ -108,16 +108,20 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, (B, ...) -> (R*B, ...), with gradient; the identity in a single process."""
+    return _Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
+
+
 def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """SigLIP's loss: every pair of an image and a text, of all ranks, is a yes-or-no question, and only an image's own text is a yes (Zhai
     et al. 2023, Algorithm 1). image, text (B, C) unit vectors; scale (log) and bias. Summed over texts, averaged over images; the mean over
     ranks is the global loss."""
-    ranks = dist.is_available() and dist.is_initialized()
     with torch.autocast(image.device.type, enabled=False):       # else `.float()` or not, the product is in bf16
-        text = _Gather.apply(text.float()) if ranks else text.float()                        # (R*B, C)
+        text = gather(text.float())                                                          # (R*B, C)
         logits = image.float() @ text.T * scale.float().exp() + bias.float()                 # (B, R*B)
     sign = torch.full_like(logits, -1)
-    sign.diagonal(dist.get_rank() * len(image) if ranks else 0).fill_(1)
+    sign.diagonal(dist.get_rank() * len(image) if dist.is_available() and dist.is_initialized() else 0).fill_(1)
     return -F.logsigmoid(sign * logits).sum() / len(image)
 
 

@@ -83,6 +83,16 @@ def fused_kernel():
     return kernel
 
 
+def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
+    """z_q, whose gradient goes to z as if nothing had been quantized: the nearest code has none of its own. Both of one shape."""
+    return z + (z_q - z).detach()
+
+
+def commitment_loss(z: Tensor, close: Tensor) -> Tensor:
+    """Eq. 1: the mean over approximations of |z - approximation|^2, per element. z (M, 1, E), close (M, D or 1, E), without gradient."""
+    return (z - close).square().mean()
+
+
 class Quantizer(nn.Module):
     """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables,
     statistics, restarts. How it codes is its own `_search`: vectors x (M, E) -> codes (M, D); what each code was chosen for (M, D, W); the
@@ -131,9 +141,8 @@ class Quantizer(nn.Module):
                 self.batch_count.view(-1).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
                 self.batch_sum.view(-1, seen.shape[-1]).index_add_(0, row, seen.flatten(0, 1))
                 self._seen.append(seen)
-            commitment = (z.reshape(-1, 1, self.dim) - close).square().mean()       # Eq. 1, also averaged over the approximations
-            # Straight through: the gradient goes to z as if nothing had been quantized, for the nearest code has none of its own.
-            z_q = z + (close[:, -1].view_as(z) - z).detach()
+            commitment = commitment_loss(z.reshape(-1, 1, self.dim), close)
+            z_q = straight_through(z, close[:, -1].view_as(z))
         return z_q, codes.view(*z.shape[:-1], self.depth), commitment
 
     @torch.no_grad()
@@ -151,11 +160,7 @@ class Quantizer(nn.Module):
                                "call it once after each optimiser step")
         new_count = self.ema_count.lerp(all_reduce(self.batch_count), 1 - self.decay)
         new_sum = self.ema_sum.lerp(all_reduce(self.batch_sum), 1 - self.decay)
-        # A dead code begins anew at a candidate, as light as a live code may be, so that its first hits soon move it to where it is needed.
-        light = self.threshold * new_count.mean(1, keepdim=True)                             # (T, 1)
-        dead = (new_count < light) & (self.age >= self.grace)                                # (T, K)
-        new_count = torch.where(dead, light, new_count)
-        new_sum = torch.where(dead[..., None], self._candidates() * new_count[..., None], new_sum)
+        new_count, new_sum, dead = self._restart(new_count, new_sum)
         book = torch.where(new_count[..., None] > 0, new_sum / new_count.clamp(min=1e-12)[..., None], self.codebook)
         age = torch.where(dead, 0, self.age + 1)
         keep = torch.zeros((), dtype=torch.bool, device=book.device) if skip is None else skip
@@ -163,6 +168,14 @@ class Quantizer(nn.Module):
             old.copy_(torch.where(keep, old, new))
         self.updates += 1        # skipped or not: the next draw is another one
         self.batch_count.zero_(), self.batch_sum.zero_(), self._seen.clear()
+
+    def _restart(self, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """EMA counts (T, K) and sums (T, K, W) -> the same with dead codes begun anew, and which those are (T, K)."""
+        candidates, mean = self._candidates(), count.mean(1, keepdim=True)                   # (T, K, W), (T, 1)
+        dead = (count < self.threshold * mean) & (self.age >= self.grace)
+        # A restarted code starts as light as a live code may be, so that its first hits soon move it to where it is needed.
+        count = torch.where(dead, self.threshold * mean, count)
+        return count, torch.where(dead[..., None], candidates * count[..., None], total), dead
 
     def _candidates(self) -> Tensor:
         """One vector of the global batch for every code, the same on all ranks (T, K, W). Vectors are numbered rank by rank, sample by
