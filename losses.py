@@ -120,9 +120,8 @@ def sigmoid_contrastive(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor
     with torch.autocast(image.device.type, enabled=False):       # else `.float()` or not, the product is in bf16
         text = gather(text.float())                                                          # (R*B, C)
         logits = image.float() @ text.T * scale.float().exp() + bias.float()                 # (B, R*B)
-    first = dist.get_rank() * len(image) if dist.is_available() and dist.is_initialized() else 0
-    own = torch.arange(len(image), device=image.device)
-    sign = torch.full_like(logits, -1).index_put_((own, first + own), torch.ones((), device=image.device))
+    sign = torch.full_like(logits, -1)
+    sign.diagonal(dist.get_rank() * len(image) if dist.is_available() and dist.is_initialized() else 0).fill_(1)
     return -F.logsigmoid(sign * logits).sum() / len(image)
 
 

@@ -95,21 +95,23 @@ def commitment_loss(z: Tensor, close: Tensor) -> Tensor:
 
 class Quantizer(nn.Module):
     """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables,
-    statistics, restarts. A design says in `_search` how it codes.
+    statistics, restarts. How it codes is its own `_search`: vectors x (M, E) -> codes (M, D); what each code was chosen for (M, D, W); the
+    approximations of x that commitment counts, the last one being what x is quantized to (M, D or 1, E).
 
-    tables      how many, T, and `width`, W, the numbers in a code vector
     decay       of the EMA
+    shared      one table for all depths (T = 1, as the authors' release), or one per depth (T = D)
     threshold   a code is dead when its EMA count is below this share of the average; it restarts at a random vector of the global batch
     grace       updates that a restarted code has to find its place before it can be called dead again
-    seed        of the restarts"""
+    seed        of the restarts
+    width       W, the numbers in a code vector; 0: E"""
 
-    shared = False      # one table for all depths?
     fused = False       # nearest codes by one kernel: CUDA alone
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, tables: int, width: int,
-                 decay: float, threshold: float, grace: int, seed: int):
+    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True,
+                 threshold: float = 0.1, grace: int = 20, seed: int = 0, width: int = 0):
         super().__init__()
-        self.dim, self.codebook_size, self.depth = dim, codebook_size, depth
+        self.dim, self.codebook_size, self.depth, self.shared = dim, codebook_size, depth, shared
+        tables, width = 1 if shared else depth, width or dim
         self.decay, self.threshold, self.grace, self.seed = decay, threshold, grace, seed
         self.register_buffer("codebook", torch.randn(tables, codebook_size, width))          # (T, K, W)
         # The EMA state is part of the weights: a run that resumes without it is another run.
@@ -127,11 +129,6 @@ class Quantizer(nn.Module):
         """The table (K, W) of depth d."""
         return self.codebook[0 if self.shared else d]
 
-    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors x (M, E) -> codes (M, D); what each code was chosen for (M, D, W); the approximations of x that commitment counts, the
-        last one being what x is quantized to (M, D or 1, E)."""
-        raise NotImplementedError
-
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1)."""
         if z.shape[-1] != self.dim:
@@ -140,7 +137,10 @@ class Quantizer(nn.Module):
             z = z.float()
             codes, seen, close = self._search(z.detach().reshape(-1, self.dim))              # (M, D), (M, D, W), (M, D or 1, E)
             if self.training:
-                self._collect(seen, codes)
+                row = (codes if self.shared else codes + torch.arange(self.depth, device=codes.device) * self.codebook_size).flatten()
+                self.batch_count.view(-1).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
+                self.batch_sum.view(-1, seen.shape[-1]).index_add_(0, row, seen.flatten(0, 1))
+                self._seen.append(seen)
             commitment = commitment_loss(z.reshape(-1, 1, self.dim), close)
             z_q = straight_through(z, close[:, -1].view_as(z))
         return z_q, codes.view(*z.shape[:-1], self.depth), commitment
@@ -150,14 +150,6 @@ class Quantizer(nn.Module):
         """z (B, N, E) -> codes (B, N, D), with no statistics kept."""
         with torch.autocast(z.device.type, enabled=False):
             return self._search(z.float().reshape(-1, self.dim))[0].view(*z.shape[:-1], self.depth)
-
-    @torch.no_grad()
-    def _collect(self, seen: Tensor, codes: Tensor):
-        """Add what each code was chosen for, seen (M, D, W) and codes (M, D), to the batch statistics."""
-        row = (codes if self.shared else codes + torch.arange(self.depth, device=codes.device) * self.codebook_size).flatten()
-        self.batch_count.view(-1).index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
-        self.batch_sum.view(-1, seen.shape[-1]).index_add_(0, row, seen.flatten(0, 1))
-        self._seen.append(seen)
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None):
@@ -194,11 +186,9 @@ class Quantizer(nn.Module):
             self._draws = int(self.updates)
         generator = torch.Generator(local.device).manual_seed(self.seed * 1_000_003 + self._draws)
         self._draws += 1
-        shape = self.codebook.shape[:2]
-        sample = torch.randint(ranks * len(local), shape, generator=generator, device=local.device) - rank * len(local)
-        depth = torch.arange(self.depth, device=local.device)[:, None]
-        if self.shared:
-            depth = torch.randint(self.depth, shape, generator=generator, device=local.device)
+        draw = functools.partial(torch.randint, size=self.codebook.shape[:2], generator=generator, device=local.device)
+        sample = draw(ranks * len(local)) - rank * len(local)
+        depth = draw(self.depth) if self.shared else torch.arange(self.depth, device=local.device)[:, None]
         mine = (sample >= 0) & (sample < len(local))
         return all_reduce(local[sample.clamp(0, len(local) - 1), depth] * mine[..., None])
 
@@ -231,13 +221,7 @@ class Quantizer(nn.Module):
 
 
 class ResidualVQ(Quantizer):
-    """Residual quantizer: each code stands for what the codes before it left. One table of K x E for all depths if `shared` (as the
-    authors' release), else one per depth. The other arguments: see `Quantizer`."""
-
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99, shared: bool = True,
-                 threshold: float = 0.1, grace: int = 20, seed: int = 0):
-        super().__init__(dim, codebook_size, depth, 1 if shared else depth, dim, decay, threshold, grace, seed)
-        self.shared = shared
+    """Residual quantizer: each code stands for what the codes before it left. Arguments: see `Quantizer`."""
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Greedily, depth by depth. Commitment counts all partial sums (M, D, E)."""
@@ -252,15 +236,14 @@ class ResidualVQ(Quantizer):
 
 
 class MultiCodebookVQ(Quantizer):
-    """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others. The
-    other arguments: see `Quantizer`. Raises ValueError where E is not a multiple of D."""
+    """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others.
+    `more`: see `Quantizer`. Raises ValueError where E is not a multiple of D."""
 
-    def __init__(self, dim: int, codebook_size: int, depth: int, decay: float = 0.99,
-                 threshold: float = 0.1, grace: int = 20, seed: int = 0):
+    def __init__(self, dim: int, codebook_size: int, depth: int, **more):
         if dim % depth:
             raise ValueError(f"MultiCodebookVQ: got vectors of {dim} numbers for {depth} chunks, "
                              f"expected a multiple of {depth}; change the one or the other")
-        super().__init__(dim, codebook_size, depth, depth, dim // depth, decay, threshold, grace, seed)
+        super().__init__(dim, codebook_size, depth, shared=False, width=dim // depth, **more)
 
     def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Chunk by chunk. There are no partial sums: commitment counts the quantized vector alone (M, 1, E)."""

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import string
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -138,13 +139,11 @@ class VisionConfig(TowerConfig):
         super().__post_init__()
         check(self.patch_size, "patch_size is 0, expected at least 1 pixel")
         numbers = lambda x: len(x) == 3 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in x)
-        if not numbers(self.pixel_mean) or not numbers(self.pixel_std) or min(self.pixel_std) <= 0:
-            raise ValueError(f"pixel_mean is {brief(self.pixel_mean)} and pixel_std {brief(self.pixel_std)}, "
-                             "expected three numbers each, and deviations above 0")
+        check(numbers(self.pixel_mean) and numbers(self.pixel_std) and min(self.pixel_std) > 0, f"pixel_mean is {brief(self.pixel_mean)} "
+              f"and pixel_std {brief(self.pixel_std)}, expected three numbers each, and deviations above 0")
         name, loads = self.timm.get("model_name"), any(word in key for key in self.timm for word in ("pretrained", "checkpoint"))
-        if self.timm and (not isinstance(name, str) or ":" in name or loads):
-            raise ValueError(f"timm is {brief(self.timm)}, expected the model_name of an architecture, and its arguments: "
-                             "weights come from model.safetensors alone")
+        check(not self.timm or isinstance(name, str) and ":" not in name and not loads, f"timm is {brief(self.timm)}, expected the "
+              "model_name of an architecture, and its arguments: weights come from model.safetensors alone")
 
     @property
     def grid(self) -> int:
@@ -206,9 +205,8 @@ class TokenizerConfig:
             check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
         if width % self.code_dim:
             raise ValueError(f"the width {width} is not a multiple of the code dimension {self.code_dim}: projections have width / E heads")
-        if self.quantizer == "mcq" and self.code_dim % self.depth:
-            raise ValueError(f"the code dimension {self.code_dim} is not a multiple of the depth {self.depth}: "
-                             "mcq splits a vector into as many equal chunks; choose another --code-dim or --depth")
+        check(self.quantizer != "mcq" or self.code_dim % self.depth == 0, f"the code dimension {self.code_dim} is not a multiple of the "
+              f"depth {self.depth}: mcq splits a vector into as many equal chunks; choose another --code-dim or --depth")
         self.shared_codebook &= self.quantizer != "mcq"
         if self.shortcut_layer and self.design != "dual":
             raise ValueError(f"a shortcut layer goes with the design dual, got {self.design}; leave it out")
@@ -236,14 +234,12 @@ def _sizes(width, mlp, layers, heads, **more):
 
 
 _LARGE, _SO400M = _sizes(1024, 4096, 24, 16), _sizes(1152, 4304, 27, 16)
+_NANO = dict(vision=_sizes(96, 192, 6, 3, image_size=32, patch_size=4), text=_sizes(64, 128, 2, 4, vocab_size=257), shallow_layer=2,
+             codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2), decoder_blocks=0,
+             decoder_groups=8, decoder_in=64)
 PRESETS = {     # the last three, PAPER, are the papers' (Table 1): layers, K, D, E and decoder as released; the others are ours
-    "nano": dict(vision=_sizes(96, 192, 6, 3, image_size=32, patch_size=4), text=_sizes(64, 128, 2, 4, vocab_size=257), shallow_layer=2,
-                 codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2), decoder_blocks=0,
-                 decoder_groups=8, decoder_in=64),
-    "nano-64": dict(    # as many positions on four times the pixels: real pictures on a CPU
-        vision=_sizes(96, 192, 6, 3, image_size=64, patch_size=8), text=_sizes(64, 128, 2, 4, vocab_size=257), shallow_layer=2,
-        codebook_size=512, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2, 2), decoder_blocks=0,
-        decoder_groups=8, decoder_in=64),
+    "nano": _NANO,      # nano-64: as many positions on four times the pixels, real pictures on a CPU
+    "nano-64": dict(_NANO, vision=dict(_NANO["vision"], image_size=64, patch_size=8), codebook_size=512, decoder_multipliers=(1, 1, 2, 2)),
     "small": dict(vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8), text=_sizes(256, 512, 3, 4, vocab_size=257),
                   codebook_size=1024, depth=4, code_dim=32, decoder_channels=64, decoder_multipliers=(1, 2, 2, 4), decoder_blocks=1,
                   decoder_groups=16, decoder_in=256),
@@ -263,9 +259,8 @@ def preset_config(name: str, image_size: int = 0, layers: int = 0, **changes) ->
     vision = dict(row["vision"], **({"image_size": image_size} if image_size else {}), **({"num_hidden_layers": layers} if layers else {}))
     side, scale = vision["image_size"], 2 ** (len(row.get("decoder_multipliers", TokenizerConfig.decoder_multipliers)) - 1)
     check(side >= 16, f"image size {side} is too small; expected at least 16 pixels")
-    if side % scale:
-        raise ValueError(f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; "
-                         f"choose one, such as {max(1, side // scale) * scale}")
+    check(side % scale == 0, f"image size {side} is not a multiple of {scale} pixels, as the preset {name} needs; "
+          f"choose one, such as {max(1, side // scale) * scale}")
     # Patches of any size: what the decoder gets is resized to its scale, such as 27 -> 24 -> 384 pixels for patches of 14.
     row |= dict(preset=name, vision=VisionConfig(**vision), text=TextConfig(**row["text"]), latent_grid=side // scale)
     return TokenizerConfig(**row)
@@ -289,6 +284,10 @@ class TextVocabulary:
     def __init__(self, config: TextConfig | None, folder: str = ""):
         """config: None where there is no text tower."""
         self.size, self.length = (config.vocab_size, config.max_position_embeddings) if config else (0, 0)
+        self.read(folder)
+
+    def read(self, folder: str):
+        """What the ids stand for, where they are not bytes: the tokenizer.json of a folder, if it has one."""
         self.path, self.files, self.reader = os.path.join(folder, "tokenizer.json"), {}, None
         if self.size not in (0, BYTES) and folder and os.path.isfile(self.path):
             with open(self.path, "rb") as file:
@@ -328,12 +327,11 @@ class TextVocabulary:
         except Exception as error:      # the package raises bare ones
             raise ValueError(f"{self.path} is damaged, or no vocabulary ({str(error)[:100]}); take the checkpoint's again") from None
         table = reader.get_vocab()
-        if len(table) != self.size or max(table.values()) >= self.size:
-            raise ValueError(f"{self.path} has {len(table):,} ids up to {max(table.values(), default=0):,}, and the text tower "
-                             f"a table of {self.size:,}; take the tokenizer.json of the same checkpoint")
+        last = max(table.values(), default=0)
+        check(len(table) == self.size > last, f"{self.path} has {len(table):,} ids up to {last:,}, and the text tower "
+              f"a table of {self.size:,}; take the tokenizer.json of the same checkpoint")
         found = next((marks for marks in self.KINDS.values() if all(mark in table for mark in marks[:3] if mark)), None)
-        if not found:
-            raise ValueError(f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; expected the vocabulary of one")
+        check(found, f"{self.path} has the marks of none of {', '.join(self.KINDS)}, such as </s>; expected the vocabulary of one")
         reader.no_padding(), reader.no_truncation()     # both are ours
         first, last, pad, prepare = found
         encode = lambda text: reader.encode(text, add_special_tokens=False).ids
@@ -378,12 +376,6 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(lower(self.layer_norm1(x)))
         return x + self.mlp(lower(self.layer_norm2(x)))
-
-
-class Encoder(nn.Module):
-    def __init__(self, c: TowerConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
 
 
 class Pixels(nn.Module):
@@ -440,7 +432,8 @@ class VisionTower(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.config, self.checkpointing, self.prefix = c, False, int(c.class_token)
-        self.embeddings, self.encoder = VisionEmbeddings(c), Encoder(c)
+        self.embeddings = VisionEmbeddings(c)
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*(Layer(c) for _ in range(c.num_hidden_layers)))})
         self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.head = nn.Linear(c.hidden_size, c.projection_dim, bias=False) if c.class_token else PoolingHead(c)
 
@@ -475,31 +468,21 @@ class VisionTower(nn.Module):
         return self.patches(state), self.pool(self.run(state, deep + 1, layers))
 
 
-class TextEmbeddings(nn.Module):
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
-
-
 class TextTower(nn.Module):
     """ids (B, T) -> (B, C), a linear head on the last position of texts padded to full length, without a mask; of CLIP on the end token."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
         self.config = c
-        self.embeddings, self.encoder = TextEmbeddings(c), Encoder(c)
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
+                                         "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)})
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*(Layer(c) for _ in range(c.num_hidden_layers)))})
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.head = nn.Linear(c.hidden_size, c.projection_size or c.hidden_size, bias=not c.causal)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embeddings(ids)
-        for layer in self.encoder.layers:
-            x = layer(x)
-        x = self.final_layer_norm(x)
+        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[:ids.shape[1]]
+        x = self.final_layer_norm(self.encoder.layers(x))
         if not self.config.causal:
             return self.head(x[:, -1])
         end = (ids if self.config.eos_token_id == 2 else (ids == self.config.eos_token_id).int()).argmax(1)
@@ -515,11 +498,11 @@ class SigLIP(nn.Module):
         super().__init__()
         text = replace(text, projection_size=vision.projection_dim if vision.class_token else vision.hidden_size)
         self.vision_config, self.text_config = vision, text
+        self.vocabulary = TextVocabulary(None if vision.timm else text)
         if vision.timm:
             self.vision_model, self.text_model = vision_model or TimmTower(vision), None
-            return self.read_vocabulary()
+            return
         self.vision_model, self.text_model = VisionTower(vision), TextTower(text)
-        self.read_vocabulary()
         self.logit_scale = nn.Parameter(torch.full(() if vision.class_token else (1,), math.log(10.0)))
         if vision.class_token:      # CLIP has no bias
             self.register_buffer("logit_bias", torch.zeros(()), persistent=False)
@@ -533,10 +516,6 @@ class SigLIP(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
         return F.normalize(self.vision_model(images)[1], dim=-1)
-
-    def read_vocabulary(self, folder: str = ""):
-        """Of captions, where they are not bytes: from a folder."""
-        self.vocabulary = TextVocabulary(self.text_config if self.text_model else None, folder)
 
     def text_ids(self, captions: list[str]) -> Tensor:
         """List of B strings -> (B, T) int64, as `TextVocabulary.ids`."""
@@ -563,16 +542,14 @@ class SigLIP(nn.Module):
         """A folder with config.json and model.safetensors in Hugging Face's layout, of SigLIP, SigLIP2 at fixed resolution, or CLIP; for
         another image_size its position embeddings are interpolated. Raises ValueError if anything is missing, left over or misshapen."""
         vision, text = read_towers(folder)
-        if vision.timm and image_size not in (0, vision.image_size):
-            raise ValueError(f"the ViT in {folder} is timm's, for {vision.image_size} pixels, and positions of timm "
-                             f"are not interpolated here; got image size {image_size}")
+        check(not vision.timm or image_size in (0, vision.image_size), f"the ViT in {folder} is timm's, for {vision.image_size} pixels, "
+              f"and positions of timm are not interpolated here; got image size {image_size}")
         # Checkpoints of old transformers releases also hold the positions 0, 1, 2, ... themselves.
         weights = read_shards(folder, ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"))
         if vision.class_token:
             weights = {renamed(name, CLIP_NAMES): value for name, value in weights.items()}
         new, name = replace(vision, image_size=image_size or vision.image_size), "vision_model.embeddings.position_embedding.weight"
-        if not new.grid:
-            raise ValueError(f"images of {image_size} pixels are smaller than the patches of {folder}, {vision.patch_size} pixels a side")
+        check(new.grid, f"images of {image_size} pixels are smaller than the patches of {folder}, {vision.patch_size} pixels a side")
         own = int(vision.class_token)       # the class token's position stays as it is
         if new.grid != vision.grid and name in weights and weights[name].dim() == 2 and len(weights[name]) == own + vision.grid ** 2:
             first, rest = weights[name].float().split([own, vision.grid ** 2])
@@ -580,15 +557,29 @@ class SigLIP(nn.Module):
             grid = F.interpolate(old, size, mode="bicubic", align_corners=False)[0]
             weights[name] = torch.cat([first, grid.flatten(1).T])
         model = built(lambda: cls(new, text), weights, folder, bool(vision.timm))
-        model.read_vocabulary(folder)
+        model.vocabulary.read(folder)
         return model
 
     @classmethod
     def from_timm(cls, name: str, image_size: int = 0, pretrained: bool = True) -> "SigLIP":
         """A ViT of the timm package by timm's name, such as "eva02_large_patch14_clip_224", "hf-hub:OWNER/NAME" or "local-dir:FOLDER", with
-        its pretrained weights or, if not pretrained, random ones. Raises ValueError as `timm_model` does."""
-        tower = TimmTower.named(name, image_size, pretrained)
-        return cls(tower.config, TextConfig(), tower)
+        its pretrained weights or, if not pretrained, random ones. What rebuilds it is kept: of a folder or a name on the hub, the
+        architecture and its arguments. Raises ValueError as `timm_model` does."""
+        model = timm_model(name, pretrained, **({"img_size": image_size} if image_size else {}))
+        (side, _), source, path = model.patch_embed.img_size, *name.partition(":")[::2]
+        again = {"model_name": name}
+        if path:
+            import timm
+            read = getattr(timm.models, f"load_model_config_from_{'path' if source == 'local-dir' else 'hf'}")
+            _, again["model_name"], arguments = read(path)
+            again |= arguments or {}
+        # heads and MLP are not timm's, but those of what stands beside its ViT
+        heads = model.embed_dim // 64 if model.embed_dim % 64 == 0 else 1
+        vision = VisionConfig(hidden_size=model.embed_dim, intermediate_size=4 * model.embed_dim, num_hidden_layers=len(model.blocks),
+                              num_attention_heads=heads, image_size=side, patch_size=side // model.patch_embed.grid_size[0],
+                              pixel_mean=list(model.pretrained_cfg["mean"]), pixel_std=list(model.pretrained_cfg["std"]),
+                              timm=again | {"img_size": side})
+        return cls(vision, TextConfig(), TimmTower(vision, model))
 
 
 # What Hugging Face's configurations of CLIP leave out, vision and text (of SigLIP: the defaults of our classes), and OpenAI's pixels.
@@ -608,16 +599,14 @@ def renamed(name: str, table: dict[str, str]) -> str:
 def read_towers(folder: str) -> tuple[VisionConfig, TextConfig]:
     """The sizes in the config.json of a SigLIP or CLIP, else ValueError; pixels' mean and deviation in preprocessor_config.json, if any."""
     config = read_config(folder)
-    if "vision_config" not in config or "text_config" not in config:
-        raise ValueError(f"{folder}/config.json is no SigLIP configuration: "
-                         f"expected vision_config and text_config, got {', '.join(config)[:120]}")
+    check({"vision_config", "text_config"} <= config.keys(), f"{folder}/config.json is no SigLIP configuration: "
+          f"expected vision_config and text_config, got {', '.join(config)[:120]}")
     kind, defaults = config.get("model_type"), {"siglip": ({}, {}), "timm": ({}, {}), "clip": CLIP_DEFAULTS}
     if not isinstance(kind, str) or kind not in defaults:
         raise ValueError(f"{folder}/config.json has model_type {brief(kind)}, expected 'siglip' (or SigLIP2 at fixed resolution) or 'clip'")
-    pixels = {}
-    if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
-        found = read_config(folder, "preprocessor_config.json")
-        pixels = {ours: found[theirs] for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")) if theirs in found}
+    name = "preprocessor_config.json"
+    found = read_config(folder, name) if os.path.isfile(os.path.join(folder, name)) else {}
+    pixels = {ours: found[theirs] for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")) if theirs in found}
     pooled = {"projection_dim": config.get("projection_dim", 512)} if kind == "clip" else {}
     vision = make_config(VisionConfig, config["vision_config"], folder, defaults[kind][0] | pixels, pooled)
     return vision, make_config(TextConfig, config["text_config"], folder, defaults[kind][1])
@@ -688,8 +677,8 @@ def timm_model(model_name: str, pretrained: bool, **more) -> nn.Module:
     try:
         model = timm.create_model(model_name, pretrained=pretrained, **more | {"num_classes": 0})
     except Exception as error:      # timm and its hub raise nearly anything
-        raise ValueError(f"timm cannot make {model_name!r} ({type(error).__name__}: {(str(error) or '?').splitlines()[0][:150]}); "
-                         "expected a name that timm.list_models() gives, hf-hub:OWNER/NAME, or local-dir:FOLDER") from None
+        raise ValueError(f"timm cannot make {model_name!r} ({first_line(error)}); expected a name that timm.list_models() gives, "
+                         "hf-hub:OWNER/NAME, or local-dir:FOLDER") from None
     if missing := [name for name in ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "forward_head", "num_prefix_tokens")
                    if not hasattr(model, name)]:
         raise ValueError(f"{model_name} of timm has no {missing[0]}; expected a plain ViT, such as EVA-02 or ViTamin")
@@ -705,24 +694,6 @@ class TimmTower(VisionTower):
         nn.Module.__init__(self)        # none of SigLIP's parts
         self.model = model or timm_model(pretrained=False, **c.timm)
         self.config, self.checkpointing, self.prefix, self.pixels = c, False, self.model.num_prefix_tokens, Pixels(c)
-
-    @classmethod
-    def named(cls, name: str, image_size: int, pretrained: bool) -> "TimmTower":
-        """By timm's name. What rebuilds it is kept: of a folder or a name on the hub, the architecture and its arguments."""
-        model = timm_model(name, pretrained, **({"img_size": image_size} if image_size else {}))
-        (side, _), source, path = model.patch_embed.img_size, *name.partition(":")[::2]
-        again = {"model_name": name}
-        if path:
-            import timm
-            read = getattr(timm.models, f"load_model_config_from_{'path' if source == 'local-dir' else 'hf'}")
-            _, again["model_name"], arguments = read(path)
-            again |= arguments or {}
-        # heads and MLP are not timm's, but those of what stands beside its ViT
-        heads = model.embed_dim // 64 if model.embed_dim % 64 == 0 else 1
-        return cls(VisionConfig(hidden_size=model.embed_dim, intermediate_size=4 * model.embed_dim, num_hidden_layers=len(model.blocks),
-                                num_attention_heads=heads, image_size=side, patch_size=side // model.patch_embed.grid_size[0],
-                                pixel_mean=list(model.pretrained_cfg["mean"]), pixel_std=list(model.pretrained_cfg["std"]),
-                                timm=again | {"img_size": side}), model)
 
     def embeddings(self, images: Tensor) -> Tensor:
         x = self.model._pos_embed(self.model.patch_embed(self.pixels(images)))
@@ -854,15 +825,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(attend(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention at the coarsest; then twice the side, except at the finest."""
 
@@ -870,14 +832,13 @@ class Level(nn.Module):
         super().__init__()
         blocks, groups = c.decoder_blocks + 1, c.decoder_groups
         self.block = nn.ModuleList(ResBlock(i if n == 0 else o, o, groups) for n in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(o, groups) for _ in range(blocks if coarsest else 0))
-        self.upsample = nn.Identity() if finest else Upsample(o)
+        self.attn = nn.ModuleList(AttnBlock(o, groups) if coarsest else nn.Identity() for _ in range(blocks))
+        double = {} if finest else {"nearest": nn.Upsample(scale_factor=2.0), "conv": nn.Conv2d(o, o, 3, padding=1)}
+        self.upsample = nn.Sequential(OrderedDict(double))
 
     def forward(self, x: Tensor) -> Tensor:
-        for n, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[n](x)
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
         return self.upsample(x)
 
 
@@ -990,16 +951,14 @@ class DualTokenizer(nn.Module):
         c, vit, side = self.config, self.siglip_model.vision_model, self.config.vision.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {side}, {side}): resize and crop them first")
-        layers, found = {"shallow": c.shallow_layer, "deep": c.deep_layer, "shortcut": c.shortcut_layer}, {}
+        layers, found = {"shallow": c.shallow_layer, "shortcut": c.shortcut_layer, "deep": c.deep_layer}, {}
         at = {name: n for name, n in layers.items() if n and name in self.design.features | {"shortcut"}}
         x, taken = vit.embeddings(images) if at else None, 0
-        for n in sorted({*at.values()}):
-            x, taken = vit.run(x, taken + 1, n), n
-            found |= {name: vit.patches(x) for name in at if at[name] == n and name != "deep"}
-            if n == max(at.get("shallow", 0), at.get("shortcut", 0)) and self.shared_gradient != 1:
+        for name in sorted(at, key=at.get):         # deep last, also where layers are the same
+            if name == "deep" and taken and self.shared_gradient != 1:
                 x = x.detach() + self.shared_gradient * (x - x.detach())
-            if n == at.get("deep"):
-                found["deep"] = vit.patches(x)
+            x, taken = vit.run(x, taken + 1, at[name]), at[name]
+            found[name] = vit.patches(x)
         if self.teacher is not None:
             found["teacher"] = self.teacher.patches(self.teacher.run(self.teacher.embeddings(images), 1, c.deep_layer))
         if self.encoder is not None:
@@ -1056,8 +1015,7 @@ class DualTokenizer(nn.Module):
     def pool_codes(self, codes: Tensor) -> Tensor:
         """Codes (B, N, S, D) -> pooled embedding (B, C), not normalised, of the last stream. ValueError for a design that learns none."""
         self._check(codes)
-        if not self.design.means:
-            raise ValueError(f"the design {self.config.design} learns no semantics: its codes are not pooled; take another design's")
+        check(self.design.means, f"the design {self.config.design} learns no semantics: its codes are not pooled; take another design's")
         return self._pool(self.semantic_decoder(self._of("postquant")[-1](self._of("quantizer")[-1].embed(codes[:, :, -1]))))
 
     def pool(self, images: Tensor) -> Tensor:
@@ -1082,7 +1040,7 @@ class DualTokenizer(nn.Module):
             config[name] = make_config(kind, config.get(name), folder)
         config = make_config(TokenizerConfig, config, folder)
         model = built(lambda: cls(config), read_weights(folder), folder, bool(config.vision.timm))
-        model.siglip_model.read_vocabulary(folder)
+        model.siglip_model.vocabulary.read(folder)
         return model.eval()
 
     @classmethod
@@ -1091,8 +1049,7 @@ class DualTokenizer(nn.Module):
         sizes are under `siglip` in that config.json, or in siglip_folder's. In eval mode. Raises ValueError as `from_pretrained` does."""
         config = read_config(folder)
         c, siglip = config.get("rqvaesiglip"), config.get("siglip") or (read_config(siglip_folder) if siglip_folder else None)
-        if not isinstance(c, dict):
-            raise ValueError(f"{folder}/config.json is not the released layout: expected rqvaesiglip, got {', '.join(config)[:120]}")
+        check(isinstance(c, dict), f"{folder}/config.json is not the released layout: expected rqvaesiglip, got {', '.join(config)[:120]}")
         if not isinstance(siglip, dict) or not {"vision_config", "text_config"} <= siglip.keys():
             raise ValueError(f"the sizes of the backbone of {folder} are not known; give its SigLIP's folder with --siglip")
         vision = make_config(VisionConfig, siglip["vision_config"], folder)
@@ -1112,7 +1069,7 @@ class DualTokenizer(nn.Module):
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"{folder}/config.json does not describe a released tokenizer ({first_line(error)}); copy it again") from None
         model = built(lambda: cls(config), _from_released(_read_released(folder), config), folder)
-        model.siglip_model.read_vocabulary(siglip_folder or folder)
+        model.siglip_model.vocabulary.read(siglip_folder or folder)
         return model.eval()
 
 
@@ -1125,9 +1082,8 @@ def _read_released(folder: str) -> dict[str, Tensor]:
         if os.path.isfile(os.path.join(folder, name)):
             return read_weights(folder, name)
     found = sorted(name for name in os.listdir(folder) if name.endswith((".pt", ".pth", ".bin")))
-    if len(found) != 1:
-        raise ValueError(f"{folder} has {' and '.join(found) or 'no weights'}, "
-                         "expected weights.safetensors, model.safetensors, or one .pt file")
+    check(len(found) == 1, f"{folder} has {' and '.join(found) or 'no weights'}, "
+          "expected weights.safetensors, model.safetensors, or one .pt file")
     return read_tensors(os.path.join(folder, found[0]))
 
 
@@ -1185,7 +1141,7 @@ def save_model(folder: str, weights: dict[str, Tensor], config: dict):
 
 def save_files(folder: str, files: dict[str, bytes]):
     """Files by name, each under a temporary one first."""
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder or ".", exist_ok=True)
     for name, content in files.items():
         with open(os.path.join(folder, name + ".tmp"), "wb") as file:
             file.write(content)
@@ -1194,10 +1150,7 @@ def save_files(folder: str, files: dict[str, bytes]):
 
 def write_json(path: str, content):
     """Pretty JSON under a temporary name, then renamed."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(path + ".tmp", path)
+    save_files(os.path.dirname(path), {os.path.basename(path): (json.dumps(content, indent=1) + "\n").encode()})
 
 
 def check(right, words: str):
@@ -1242,8 +1195,7 @@ def read_config(folder: str, name: str = "config.json", kind: str = "") -> dict:
 
 def make_config(cls, values: dict, folder: str, defaults: dict = {}, given: dict = {}):
     """A dataclass from the values of its fields, `defaults` where they are left out or null, `given` in any case; others are ignored."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{folder}/config.json has no sizes for a {cls.__name__}: got {brief(values)}, expected an object")
+    check(isinstance(values, dict), f"{folder}/config.json has no sizes for a {cls.__name__}: got {brief(values)}, expected an object")
     try:
         return cls(**defaults | {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None} | given)
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -1305,12 +1257,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, assi
     wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in weights]
     wrong += [f"unexpected {name if name.isprintable() and len(name) < 100 else brief(name)} {brief(tuple(weights[name].shape))}"
               for name in weights if name not in own]
-    wrong += [f"{name} is {brief(tuple(weights[name].shape))}, expected {tuple(own[name].shape)}"
-              for name in own if name in weights and own[name].shape != weights[name].shape]
-    wrong += [f"{name} is of {weights[name].dtype}, expected {own[name].dtype}"
-              for name in own if name in weights and own[name].is_floating_point() != weights[name].is_floating_point()]
-    if wrong:
-        raise ValueError(f"the weights in {source} are not those of this model; {len(wrong)} differences: " + "; ".join(wrong[:10])
-                         + "; ..." * (len(wrong) > 10))
+    both = [(name, weights[name], own[name]) for name in own if name in weights]
+    wrong += [f"{name} is {brief(tuple(x.shape))}, expected {tuple(y.shape)}" for name, x, y in both if x.shape != y.shape]
+    wrong += [f"{name} is of {x.dtype}, expected {y.dtype}" for name, x, y in both if x.is_floating_point() != y.is_floating_point()]
+    check(not wrong, f"the weights in {source} are not those of this model; {len(wrong)} differences: {'; '.join(wrong[:10])}"
+          + "; ..." * (len(wrong) > 10))
     if not only_check:
         model.load_state_dict(weights, assign=assign)
