@@ -609,8 +609,6 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
 
             final = done == stage.steps
             if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
-                for row in sums.values():       # the term may have been another rank's; all ranks are here together
-                    all_reduce(row)
                 raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite "
                                  f"({not_finite(sums)}); what was saved before is kept in {stage.folder}: lower --lr, or look at the data")
             if final or done % args.log_every == 0:
@@ -663,8 +661,8 @@ def evaluate_and_log(stage: Stage, step: int, log: bool = True):
 
 
 def not_finite(sums: dict[str, Tensor]) -> str:
-    """The terms of `gradients` that were not finite at some step; the gradient itself where all of them were."""
-    return ", ".join(name for name, row in sums.items() if row[2] > 0) or "gradient"
+    """The terms of `gradients` that were not finite at some step on some rank; the gradient itself where none was. Called on all ranks."""
+    return ", ".join(name for name, row in sums.items() if all_reduce(row)[2] > 0) or "gradient"
 
 
 def show(value) -> str:
@@ -945,7 +943,6 @@ def bench_quantizer(args, ranks: Ranks):
     """A residual quantizer's time, beside vector-quantize-pytorch's where that is installed, and how it grows; are codes the nearest?"""
     cuda = ranks.device.type == "cuda"
     M, K, E, D = (32 * 729, 16_384, 32, 8) if cuda else (4096, 1024, 32, 4)
-
     z = lambda M: torch.randn(1, M, E, generator=torch.Generator().manual_seed(args.seed)).to(ranks.device)
 
     def ours(M, K, D):
