@@ -779,9 +779,8 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
         raise ValueError(f"{'; '.join(words for _, words in damaged)}; expected what a run of this script wrote")
     if stage.ranks.agree(step) != -stage.ranks.agree(-step):
         raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; look at the disk")
-    if changed:
-        words = "; ".join([*changed[:4], *([f"{len(changed) - 4} more"] if len(changed) > 4 else [])])
-        raise ValueError(f"{path} is of a run with other settings ({words}); resume with the same ones, or start anew in another --out")
+    words = "; ".join(changed[:4] + [f"{len(changed) - 4} more"] * (len(changed) > 4))
+    check(not changed, f"{path} is of a run with other settings ({words}); resume with the same ones, or start anew in another --out")
     try:
         for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
             load_part(part, state[name], path)
@@ -958,12 +957,11 @@ def bench_quantizer(args, ranks: Ranks):
         ranks.say("vector-quantize-pytorch is not installed, so there is no peer to compare with")
     ranks.say(f"{M} vectors of {E} numbers, {D} codes each out of {K}, on {machine(ranks)['device']}, torch {torch.__version__}")
     with torch.no_grad():
-        for training in (True, False):
-            for name, (vq, one) in rows.items():
-                vq.train(training)
-                begin_peak(ranks.device)
-                ranks.say(f"  {name}, {'training with EMA' if training else 'evaluation'}: {1000 * seconds_of(one, ranks.device):.2f} ms"
-                          + f", {peak_memory_gib(ranks.device):.2f} GiB" * cuda)
+        for training, (name, (vq, one)) in itertools.product((True, False), rows.items()):
+            vq.train(training)
+            begin_peak(ranks.device)
+            ranks.say(f"  {name}, {'training with EMA' if training else 'evaluation'}: {1000 * seconds_of(one, ranks.device):.2f} ms"
+                      + f", {peak_memory_gib(ranks.device):.2f} GiB" * cuda)
         vq, x = next(iter(rows.values()))[0], z(M)
         codes, wrong, ours_left, least_left = vq.encode(x)[0], 0, 0.0, 0.0
         for part, chosen in zip(x[0].split(1024), codes.split(1024)):
@@ -1124,21 +1122,20 @@ def dry_run(args, makers: list, ranks: int, unit: str):
     names = ("trained M", "forward", "step", "weights", "gradients", "optimiser", "gathered" if fsdp else "DDP's", "activations", "sum",
              "80 GB", "s/step", f"{unit}s/s", "hours")
     print(f"  {'stage':35}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in names))
-    for make in makers:
-        for args.checkpointing in (False, True):
-            stage, parts = make()
-            as_on_cuda(stage)
-            cost = measure(stage, parts, ranks, fsdp)
-            share, seconds = stage.batch // ranks, cost.step / peak
-            gib = [x / 2 ** 30 for x in (cost.weights, cost.gradients, cost.optimiser, cost.reduced, cost.activations, cost.memory)]
-            # of the 79 GiB that such a device has, a tenth for what is not counted
-            fits = "fits" if gib[-1] < 0.9 * 79 else "tight" if gib[-1] < 79 else "no"
-            flops = [f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)]
-            times = [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}", f"{stage.steps * seconds / 3600:.3g}"]
-            times = ["-"] * 3 if args.precision == "fp32" else times
-            row = [f"{cost.trained / 1e6:.1f}", *flops, *(f"{x:.2f}" for x in gib), fits, *times]
-            title = f"{stage.name}, {share}" + f" in {args.accumulate}" * (args.accumulate > 1) + ", checkpointing" * args.checkpointing
-            print(f"  {title:35}" + "".join(f"{x:>{max(9, len(name) + 2)}}" for x, name in zip(row, names)), flush=True)
+    for make, args.checkpointing in itertools.product(makers, (False, True)):
+        stage, parts = make()
+        as_on_cuda(stage)
+        cost = measure(stage, parts, ranks, fsdp)
+        share, seconds = stage.batch // ranks, cost.step / peak
+        gib = [x / 2 ** 30 for x in (cost.weights, cost.gradients, cost.optimiser, cost.reduced, cost.activations, cost.memory)]
+        # of the 79 GiB that such a device has, a tenth for what is not counted
+        fits = "fits" if gib[-1] < 0.9 * 79 else "tight" if gib[-1] < 79 else "no"
+        flops = [f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)]
+        times = [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}", f"{stage.steps * seconds / 3600:.3g}"]
+        times = ["-"] * 3 if args.precision == "fp32" else times
+        row = [f"{cost.trained / 1e6:.1f}", *flops, *(f"{x:.2f}" for x in gib), fits, *times]
+        title = f"{stage.name}, {share}" + f" in {args.accumulate}" * (args.accumulate > 1) + ", checkpointing" * args.checkpointing
+        print(f"  {title:35}" + "".join(f"{x:>{max(9, len(name) + 2)}}" for x, name in zip(row, names)), flush=True)
     print("not counted: fragmentation, workspaces of kernels, NCCL's buffers, waiting for data and for other ranks, evaluation")
 
 
