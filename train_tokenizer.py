@@ -20,7 +20,6 @@ data, evaluation, stages, runs.
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import csv
@@ -42,6 +41,7 @@ import sys
 import textwrap
 import threading
 import time
+import timeit
 import traceback
 import warnings
 import weakref
@@ -65,9 +65,8 @@ from data.images import SUFFIXES, ImageData, Pictures, start_worker
 from losses import (LPIPS, Discriminator, Weights, adaptive_weight, discriminator_loss, frechet_distance, psnr, sigmoid_contrastive, ssim,
                     tokenizer_losses, weighted)
 from rvq import CELLS, ResidualVQ, all_reduce, histogram, usage_and_perplexity
-from tokenizer import (BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, brief, check, first_line,
-                       layer_similarity, load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers,
-                       split_layers, write_json)
+from tokenizer import (BYTES, DESIGNS, PAPER, PRESETS, DualTokenizer, SigLIP, TimmTower, brief, check, first_line, layer_similarity,
+                       load_weights, lower, preset_config, read_config, read_json, read_tensors, read_towers, split_layers, write_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,9 +97,8 @@ class Settings:
 
 # Deep features of a small SigLIP from scratch are large (variance 25), so their squared error at the release's weight drowns the pixels'.
 # In a trial of 300 steps (patches of 8, one seed), 0.02 in place of 0.2 gave 24.4 dB in place of 21.6, for a zero-shot accuracy of .973 in
-# place of .984. With AdamW and all of the semantic gradient in the shared layers, dual reconstructs .3 and 1.5 dB worse than
-# recon-shallow (seeds 0 and 1); with a tenth, .3 dB better and .5 worse. With Muon (seeds 0 to 2) it is better by .6, .2 and -.4 dB;
-# with a tenth by .7, .5 and .1.
+# place of .984. With all of the semantic gradient in the shared layers dual reconstructs .6, .2 and -.4 dB better than recon-shallow (seeds
+# 0 to 2), with a tenth .7, .5 and .1; with AdamW in place of Muon -.3 and -1.5 dB (seeds 0 and 1), and .3 and -.5.
 _TOY = dict(betas=(0.9, 0.95), warmup=50, muon=True, shared_gradient=0.1, gan=False, gan_start=0.6, gan_width=32, gan_layers=2, gan_lr=2e-4,
             weights=Weights(pixel=5, deep=0.02, pooled=0.04, commitment=1))
 SETTINGS = {
@@ -167,9 +165,8 @@ def flags(argv=None) -> argparse.Namespace:
     g.add_argument("--layers", type=int, default=0, help="of the ViT, where it is trained here; 0: the preset's")
     layer = lambda word: word if word in ("quarter", "split") else int(word)
     layer.__name__ = "layer"        # what argparse calls it in an error
-    g.add_argument("--shallow-layer", type=layer, default=0,
-                   help="layer the pixel stream leaves after; quarter: a quarter of all; split: the last shallow one by the similarity of "
-                        "the layers; 0: the preset's, a quarter except in nano and nano-64")
+    g.add_argument("--shallow-layer", type=layer, default=0, help="layer the pixel stream leaves after; quarter: a quarter of all; split: "
+                   "the last shallow one by the similarity of the layers; 0: the preset's, a quarter except in nano and nano-64")
     g.add_argument("--deep-layer", type=int, default=0, help="layer the semantic stream leaves after; 0: the last but one")
     g.add_argument("--shortcut-layer", type=int, default=0, help="layer added x 0.6 to the unquantised pixel stream (release: 4); 0: none")
     g = p.add_argument_group("evaluation at the end, on all of other data")
@@ -245,8 +242,7 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
 
 def check_shared(args, presets: dict, **more: int):
     """ValueError for a preset that is not there, or a flag below its least value; more: those of one script, by name."""
-    if args.preset not in presets:
-        raise ValueError(or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(presets)}", [args.preset], presets))
+    check(args.preset in presets, or_nearest(f"--preset is {args.preset!r}, expected one of {', '.join(presets)}", [args.preset], presets))
     if args.seeds != 1 and not args.table or args.table and (args.bench or args.dry_run):
         raise ValueError("--seeds goes with --table, and --table goes without --bench and --dry-run")
     least = dict(steps=0, batch_size=0, accumulate=1, max_bad_steps=1, seed=0, workers=0, log_every=1, eval_every=0, save_every=1,
@@ -305,10 +301,9 @@ class Ranks:
         """DDP where there are several ranks, unless they share the weights. No buffer is broadcast: all compute equal codebooks."""
         if self.count == 1 or hasattr(model, "reshard"):
             return model
-        devices = [self.device.index] if self.device.type == "cuda" else None
         with warnings.catch_warnings():     # torch 2.13 has another name for it, which does less
             warnings.simplefilter("ignore", FutureWarning)
-            return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
     def shard(self, model: nn.Module, parts: list[nn.Module]):
         """FSDP: every rank keeps a share of weights, gradients and optimiser state; a part's weights are gathered when it computes, what
@@ -352,14 +347,8 @@ def share_of(x: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_state(state, first: bool):
-    """A state dict, or a part of one, as of one rank: on the CPU of the first alone, by single tensors, as the device may not hold all."""
-    gathered = lambda x: x.cpu() if first else None
-    return tree_map(lambda x: gathered(whole(x)) if isinstance(x, Tensor) else x, state)
-
-
 def load_part(part, state: dict, source: str):
-    """What `whole_state` made of a module or an optimiser, back into it, shared or not. Raises ValueError where it does not fit."""
+    """What `save_state` kept of a module or an optimiser, back into it, shared or not. Raises ValueError where it does not fit."""
     if isinstance(part, nn.Module):
         own = part.state_dict()
         return load_weights(part, {name: share_of(value, own.get(name)) for name, value in state.items()}, source)
@@ -374,15 +363,6 @@ def load_part(part, state: dict, source: str):
     # Learning rates and the like are not the file's: `settings` says that they are the same.
     part.load_state_dict({"param_groups": part.state_dict()["param_groups"],
                           "state": {i: {name: fit(parameters[i], value) for name, value in row.items()} for i, row in rows.items()}})
-
-
-def adamw(modules: list[nn.Module], lr: float, betas: tuple, weight_decay: float, besides: list = ()) -> torch.optim.AdamW:
-    """AdamW over what is trainable but `besides`; no decay on biases, norms and other vectors. Fused: a flag on the device skips a step."""
-    besides = {id(p) for p in besides}
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad and id(p) not in besides]
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 class Muon(torch.optim.Optimizer):
@@ -411,11 +391,9 @@ class Muon(torch.optim.Optimizer):
         """Nothing changes where `found_inf`, which `step_or_skip` sets, is 1."""
         good = 1 - self.found_inf
         for group in self.param_groups:
-            alike = collections.defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike[p.shape].append(p)
-            for shape, parameters in alike.items():
+            trained = [p for p in group["params"] if p.grad is not None]
+            for shape in dict.fromkeys(p.shape for p in trained):
+                parameters = [p for p in trained if p.shape == shape]
                 gradient = torch.stack([whole(p.grad) for p in parameters]).nan_to_num(0, 0, 0)
                 old = torch.stack([whole(self.state[p]["momentum"]) for p in parameters])
                 momentum = old.lerp(gradient, good * (1 - group["momentum"]))
@@ -458,12 +436,14 @@ class Stage:
         self.args, self.ranks = args, ranks
         self.precision, self.counted = precision(args, ranks), {}      # counted: numbers of its own since the last log line
         keeps = not getattr(args, "fsdp", False)        # bf16 copies of the weights until the step ends: of shared ones, the whole model
-        self.autocast = lambda: (torch.autocast(ranks.device.type, torch.bfloat16, cache_enabled=keeps)
-                                 if self.precision == "bf16" else contextlib.nullcontext())
+        self.autocast = lambda: torch.autocast(ranks.device.type, torch.bfloat16, self.precision == "bf16", keeps)
 
     def optimise(self, betas: tuple, weight_decay: float, matrices: list[nn.Parameter] = ()):
-        """Muon for these weights of the model, AdamW for the others that train."""
-        self.optimizer = adamw([self.model], self.lr, betas, weight_decay, besides=matrices)
+        """Muon for these weights of the model, AdamW for the others that train, with no decay on biases, norms and other vectors."""
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in {*matrices}]
+        groups = [{"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, self.lr, betas, fused=True)      # fused: a flag on the device skips a step
         self.muon = Muon(matrices, self.lr, weight_decay) if matrices else None
 
     def before_step(self, parts: list[tuple]):
@@ -471,7 +451,6 @@ class Stage:
 
     def loss(self, *part, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch -> what to differentiate, and its terms by name."""
-        raise NotImplementedError
 
     def after_step(self, bad: Tensor):
         """After the optimisers' step, which was skipped where bad."""
@@ -486,7 +465,6 @@ class Stage:
 
     def evaluate(self) -> dict:
         """Metrics; called on all ranks."""
-        return {}
 
     def about(self) -> dict:
         """More for metrics.json, once trained."""
@@ -515,10 +493,9 @@ def take_step(stage: Stage, lr: float) -> tuple[Tensor, Tensor]:
     """Clip, step where the gradient is finite, and what comes after -> its norm, and if it was bad; equal on all ranks, not waited for."""
     norm = whole(nn.utils.clip_grad_norm_([p for p in stage.model.parameters() if p.requires_grad], stage.args.clip))
     bad = ~norm.isfinite()
-    step_or_skip(stage.optimizer, lr, bad)
-    if stage.muon:
-        with stage.autocast():
-            step_or_skip(stage.muon, lr, bad)
+    with stage.autocast():      # for Muon's products
+        for optimizer in filter(None, (stage.optimizer, stage.muon)):
+            step_or_skip(optimizer, lr, bad)
     stage.after_step(bad)
     return norm, bad
 
@@ -553,10 +530,6 @@ def hold(folder: str, ranks: Ranks) -> bool:
             ranks.say(f"  {folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
             return True
     return False
-
-
-class Stopped(Exception):
-    """A run that was asked to stop, by the signal of this number, and has saved what it had."""
 
 
 class Signals:
@@ -608,7 +581,7 @@ LOW, LOW_STEPS = 0.1, 100       # a codebook of whose codes fewer than this shar
 def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: dict | None = None):
     """The training loop. batches(start) yields (micro-batches, reports of broken samples) from a step on. Nothing in a step waits for the
     device: losses, bad steps and code usage are looked at when a log line is due. since_log: what a checkpoint kept of the steps since.
-    Raises Stopped after SIGINT or SIGTERM, once it has saved."""
+    Asked to stop, by SIGINT or SIGTERM, it saves and raises SystemExit."""
     args, ranks, since_log = stage.args, stage.ranks, since_log or {"sums": {}, "bad": torch.zeros(3), "low": {}, "counted": {}}
     stage.wrapped = ranks.wrap(stage.model)
     stream, waited = never_ending(batches, start, lambda words: print(f"{words} (rank {ranks.rank})", flush=True)), 0.0
@@ -636,8 +609,6 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
 
             final = done == stage.steps
             if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
-                for row in sums.values():       # the term may have been another rank's; all ranks are here together
-                    all_reduce(row)
                 raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite "
                                  f"({not_finite(sums)}); what was saved before is kept in {stage.folder}: lower --lr, or look at the data")
             if final or done % args.log_every == 0:
@@ -663,7 +634,7 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
             if asked := asked or due and ranks.agree(signals.asked):
                 ranks.say(f"{signal.Signals(asked).name}: {stage.name} stopped after step {done} of {stage.steps}, which is saved in "
                           f"{os.path.join(stage.folder, 'state.pt')}; --resume goes on")
-                raise Stopped(asked)
+                sys.exit(128 + asked)
     stage.seconds, stage.per_second = time.time() - begun, (stage.steps - start) * stage.batch / training if training else 0.0
 
 
@@ -690,8 +661,8 @@ def evaluate_and_log(stage: Stage, step: int, log: bool = True):
 
 
 def not_finite(sums: dict[str, Tensor]) -> str:
-    """The terms of `gradients` that were not finite at some step; the gradient itself where all of them were."""
-    return ", ".join(name for name, row in sums.items() if row[2] > 0) or "gradient"
+    """The terms of `gradients` that were not finite at some step on some rank; the gradient itself where none was. Called on all ranks."""
+    return ", ".join(name for name, row in sums.items() if all_reduce(row)[2] > 0) or "gradient"
 
 
 def show(value) -> str:
@@ -741,17 +712,18 @@ def read_log(folder: str) -> list[dict]:
 
 def checkpoints(folder: str) -> list[str]:
     """state.pt, and those before it that were kept, state-1.pt, ...: the newest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    older = sorted((name for name in names if re.fullmatch(r"state-\d+\.pt", name)), key=lambda name: int(name[6:-3]))
-    return [path for name in ("state.pt", *older) if os.path.exists(path := os.path.join(folder, name))]
+    found = [re.fullmatch(r"state(?:-(\d+))?\.pt", name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
+    return [os.path.join(folder, match[0]) for match in sorted(filter(None, found), key=lambda match: int(match[1] or 0))]
 
 
 def save_state(stage: Stage, step: int, seconds: float, since_log: dict):
     """What others load, curves and samples; then state.pt, which holds the weights too: the same files whatever the ranks, and whether
     they share the weights. Raises OSError on all ranks where the first could not write; the checkpoint before it is then kept."""
     parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}
-    state = {**{name: part.state_dict() for name, part in parts.items()}, "since_log": since_log}
-    state, failed = whole_state(state, stage.ranks.first), None
+    # on the CPU of the first rank alone, by single tensors, as the device may not hold all
+    cpu, failed = lambda x: x.cpu() if stage.ranks.first else None, None
+    state = tree_map(lambda x: cpu(whole(x)) if isinstance(x, Tensor) else x,
+                     {**{name: part.state_dict() for name, part in parts.items()}, "since_log": since_log})
     if stage.ranks.first:
         try:
             write_state(stage, {"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state})
@@ -796,11 +768,10 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
             step, seconds, since_log = state["step"], state["seconds"], state.get("since_log")
             if type(step) is not int or not 0 <= step <= stage.steps or not isinstance(seconds, (int, float)):
                 raise ValueError(f"step {step} of {stage.steps} after {seconds} seconds")
-            if since_log and not (all(rows.shape[1:] == (3,) and rows.isfinite().all()
-                                      for rows in (*since_log["sums"].values(), since_log["bad"][None]))
-                                  and all(type(value) is int for value in since_log["low"].values())
-                                  and shapes(since_log["counted"]) == shapes(stage.counted)):
-                raise ValueError("what it knew since the last log line is damaged")
+            check(not since_log or all(rows.shape[1:] == (3,) and rows.isfinite().all()
+                                       for rows in (*since_log["sums"].values(), since_log["bad"][None]))
+                  and all(type(value) is int for value in since_log["low"].values())
+                  and shapes(since_log["counted"]) == shapes(stage.counted), "what it knew since the last log line is damaged")
             break
         except Exception as error:      # torch.load raises nearly anything on damaged bytes
             damaged.append((path, f"{path} cannot be resumed from ({first_line(error)})"))
@@ -808,19 +779,17 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
         raise ValueError(f"{'; '.join(words for _, words in damaged)}; expected what a run of this script wrote")
     if stage.ranks.agree(step) != -stage.ranks.agree(-step):
         raise ValueError(f"ranks read different checkpoints in {stage.folder}, this one step {step} of {path}; look at the disk")
-    if changed:
-        words = "; ".join([*changed[:4], *([f"{len(changed) - 4} more"] if len(changed) > 4 else [])])
-        raise ValueError(f"{path} is of a run with other settings ({words}); resume with the same ones, or start anew in another --out")
+    words = "; ".join(changed[:4] + [f"{len(changed) - 4} more"] * (len(changed) > 4))
+    check(not changed, f"{path} is of a run with other settings ({words}); resume with the same ones, or start anew in another --out")
     try:
         for name, part in {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}.items():
             load_part(part, state[name], path)
     except (KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); take an older copy of it") from None
     if stage.ranks.first:
-        kept = [line for line in read_log(stage.folder) if line["step"] <= step]
         path = os.path.join(stage.folder, "log.jsonl")
         with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.writelines(json.dumps(line) + "\n" for line in read_log(stage.folder) if line["step"] <= step)
         os.replace(path + ".tmp", path)
         for damaged_path, words in damaged:
             os.replace(damaged_path, damaged_path + ".damaged")
@@ -833,9 +802,8 @@ def differences(old: dict, new: dict) -> list[str]:
     """Settings that are others in `new` than in `old`, or in one of them alone; those inside dicts and lists by dotted names."""
     name = lambda path: ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
     old, new = ({name(path): value for path, value in tree_flatten_with_path(settings)[0]} for settings in (old, new))
-    short = lambda x: x if len(x) <= 80 else f"{x[:25]}...{x[-50:]}"
-    return [f"{key} {short(' '.join(str(old.get(key)).split()))} -> {short(str(new.get(key)))}" for key in new | old
-            if old.get(key) != new.get(key)]
+    short = lambda x: x if len(x := " ".join(str(x).split())) <= 80 else f"{x[:25]}...{x[-50:]}"
+    return [f"{key} {short(old.get(key))} -> {short(new.get(key))}" for key in new | old if old.get(key) != new.get(key)]
 
 
 def to_picture(images: Tensor) -> list[Image.Image]:
@@ -868,12 +836,11 @@ def draw_curves(log: list[dict], path: str):
     """A PNG with one small panel per number in the log, over steps."""
     names = dict.fromkeys(name for line in log for name in line if name not in ("step", "seconds", "waiting", "skipped"))
     draw_panels({name: [(line["step"], line[name]) for line in log
-                        if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}, path, "step")
+                        if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])] for name in names}, path)
 
 
-def draw_panels(series: dict[str, list], path: str, across: str, origin: bool = False, width: int = 300, height: int = 150):
-    """A PNG with one small panel per series of two points or more: {name: [(across, value), ...]}. origin: (0, 0) is its corner, and each
-    point is marked."""
+def draw_panels(series: dict[str, list], path: str, origin: bool = False, width: int = 300, height: int = 150):
+    """A PNG of a small panel per series of two points or more: {name: [(step, value), ...]}. origin: from (0, 0) on, each point marked."""
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
@@ -895,7 +862,7 @@ def draw_panels(series: dict[str, list], path: str, across: str, origin: bool = 
                 draw.text((x - 4, y - 1), f"{v:.3g}", fill="black", anchor="rb")
                 draw.text((x, top + h + 3), f"{s:,}", fill=(120, 120, 120), anchor="mt")
         else:
-            draw.text((left, top + h + 3), f"{show(float(low))} .. {show(float(high))}   {across} {first} .. {last}", fill=(120, 120, 120))
+            draw.text((left, top + h + 3), f"{show(float(low))} .. {show(float(high))}   step {first} .. {last}", fill=(120, 120, 120))
     sheet.save(path + ".tmp", format="PNG")
     os.replace(path + ".tmp", path)
 
@@ -936,17 +903,13 @@ def flop_counter() -> FlopCounterMode:
 
 def seconds_of(one, device: torch.device, times: int = 1, warmup: int = 2, rounds: int = 5) -> float:
     """Seconds that one() takes: the median over some rounds of so many times."""
-    wait, took = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None), []
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
     for _ in range(warmup):
         one()
-    for _ in range(rounds):
-        wait()
-        begun = time.perf_counter()
-        for _ in range(times):
-            one()
-        wait()
-        took.append((time.perf_counter() - begun) / times)
-    return statistics.median(took)
+    return statistics.median(timeit.repeat(one, gc.enable, clock, rounds, times)) / times      # timeit would leave garbage alone
 
 
 def whole_step(stage: Stage, parts: list[tuple]):
@@ -979,7 +942,6 @@ def bench_quantizer(args, ranks: Ranks):
     """A residual quantizer's time, beside vector-quantize-pytorch's where that is installed, and how it grows; are codes the nearest?"""
     cuda = ranks.device.type == "cuda"
     M, K, E, D = (32 * 729, 16_384, 32, 8) if cuda else (4096, 1024, 32, 4)
-
     z = lambda M: torch.randn(1, M, E, generator=torch.Generator().manual_seed(args.seed)).to(ranks.device)
 
     def ours(M, K, D):
@@ -995,12 +957,11 @@ def bench_quantizer(args, ranks: Ranks):
         ranks.say("vector-quantize-pytorch is not installed, so there is no peer to compare with")
     ranks.say(f"{M} vectors of {E} numbers, {D} codes each out of {K}, on {machine(ranks)['device']}, torch {torch.__version__}")
     with torch.no_grad():
-        for training in (True, False):
-            for name, (vq, one) in rows.items():
-                vq.train(training)
-                begin_peak(ranks.device)
-                ranks.say(f"  {name}, {'training with EMA' if training else 'evaluation'}: {1000 * seconds_of(one, ranks.device):.2f} ms"
-                          + f", {peak_memory_gib(ranks.device):.2f} GiB" * cuda)
+        for training, (name, (vq, one)) in itertools.product((True, False), rows.items()):
+            vq.train(training)
+            begin_peak(ranks.device)
+            ranks.say(f"  {name}, {'training with EMA' if training else 'evaluation'}: {1000 * seconds_of(one, ranks.device):.2f} ms"
+                      + f", {peak_memory_gib(ranks.device):.2f} GiB" * cuda)
         vq, x = next(iter(rows.values()))[0], z(M)
         codes, wrong, ours_left, least_left = vq.encode(x)[0], 0, 0.0, 0.0
         for part, chosen in zip(x[0].split(1024), codes.split(1024)):
@@ -1031,7 +992,7 @@ def growth(args, ranks: Ranks, name: str, axes: dict, units: tuple, measured):
         ranks.say(f"{name}, {what} {', '.join(map(str, sizes))}: {'; '.join(said)}")
     if ranks.first:
         os.makedirs(args.out, exist_ok=True)
-        draw_panels(curves, path, "size", origin=True)
+        draw_panels(curves, path, origin=True)
     ranks.say(path)
 
 
@@ -1048,8 +1009,7 @@ def bench_growth(args, ranks: Ranks, name: str, axes: dict, make):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # dry run, shared with train_mllm.py. A stage's own step runs once on fake tensors, which have shapes and dtypes but no memory, so that
-# nothing here repeats what a model computes. Not in the estimate: what the allocator loses between blocks, workspaces of kernels, NCCL's
-# buffers, the CUDA context (about a GiB in all, often more), data loading, evaluation, and the optimiser's own temporaries.
+# nothing here repeats what a model computes. Not counted, besides what `dry_run` names: the CUDA context, the optimiser's temporaries.
 
 @contextlib.contextmanager
 def fake():
@@ -1162,21 +1122,20 @@ def dry_run(args, makers: list, ranks: int, unit: str):
     names = ("trained M", "forward", "step", "weights", "gradients", "optimiser", "gathered" if fsdp else "DDP's", "activations", "sum",
              "80 GB", "s/step", f"{unit}s/s", "hours")
     print(f"  {'stage':35}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in names))
-    for make in makers:
-        for args.checkpointing in (False, True):
-            stage, parts = make()
-            as_on_cuda(stage)
-            cost = measure(stage, parts, ranks, fsdp)
-            share, seconds = stage.batch // ranks, cost.step / peak
-            gib = [x / 2 ** 30 for x in (cost.weights, cost.gradients, cost.optimiser, cost.reduced, cost.activations, cost.memory)]
-            # of the 79 GiB that such a device has, a tenth for what is not counted
-            fits = "fits" if gib[-1] < 0.9 * 79 else "tight" if gib[-1] < 79 else "no"
-            flops = [f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)]
-            times = [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}", f"{stage.steps * seconds / 3600:.3g}"]
-            times = ["-"] * 3 if args.precision == "fp32" else times
-            row = [f"{cost.trained / 1e6:.1f}", *flops, *(f"{x:.2f}" for x in gib), fits, *times]
-            title = f"{stage.name}, {share}" + f" in {args.accumulate}" * (args.accumulate > 1) + ", checkpointing" * args.checkpointing
-            print(f"  {title:35}" + "".join(f"{x:>{max(9, len(name) + 2)}}" for x, name in zip(row, names)), flush=True)
+    for make, args.checkpointing in itertools.product(makers, (False, True)):
+        stage, parts = make()
+        as_on_cuda(stage)
+        cost = measure(stage, parts, ranks, fsdp)
+        share, seconds = stage.batch // ranks, cost.step / peak
+        gib = [x / 2 ** 30 for x in (cost.weights, cost.gradients, cost.optimiser, cost.reduced, cost.activations, cost.memory)]
+        # of the 79 GiB that such a device has, a tenth for what is not counted
+        fits = "fits" if gib[-1] < 0.9 * 79 else "tight" if gib[-1] < 79 else "no"
+        flops = [f"{x / share / 1e9:.1f}" for x in (cost.forward, cost.step)]
+        times = [f"{seconds:.3g}", f"{stage.batch / seconds:.0f}", f"{stage.steps * seconds / 3600:.3g}"]
+        times = ["-"] * 3 if args.precision == "fp32" else times
+        row = [f"{cost.trained / 1e6:.1f}", *flops, *(f"{x:.2f}" for x in gib), fits, *times]
+        title = f"{stage.name}, {share}" + f" in {args.accumulate}" * (args.accumulate > 1) + ", checkpointing" * args.checkpointing
+        print(f"  {title:35}" + "".join(f"{x:>{max(9, len(name) + 2)}}" for x, name in zip(row, names)), flush=True)
     print("not counted: fragmentation, workspaces of kernels, NCCL's buffers, waiting for data and for other ranks, evaluation")
 
 
@@ -2217,8 +2176,6 @@ def run(main, trains: bool = True):
         sys.exit(f"error: {words}")       # of an error in a worker, torch gives the traceback too
     except torch.OutOfMemoryError:
         sys.exit(f"error: out of memory; try {'--checkpointing, --accumulate 2, or ' * trains}a smaller --batch-size")
-    except Stopped as stop:
-        sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
         print(f"interrupted; {then}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
