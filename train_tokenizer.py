@@ -301,9 +301,10 @@ class Ranks:
         """DDP where there are several ranks, unless they share the weights. No buffer is broadcast: all compute equal codebooks."""
         if self.count == 1 or hasattr(model, "reshard"):
             return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
         with warnings.catch_warnings():     # torch 2.13 has another name for it, which does less
             warnings.simplefilter("ignore", FutureWarning)
-            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def shard(self, model: nn.Module, parts: list[nn.Module]):
         """FSDP: every rank keeps a share of weights, gradients and optimiser state; a part's weights are gathered when it computes, what
@@ -440,7 +441,8 @@ class Stage:
 
     def optimise(self, betas: tuple, weight_decay: float, matrices: list[nn.Parameter] = ()):
         """Muon for these weights of the model, AdamW for the others that train, with no decay on biases, norms and other vectors."""
-        others = [p for p in self.model.parameters() if p.requires_grad and p not in {*matrices}]
+        by_muon = {*matrices}
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in by_muon]
         groups = [{"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, self.lr, betas, fused=True)      # fused: a flag on the device skips a step
@@ -609,6 +611,8 @@ def fit(stage: Stage, batches, start: int = 0, elapsed: float = 0.0, since_log: 
 
             final = done == stage.steps
             if (final or done % min(args.log_every, args.max_bad_steps) == 0) and longest.item() >= args.max_bad_steps:
+                for row in sums.values():       # the term may have been another rank's; all ranks are here together
+                    all_reduce(row)
                 raise ValueError(f"stopped at step {done} of {stage.name}: {int(longest)} steps in a row were not finite "
                                  f"({not_finite(sums)}); what was saved before is kept in {stage.folder}: lower --lr, or look at the data")
             if final or done % args.log_every == 0:
@@ -661,8 +665,8 @@ def evaluate_and_log(stage: Stage, step: int, log: bool = True):
 
 
 def not_finite(sums: dict[str, Tensor]) -> str:
-    """The terms of `gradients` that were not finite at some step on some rank; the gradient itself where none was. Called on all ranks."""
-    return ", ".join(name for name, row in sums.items() if all_reduce(row)[2] > 0) or "gradient"
+    """The terms of `gradients` that were not finite at some step; the gradient itself where all of them were."""
+    return ", ".join(name for name, row in sums.items() if row[2] > 0) or "gradient"
 
 
 def show(value) -> str:
