@@ -1586,7 +1586,7 @@ def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, 
 @torch.no_grad()
 def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, classes: tuple, captions: tuple) -> dict:
     """zero_shot on what `read_classes` returned, retrieval on what `read_captions` did, each through the codes and by the teacher."""
-    was_training, siglip, device, metrics = tokenizer.training, tokenizer.siglip_model, data.ranks.device, {}
+    siglip, device, metrics = tokenizer.siglip_model, data.ranks.device, {}
     tokenizer.eval()
     if classes:
         paths, labels, prompts = classes
@@ -1607,7 +1607,6 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
             data.ranks.say(f"  left out: {name} is not there")
         metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept),
                     "retrieval_missing": len(missing), "retrieval_broken": len(rows["broken"])}
-    tokenizer.train(was_training)
     return metrics
 
 
@@ -1721,12 +1720,11 @@ class TokenizerStage(Stage):
             self.gan_lr = settings.gan_lr
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.codes, self.pictures, self.counted = None, None, {"gan_skipped": torch.zeros((), device=ranks.device)}
+        digests = {name: digest(x) for name, x in (("teacher", self.teacher), ("init", init), ("perceptual", self.perceptual)) if x}
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
                          "batch": self.batch, "lr": self.lr, "muon": settings.muon, "weights": asdict(settings.weights),
                          "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start,
-                         "config": json.loads(json.dumps(asdict(config))), "teacher": digest(self.teacher),
-                         **({"init": digest(init)} if init else {}),
-                         **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args, ranks)}
+                         "config": json.loads(json.dumps(asdict(config))), **digests, **common(args, ranks)}
 
     def loss(self, images, captions, *, step):
         features = self.wrapped(images)
@@ -1793,7 +1791,7 @@ class TokenizerStage(Stage):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# runs: what they leave behind, evaluation alone, tables, main
+# runs: what they leave behind, tables, main
 
 FACTS = ("preset", "design", "streams", "steps", "seed", "data", "device", "ranks", "seconds", "peak_memory_gib", "images_per_second",
          "torch", "commit", "settings")
@@ -1811,23 +1809,6 @@ def tell(path: str, metrics: dict, **more):
     write_json(path, {**metrics, **more})
     print(f"\n{path}")
     report(metrics)
-
-
-def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP, data: Data, files: tuple):
-    """A tokenizer against its teacher. metrics.json in --out keeps what it says of training; all numbers of evaluation are replaced."""
-    begun, path, c = time.time(), os.path.join(args.out, "metrics.json"), tokenizer.config
-    facts = {"preset": c.preset, "design": c.design, "streams": list(c.streams)}
-    if os.path.exists(path):
-        facts = {name: value for name, value in read_config(args.out, "metrics.json").items() if name in FACTS}
-    tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
-    for quantizer in tokenizer.quantizers.values():
-        quantizer.fused = args.fast_vq
-    metrics = {**evaluate_tokenizer(tokenizer, teacher, data), **evaluate_files(tokenizer, teacher, data, *files)}
-    about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data,
-             "seconds": round(time.time() - begun, 1), **machine(ranks)}
-    if ranks.first:
-        os.makedirs(args.out, exist_ok=True)
-        tell(path, metrics, **facts, evaluated=about)
 
 
 def report(metrics: dict):
@@ -1949,8 +1930,22 @@ def main(argv=None, args=None, siglip_folder: str = ""):
             ranks.say(f"zero-shot and retrieval are not measured: {reader.vocabulary.lacking}")
         else:
             reader.text_ids([""])           # raises now, not after training, for a vocabulary that is damaged or another tower's
+
+    # ---- evaluation alone: metrics.json keeps what it says of training; all numbers of evaluation are replaced
     if args.eval:
-        return evaluate_alone(args, ranks, init, siglip, data, files)
+        begun, path = time.time(), os.path.join(args.out, "metrics.json")
+        facts = {"preset": config.preset, "design": config.design, "streams": list(config.streams)}
+        if os.path.exists(path):
+            facts = {name: value for name, value in read_config(args.out, "metrics.json").items() if name in FACTS}
+        tokenizer, teacher = init.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
+        for quantizer in tokenizer.quantizers.values():
+            quantizer.fused = args.fast_vq
+        metrics = {**evaluate_tokenizer(tokenizer, teacher, data), **evaluate_files(tokenizer, teacher, data, *files)}
+        about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data, "seconds": round(time.time() - begun, 1)}
+        if ranks.first:
+            os.makedirs(args.out, exist_ok=True)
+            tell(path, metrics, **facts, evaluated={**about, **machine(ranks)})
+        return
 
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
@@ -2109,15 +2104,14 @@ def load_init(args, changes: dict) -> DualTokenizer:
     """The tokenizer of --init. Its teacher is --siglip or --backbone, by default the SigLIP that a tokenizer of ours was trained from."""
     if changes or args.image_size:
         raise ValueError(f"--image-size, the design, its sizes and layers are those of --init {args.init}; leave these flags out")
-    ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
     elsewhere = os.path.realpath(args.init) != os.path.realpath(args.out)
     check(elsewhere or args.eval or args.bench, f"--init {args.init} is --out too, and training would overwrite it; name another --out")
     if args.eval and elsewhere and os.path.exists(os.path.join(args.out, "model.safetensors")):
         raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and its metrics.json; name another --out")
-    if ours and not teacher:
-        teacher = teacher_of(args.init)
-        args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
+    ours = read_config(args.init).get("model_type") == "dualtoken"
+    teacher = args.siglip or args.backbone or (teacher_of(args.init) if ours else "")
     check(teacher, f"{args.init} holds a tokenizer without the SigLIP that it is compared with; give it with --siglip")
+    args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
     return DualTokenizer.from_pretrained(args.init) if ours else DualTokenizer.from_released(args.init, hub.folder(args.siglip))
 
 
