@@ -1188,8 +1188,7 @@ def make_table(args, tables: dict[str, Table], measure):
                 values = [value.get(key) if isinstance(value, dict) else None for value in values]
             if None not in values:
                 ours[column] = {"mean": sum(values) / len(values), "spread": max(values) - min(values), "values": values}
-        rows.append({"label": system.label, "run": system.name, "ours": ours,
-                     "paper": {name: value for name, value in system.paper.items() if value is not None},
+        rows.append({"label": system.label, "run": system.name, "ours": ours, "paper": system.paper,
                      "seconds": [metrics["seconds"] for metrics in runs],
                      **{f"{what}s": sorted({metrics[what] for metrics in runs}) for what in ("commit", "device")}})
     if len(counts := {metrics["images"] for runs in found for metrics in runs if "images" in metrics}) > 1:
@@ -1334,32 +1333,25 @@ class Data:
         ranks, local, accumulate = self.ranks, batch // self.ranks.count, self.args.accumulate
         check_batch(batch, ranks, accumulate)
 
-        def split(images, captions):
-            size = len(images) // accumulate
-            return [(images[i:i + size], captions[i:i + size]) for i in range(0, len(images), size)]
-
-        def from_world(start):
-            for step in itertools.count(start):
-                first = (step * ranks.count + ranks.rank) * local
-                yield split(*self.train.batch(range(first, first + local), ranks.device)), []
-
-        def from_images(start):
-            seen = set()
-            for images, captions, reports in self.train.load(batch, start, rank=ranks.rank, ranks=ranks.count, workers=self.args.workers,
-                                                             pin=ranks.device.type == "cuda"):
-                yield split(self._signed(images), captions), first_time(reports, seen)
-
-        return from_world if self.worlds else from_images
+        def from_step(start):
+            seen, firsts = set(), itertools.count(start * batch + ranks.rank * local, batch)
+            loaded = (((*self.train.batch(range(n, n + local), ranks.device), []) for n in firsts) if self.worlds else
+                      self.train.load(batch, start, rank=ranks.rank, ranks=ranks.count, workers=self.args.workers,
+                                      pin=ranks.device.type == "cuda"))
+            for images, captions, reports in loaded:
+                images, size = self._signed(images), local // accumulate
+                yield [(images[i:i + size], captions[i:i + size]) for i in range(0, local, size)], first_time(reports, seen)
+        return from_step
 
     def _signed(self, images: Tensor) -> Tensor:
-        return images.to(self.ranks.device, non_blocking=True).float() / 127.5 - 1
+        """8-bit images on the device in [-1, 1], as the built-in world's are already."""
+        return images if images.is_floating_point() else images.to(self.ranks.device, non_blocking=True).float() / 127.5 - 1
 
     def validation(self, batch: int = 64):
         """Yields (images, captions), this rank's share of the first --eval-images held-out samples."""
         rank, ranks, n = self.ranks.rank, self.ranks.count, self.args.eval_images
         if self.worlds:
-            for part in batched(range(n), batch, self.ranks):
-                yield self.val.batch(part, self.ranks.device)
+            yield from (self.val.batch(part, self.ranks.device) for part in batched(range(n), batch, self.ranks))
             return
         local, left, seen = max(1, min(batch, len(self.val) // ranks)), len(range(rank, min(n, len(self.val)), ranks)), set()
         for images, captions, reports in self.val.load(local * ranks, stop=math.ceil(left / local), rank=rank, ranks=ranks,
@@ -1418,26 +1410,11 @@ def reader_accuracy(tokenizer: DualTokenizer, data: Data) -> tuple[float, float]
 
 
 @torch.no_grad()
-def evaluate_siglip(siglip: SigLIP, data: Data) -> dict:
-    """Retrieval, and zero-shot on the built-in world."""
-    siglip.eval()
-    read = lambda captions: siglip.encode_text(siglip.text_ids(captions).to(data.ranks.device))
-    rows = data.ranks.gather_rows(*({"image": siglip.encode_image(images), "text": read(captions), "captions": captions}
-                                    for images, captions in data.validation()))
-    metrics = {f"retrieval_{k}": v for k, v in retrieval(rows["image"], rows["text"], rows["captions"]).items()}
-    if data.worlds:
-        metrics |= zero_shot({"zero_shot": lambda x: siglip.vision_model(x)[1]}, siglip, data)
-    siglip.train()
-    return metrics
-
-
-@torch.no_grad()
 def evaluate_tokenizer(tokenizer: DualTokenizer, teacher: nn.Module, data: Data) -> dict:
     """Everything measured on codes and reconstructions, as far as the design has them; fd is the Frechet distance of the teacher's pooled
     features, on `images` samples. Without the text tower's vocabulary, what needs text is left out."""
-    was_training, siglip = tokenizer.training, tokenizer.siglip_model
+    was_training, siglip, device, c = tokenizer.training, tokenizer.siglip_model, data.ranks.device, tokenizer.config
     tokenizer.eval()
-    device, c = data.ranks.device, tokenizer.config
     paints, streams = tokenizer.design.paints, c.streams
     reads = tokenizer.design.means and not siglip.vocabulary.lacking
     rows, counts = [], {s: torch.zeros(c.depth, c.codebook_size, device=device) for s in streams}
@@ -1490,8 +1467,7 @@ def told(path: str) -> list[str]:
 
 def read_classes(folder: str, names: str, templates: str) -> tuple[list[str], list[int], list[list[str]]]:
     """--zero-shot-data, --class-names, --templates -> paths of pictures, their classes, each class's prompts; or ValueError."""
-    if not os.path.isdir(folder):
-        raise ValueError(f"--zero-shot-data {folder!r} is no folder; expected one that holds a folder of pictures for each class")
+    check(os.path.isdir(folder), f"--zero-shot-data {folder!r} is no folder; expected one that holds a folder of pictures for each class")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     words = [line.split(",")[0].strip() for line in told(names)] if names else [name.replace("_", " ") for name in classes]
     if len(classes) < 2 or len(words) != len(classes):
@@ -1573,7 +1549,7 @@ def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, 
 @torch.no_grad()
 def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, classes: tuple, captions: tuple) -> dict:
     """zero_shot on what `read_classes` returned, retrieval on what `read_captions` did, each through the codes and by the teacher."""
-    was_training, siglip, device, metrics = tokenizer.training, tokenizer.siglip_model, data.ranks.device, {}
+    siglip, device, metrics = tokenizer.siglip_model, data.ranks.device, {}
     tokenizer.eval()
     if classes:
         paths, labels, prompts = classes
@@ -1584,18 +1560,16 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
         metrics |= {"zero_shot_images": len(rows["number"]), "zero_shot_classes": len(prompts), "zero_shot_broken": len(rows["broken"])}
     if captions:
         paths, words, owner, missing = captions
-        text = text_vectors(siglip, [[caption] for caption in words], data.ranks, "captions")
+        text = text_vectors(siglip, [[caption] for caption in words], data.ranks, "captions").to(device)
         rows = on_pictures(paths, tokenizer, teacher, data, "retrieval")
         place = {picture: n for n, picture in enumerate(rows["number"].tolist())}
         kept = [k for k, picture in enumerate(owner) if picture in place]      # not the captions of broken pictures
         for name, side in (("retrieval", "codes"), ("teacher_retrieval", "teacher")):
-            vectors = rows[side].to(device), text[kept].to(device)
-            metrics[name] = retrieval(*vectors, [words[k] for k in kept], [place[owner[k]] for k in kept])
+            metrics[name] = retrieval(rows[side].to(device), text[kept], [words[k] for k in kept], [place[owner[k]] for k in kept])
         for name in missing:
             data.ranks.say(f"  left out: {name} is not there")
         metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept),
                     "retrieval_missing": len(missing), "retrieval_broken": len(rows["broken"])}
-    tokenizer.train(was_training)
     return metrics
 
 
@@ -1606,12 +1580,11 @@ def compile_parts(*modules: nn.Module):
     """torch.compile in place, region by region: transformer layers and the decoder's levels, not quantizers. Not the whole decoder either,
     all of whose backward pass `adaptive_weight` would then take, and compiled ones cannot be taken twice. Weights keep their names."""
     torch._dynamo.config.recompile_limit = 64       # layers of one class share it: two towers, a teacher, with gradients and without
-    for module in modules:
-        for part in module.modules():
-            if type(part).__name__ in ("Layer", "Level", "LLMLayer", "DepthLayer"):
-                part.compile()
-            for block in part.model.blocks if isinstance(part, TimmTower) else ():
-                block.compile()
+    for part in nn.ModuleList(modules).modules():
+        if type(part).__name__ in ("Layer", "Level", "LLMLayer", "DepthLayer"):
+            part.compile()
+        for block in part.model.blocks if isinstance(part, TimmTower) else ():
+            block.compile()
 
 
 def common(args, ranks: Ranks) -> dict:
@@ -1662,8 +1635,16 @@ class SigLIPStage(Stage):
         ids = self.model.text_ids(captions).to(images.device, non_blocking=True)
         return sigmoid_contrastive(*self.wrapped(images, ids)), {"scale": self.model.logit_scale[0].exp(), "bias": self.model.logit_bias[0]}
 
+    @torch.no_grad()
     def evaluate(self):
-        return evaluate_siglip(self.model, self.data)
+        siglip, data = self.model.eval(), self.data
+        read = lambda captions: siglip.encode_text(siglip.text_ids(captions).to(data.ranks.device))
+        rows = data.ranks.gather_rows(*({"image": siglip.encode_image(images), "text": read(captions), "captions": captions}
+                                        for images, captions in data.validation()))
+        metrics = {f"retrieval_{k}": v for k, v in retrieval(**rows).items()}
+        metrics |= zero_shot({"zero_shot": lambda x: siglip.vision_model(x)[1]}, siglip, data) if data.worlds else {}
+        siglip.train()
+        return metrics
 
     def save(self, weights):
         self.model.save_pretrained(self.folder)
@@ -1701,13 +1682,12 @@ class TokenizerStage(Stage):
             self.discriminator = Discriminator(settings.gan_width, settings.gan_layers).to(ranks.device)
             self.gan_lr = settings.gan_lr
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
-        self.gan_steps, self.codes, self.pictures, self.counted = 0, None, None, {"gan_skipped": torch.zeros((), device=ranks.device)}
+        self.codes, self.pictures, self.counted = None, None, {"gan_skipped": torch.zeros((), device=ranks.device)}
+        digests = {name: digest(x) for name, x in (("teacher", self.teacher), ("init", init), ("perceptual", self.perceptual)) if x}
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
                          "batch": self.batch, "lr": self.lr, "muon": settings.muon, "weights": asdict(settings.weights),
                          "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start,
-                         "config": json.loads(json.dumps(asdict(config))), "teacher": digest(self.teacher),
-                         **({"init": digest(init)} if init else {}),
-                         **({"perceptual": digest(self.perceptual)} if self.perceptual else {}), **common(args, ranks)}
+                         "config": json.loads(json.dumps(asdict(config))), **digests, **common(args, ranks)}
 
     def loss(self, images, captions, *, step):
         features = self.wrapped(images)
@@ -1716,27 +1696,26 @@ class TokenizerStage(Stage):
         terms = tokenizer_losses(features, images, target, self.model.design.losses, self.perceptual)
         total, more = weighted(terms, self.weights), {}
         self.codes = features.codes
-        if step >= self.gan_from:
+        self.judges = step >= self.gan_from
+        if self.judges:
             frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}  # its gradient is for the second pass alone
             adversarial = -torch.func.functional_call(self.discriminator, frozen, (features.images,)).float().mean()
             weight = adaptive_weight(terms["pixel"] + terms.get("perceptual", 0), adversarial, self.model.decoder.conv_out.weight)
             total = total + self.weights.adversarial * weight * adversarial
             judged = discriminator_loss(self.discriminator(images), self.discriminator(features.images.detach()))
             (judged / self.args.accumulate).backward()
-            self.gan_steps += 1
             more = {"adversarial": adversarial, "adaptive": weight, "discriminator": judged}
         return total, {**terms, **{f"commitment_{name}": value for name, value in features.commitment.items()}, **more}
 
     def after_step(self, bad):
         for quantizer in self.model.quantizers.values():
             quantizer.update(skip=bad)
-        if self.gan_steps:
+        if self.judges:
             for p in self.discriminator.parameters():
                 all_reduce(p.grad).div_(self.ranks.count)
             norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.clip)
             step_or_skip(self.gan_optimizer, self.gan_lr, bad | ~norm.isfinite())
             self.counted["gan_skipped"] += ~norm.isfinite()
-            self.gan_steps = 0
 
     def extra_state(self):
         gan = {"discriminator": self.discriminator, "gan_optimizer": self.gan_optimizer} if self.gan_from <= self.steps else {}
@@ -1775,7 +1754,7 @@ class TokenizerStage(Stage):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# runs: what they leave behind, evaluation alone, tables, main
+# runs: what they leave behind, tables, main
 
 FACTS = ("preset", "design", "streams", "steps", "seed", "data", "device", "ranks", "seconds", "peak_memory_gib", "images_per_second",
          "torch", "commit", "settings")
@@ -1788,39 +1767,11 @@ def machine(ranks: Ranks) -> dict:
     return {"device": name, "ranks": ranks.count, "torch": torch.__version__, "commit": git.stdout.decode().strip() or "unknown"}
 
 
-def finish(stage: Stage):
-    """metrics.json of a run, and a table on the screen. Of training it says FACTS, the rest is evaluation."""
-    args, ranks = stage.args, stage.ranks
-    about = {"preset": args.preset, "design": stage.design, "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed,
-             "data": stage.data.source, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
-             f"{stage.unit}_per_second": round(stage.per_second, 1), **machine(ranks), **stage.about()}
-    if ranks.first:
-        draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))       # with the last evaluation
-        tell(os.path.join(stage.folder, "metrics.json"), {**stage.metrics, **about}, settings=stage.settings)
-
-
 def tell(path: str, metrics: dict, **more):
     """A file of metrics and more, and a table of the metrics on the screen."""
     write_json(path, {**metrics, **more})
     print(f"\n{path}")
     report(metrics)
-
-
-def evaluate_alone(args, ranks: Ranks, tokenizer: DualTokenizer, siglip: SigLIP, data: Data, files: tuple):
-    """A tokenizer against its teacher. metrics.json in --out keeps what it says of training; all numbers of evaluation are replaced."""
-    begun, path, c = time.time(), os.path.join(args.out, "metrics.json"), tokenizer.config
-    facts = {"preset": c.preset, "design": c.design, "streams": list(c.streams)}
-    if os.path.exists(path):
-        facts = {name: value for name, value in read_config(args.out, "metrics.json").items() if name in FACTS}
-    tokenizer, teacher = tokenizer.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
-    for quantizer in tokenizer.quantizers.values():
-        quantizer.fused = args.fast_vq
-    metrics = {**evaluate_tokenizer(tokenizer, teacher, data), **evaluate_files(tokenizer, teacher, data, *files)}
-    about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data,
-             "seconds": round(time.time() - begun, 1), **machine(ranks)}
-    if ranks.first:
-        os.makedirs(args.out, exist_ok=True)
-        tell(path, metrics, **facts, evaluated=about)
 
 
 def report(metrics: dict):
@@ -1879,13 +1830,11 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
     # ---- settings: the preset's, and what was given by hand
     s = SETTINGS[args.preset]
-    semantic = {name: args.semantic_weight * getattr(s.weights, name) for name in ("deep", "pooled", "cosine")}
-    s = replace(s, data=args.data or s.data, steps=args.steps or s.steps, batch=args.batch_size or s.batch, lr=args.lr or s.lr,
-                siglip_steps=args.siglip_steps or s.siglip_steps, siglip_batch=args.batch_size or s.siglip_batch,
-                gan=s.gan if args.gan is None else args.gan, gan_start=s.gan_start if args.gan_start < 0 else args.gan_start,
-                shared_gradient=s.shared_gradient if args.shared_gradient < 0 else args.shared_gradient,
-                muon=s.muon if args.muon is None else args.muon,
-                weights=replace(s.weights, **semantic))
+    weights = {name: args.semantic_weight * getattr(s.weights, name) for name in ("deep", "pooled", "cosine")}
+    by_hand = {name: getattr(args, name) for name in ("data", "steps", "lr", "siglip_steps") if getattr(args, name)}
+    by_hand |= {name: value for name in ("gan", "muon", "gan_start", "shared_gradient") if (value := getattr(args, name)) not in (None, -1)}
+    s = replace(s, batch=args.batch_size or s.batch, siglip_batch=args.batch_size or s.siglip_batch,
+                weights=replace(s.weights, **weights), **by_hand)
     check(s.gan or args.gan_start == -1, "--gan-start would do nothing, for the adversarial term is off; leave it out, or add --gan")
     changes = {name: getattr(args, name) for name in ("design", "quantizer", "codebook_size", "depth", "code_dim", "shallow_layer",
                                                       "deep_layer", "shortcut_layer") if getattr(args, name)}
@@ -1929,32 +1878,41 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
     # ---- data
     side = config.vision.image_size
-    if ranks.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True       # one image size per run
+    torch.backends.cudnn.benchmark = ranks.device.type == "cuda"       # one image size per run
     runs = {} if args.eval else {**({} if siglip else {"siglip": s.siglip_steps * s.siglip_batch}), "tokenizer": s.steps * s.batch}
     data = Data(s.data, args.val_data, side, args, ranks, runs)
     for batch in () if args.eval else (s.siglip_batch, s.batch):
         data.batches(batch)                 # raises before anything is written
     ranks.say(f"{args.init if args.eval else args.preset} on {ranks.device.type} x {ranks.count}, "
               f"{'fp32' if args.eval else precision(args, ranks) + ' (quantizers fp32)'}, data {s.data} at {side} px, out {args.out}")
-    trained_for = read_towers(given)[0].image_size if given else side
-    if trained_for != side:
+    if given and (trained_for := read_towers(given)[0].image_size) != side:
         ranks.say(f"the SigLIP in {args.siglip} is for {trained_for} pixels: its position embeddings are interpolated for {side}")
     if siglip:
         reader = init.siglip_model if init else siglip
-        if reader.vocabulary.lacking and (args.zero_shot_data or args.retrieval_data):
-            raise ValueError(reader.vocabulary.lacking)
-        if reader.vocabulary.lacking:
+        if reader.vocabulary.lacking and not any(files):
             ranks.say(f"zero-shot and retrieval are not measured: {reader.vocabulary.lacking}")
         else:
             reader.text_ids([""])           # raises now, not after training, for a vocabulary that is damaged or another tower's
+
+    # ---- evaluation alone: metrics.json keeps what it says of training; all numbers of evaluation are replaced
     if args.eval:
-        return evaluate_alone(args, ranks, init, siglip, data, files)
+        begun, path = time.time(), os.path.join(args.out, "metrics.json")
+        facts = {"preset": config.preset, "design": config.design, "streams": list(config.streams)}
+        if os.path.exists(path):
+            facts = {name: value for name, value in read_config(args.out, "metrics.json").items() if name in FACTS}
+        tokenizer, teacher = init.to(ranks.device), siglip.vision_model.eval().requires_grad_(False).to(ranks.device)
+        for quantizer in tokenizer.quantizers.values():
+            quantizer.fused = args.fast_vq
+        metrics = {**evaluate_tokenizer(tokenizer, teacher, data), **evaluate_files(tokenizer, teacher, data, *files)}
+        about = {"tokenizer": args.init, "data": data.source, "val_data": args.val_data, "seconds": round(time.time() - begun, 1)}
+        if ranks.first:
+            os.makedirs(args.out, exist_ok=True)
+            tell(path, metrics, **facts, evaluated={**about, **machine(ranks)})
+        return
 
     # ---- stage 1: a SigLIP, given, kept from an earlier run, or trained now
     if not siglip:
-        if not data.captioned:
-            raise ValueError(f"the images in {s.data!r} have no captions to train a SigLIP on; add .txt files, or give --siglip FOLDER")
+        check(data.captioned, f"the images in {s.data!r} have no captions to train a SigLIP on; add .txt files, or give --siglip FOLDER")
         stage = SigLIPStage(args, ranks, s, config, data, siglip_folder)
         if args.bench:
             bench(stage, data.batches(stage.batch))
@@ -1997,31 +1955,28 @@ def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
     own, usual = PRESETS[preset]["vision"]["num_hidden_layers"], preset_config(preset).shallow_layer
     quarters = {n: [math.ceil(n * part / 4) for part in (1, 2, 3)] for n in layers or (own, 2 * own)}
 
-    def three(label, design, *paper, **rename):
-        return System(label, design, dict(design=design), dict(zip(every, paper)), rename)
+    def row(label, name, *paper, design="", rename={}, **changes):
+        numbers = {metric: number for metric, number in zip(every, paper) if number is not None}
+        return System(label, name, {"design": design or name, **changes}, numbers, rename)
 
     def at(n: int, shallow: int, *paper):
         name = "dual" if (n, shallow) == (own, usual) else f"dual-{shallow}-of-{n}"
-        return System(f"layer {shallow} of {n}", name, dict(design="dual", shallow_layer=shallow, layers=0 if layers or n == own else n),
-                      dict(zip(some, paper)))
-
-    def ten(label, name, design, quantizer, *paper):
-        return System(label, name, dict(design=design, quantizer=quantizer), dict(zip(every, paper)))
+        return row(f"layer {shallow} of {n}", name, *paper, design="dual", shallow_layer=shallow, layers=0 if layers or n == own else n)
 
     def trade(weight, share):
         name = "dual" if (weight, share) == (1, SETTINGS[preset].shared_gradient) else f"dual-weight-{weight:g}-shared-{share:g}"
-        return System(f"dual, semantic weight x {weight:g}, shared gradient x {share:g}", name,
-                      dict(design="dual", semantic_weight=weight, shared_gradient=share))
+        return row(f"dual, semantic weight x {weight:g}, shared gradient x {share:g}", name, design="dual", semantic_weight=weight,
+                   shared_gradient=share)
 
     seven = ((78.8, 0.78), (76.3, 1.27), (72.9, 2.61)), ((81.0, 0.73), (79.5, 1.28), (74.3, 2.78))
-    shallow = three("(c) reconstruction, shallow layer", "recon-shallow", None, 0.29, 28.12, 0.745)
+    shallow = row("(c) reconstruction, shallow layer", "recon-shallow", None, 0.29, 28.12, 0.745)
     return {
         "3": Table("Table 3: reconstruction and semantics in one codebook, or in two", every, lower, [
-            three("initial state, continuous", "quantised", 83.2, zero_shot="teacher_zero_shot"),
-            three("initial state, quantised", "quantised", 82.4),
-            three("(a) both losses, deep layer", "naive", 72.3, 3.86, 12.64, 0.574),
-            three("(b) reconstruction, deep layer", "recon-deep", None, 0.27, 27.88, 0.722),
-            shallow, three("(d) dual", "dual", 82.0, 0.25, 28.69, 0.744)], "So400m/14-384"),
+            row("initial state, continuous", "quantised", 83.2, rename={"zero_shot": "teacher_zero_shot"}),
+            row("initial state, quantised", "quantised", 82.4),
+            row("(a) both losses, deep layer", "naive", 72.3, 3.86, 12.64, 0.574),
+            row("(b) reconstruction, deep layer", "recon-deep", None, 0.27, 27.88, 0.722),
+            shallow, row("(d) dual", "dual", 82.0, 0.25, 28.69, 0.744)], "So400m/14-384"),
         "7": Table("Tables 7 and 8: the layer that pixels leave after", some, lower,
                    [at(n, layer, *paper) for n, papers in zip(quarters, seven) for layer, paper in zip(quarters[n], papers)],
                    "SigLIP-L/16-256 at 6, 12, 18 of 24, and DFN-H/14-224 at 8, 16, 24 of 32"),
@@ -2030,10 +1985,11 @@ def tables(preset: str, layers: tuple = ()) -> dict[str, Table]:
                    "78.9 to 79.2 and 0.82 to 0.84 at 5 to 7 of 24 for DFN-L/14-224, "
                    "81.0 to 81.3 and 0.66 to 0.72 at 5 to 9 of 27 for SigLIP2-SO/16-256"),
         "10": Table("Table 10: residual and multi-codebook quantisation; (b) and (c) have as many bits, (a) half of them", every, lower, [
-            ten("(a) one codebook, MCQ", "naive-mcq", "naive", "mcq", 78.6, 0.38), ten("(b) dual, RVQ", "dual", "dual", "", 80.3, 0.39),
-            ten("(c) dual, MCQ", "dual-mcq", "dual", "mcq", 82.2, 0.25)], "ViTamin-L/16; (a) is UniTok itself"),
+            row("(a) one codebook, MCQ", "naive-mcq", 78.6, 0.38, design="naive", quantizer="mcq"),
+            row("(b) dual, RVQ", "dual", 80.3, 0.39, quantizer=""),
+            row("(c) dual, MCQ", "dual-mcq", 82.2, 0.25, design="dual", quantizer="mcq")], "ViTamin-L/16; (a) is UniTok itself"),
         "trade": Table("What semantics cost reconstruction", every, lower,
-                       [shallow, *(trade(*row) for row in ((1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0)))],
+                       [shallow, *(trade(*pair) for pair in ((1, 1), (0.2, 1), (1, 0.3), (1, 0.1), (1, 0)))],
                        "So400m/14-384, where dual has 28.69 dB", curve=("psnr", "zero_shot")),
     }
 
@@ -2068,11 +2024,10 @@ def estimate(args, s: Settings, config):
         return stage, parts(s.batch)
 
     stage = tokenizer_stage()[0]
-    rows = tokenizer_parts(stage.model) + [("teacher, frozen", sum(p.numel() for p in stage.teacher.parameters()))]
-    rows += [("discriminator", sum(p.numel() for p in stage.discriminator.parameters()))] if hasattr(stage, "discriminator") else []
+    more = {"teacher, frozen": stage.teacher, "discriminator": getattr(stage, "discriminator", None)}
     print(f"dry run of {args.preset}: {side} px, {config.positions} positions, D {config.depth}, K {config.codebook_size}, E "
           f"{config.code_dim}, {'with' if vgg else 'without'} LPIPS")
-    print_parts(rows)
+    print_parts(tokenizer_parts(stage.model) + [(name, sum(p.numel() for p in part.parameters())) for name, part in more.items() if part])
     first = [] if args.siglip else [lambda: (SigLIPStage(args, ranks, s, config, data), parts(s.siglip_batch))]
     dry_run(args, [*first, tokenizer_stage], count, "image")
 
@@ -2112,15 +2067,14 @@ def load_init(args, changes: dict) -> DualTokenizer:
     """The tokenizer of --init. Its teacher is --siglip or --backbone, by default the SigLIP that a tokenizer of ours was trained from."""
     if changes or args.image_size:
         raise ValueError(f"--image-size, the design, its sizes and layers are those of --init {args.init}; leave these flags out")
-    ours, teacher = read_config(args.init).get("model_type") == "dualtoken", args.siglip or args.backbone
     elsewhere = os.path.realpath(args.init) != os.path.realpath(args.out)
     check(elsewhere or args.eval or args.bench, f"--init {args.init} is --out too, and training would overwrite it; name another --out")
     if args.eval and elsewhere and os.path.exists(os.path.join(args.out, "model.safetensors")):
         raise ValueError(f"--out {args.out} holds another tokenizer than --init {args.init}, and its metrics.json; name another --out")
-    if ours and not teacher:
-        teacher = teacher_of(args.init)
-        args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
+    ours = read_config(args.init).get("model_type") == "dualtoken"
+    teacher = args.siglip or args.backbone or (teacher_of(args.init) if ours else "")
     check(teacher, f"{args.init} holds a tokenizer without the SigLIP that it is compared with; give it with --siglip")
+    args.backbone, args.siglip = (teacher, "") if teacher.startswith("timm:") else ("", teacher)
     return DualTokenizer.from_pretrained(args.init) if ours else DualTokenizer.from_released(args.init, hub.folder(args.siglip))
 
 
@@ -2132,22 +2086,27 @@ def kept(stage: Stage) -> bool:
 
 
 def train(stage: Stage, batches):
-    """Fit a stage, from the beginning or from its checkpoint, and write its metrics; batches as in `fit`."""
-    begun = ()
-    begin_peak(stage.ranks.device)
-    lock(stage.folder, stage.ranks)
-    besides = (os.path.join(stage.folder, name) for name in ("metrics.json", "log.jsonl"))
-    old = checkpoints(stage.folder) + [path for path in besides if os.path.exists(path)]
-    if stage.args.resume and checkpoints(stage.folder):
+    """Fit a stage, from the beginning or from its checkpoint, on batches as in `fit`; metrics.json then says FACTS and the evaluation."""
+    args, ranks, begun = stage.args, stage.ranks, ()
+    begin_peak(ranks.device)
+    lock(stage.folder, ranks)
+    saved = checkpoints(stage.folder)
+    old = saved + [path for name in ("metrics.json", "log.jsonl") if os.path.exists(path := os.path.join(stage.folder, name))]
+    if args.resume and saved:
         begun = load_state(stage)
     elif old:
-        stage.ranks.say(f"{stage.name}: starting anew; the earlier run in {stage.folder} is overwritten")
-        for path in old if stage.ranks.first else ():
+        ranks.say(f"{stage.name}: starting anew; the earlier run in {stage.folder} is overwritten")
+        for path in old if ranks.first else ():
             os.remove(path)
-    elif stage.args.resume:
-        stage.ranks.say(f"{stage.name}: nothing to resume in {stage.folder}; starting at step 0")
+    elif args.resume:
+        ranks.say(f"{stage.name}: nothing to resume in {stage.folder}; starting at step 0")
     fit(stage, batches, *begun)
-    finish(stage)
+    about = {"preset": args.preset, "design": stage.design, "streams": list(stage.streams), "steps": stage.steps, "seed": args.seed,
+             "data": stage.data.source, "seconds": round(stage.seconds, 1), "peak_memory_gib": round(peak_memory_gib(ranks.device), 2),
+             f"{stage.unit}_per_second": round(stage.per_second, 1), **machine(ranks), **stage.about()}
+    if ranks.first:
+        draw_curves(read_log(stage.folder), os.path.join(stage.folder, "curves.png"))       # with the last evaluation
+        tell(os.path.join(stage.folder, "metrics.json"), {**stage.metrics, **about}, settings=stage.settings)
 
 
 def leave_alone(error: BaseException | None):
