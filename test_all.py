@@ -74,6 +74,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.environ.get("NANODUALTOKEN_SHARED", "/nowhere")
 EMOJI, PHOTOS = os.path.join(SHARED, "data/fluent-emoji"), os.path.join(SHARED, "data/photos")
 os.environ["NANODUALTOKEN_INDEX"] = ""      # nothing of the tests stays in the user's cache
+if "PYTEST_XDIST_WORKER" in os.environ:     # -n 2: a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")         # there is no pytest.ini where the mark could be made known
     is_slow = pytest.mark.slow
@@ -2402,7 +2405,7 @@ def test_train_leaves_all_that_was_promised(run_folder):
 
 def test_train_reuses_its_siglip_and_learns_from_it(run_folder, tmp_path, capsys):
     shutil.copytree(run_folder / "siglip", tmp_path / "siglip")
-    train(tmp_path, "--steps", "40", "--lr", "1e-3")
+    train(tmp_path, "--steps", "30", "--lr", "1e-3", "--save-every", "30")
     assert "is kept from an earlier run" in capsys.readouterr().out
     losses = [line["loss"] for line in log(tmp_path) if "loss" in line]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
@@ -2421,10 +2424,15 @@ def test_train_an_evaluation_made_up_for_is_no_training_time(run_folder, tmp_pat
     monkeypatch.setattr(train_tokenizer.TokenizerStage, "evaluate", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, *flags)
-    slow_one = lambda self: time.sleep(2) or metrics or metrics.update(evaluate(self)) or metrics
-    monkeypatch.setattr(train_tokenizer.TokenizerStage, "evaluate", slow_one)
+    later = []
+
+    def takes_a_thousand_seconds(stage):
+        later.append(1000)
+        return metrics or metrics.update(evaluate(stage)) or metrics
+    monkeypatch.setattr(train_tokenizer.TokenizerStage, "evaluate", takes_a_thousand_seconds)
+    monkeypatch.setattr(train_tokenizer, "time", SimpleNamespace(**vars(time) | {"time": lambda: time.time() + sum(later)}))
     train(tmp_path, *flags, "--resume")
-    assert log(tmp_path)[-2]["step"] == 8 and min(line["images_per_second"] for line in log(tmp_path) if line.get("loss")) > 8
+    assert log(tmp_path)[-2]["step"] == 8 and min(line["images_per_second"] for line in log(tmp_path) if line.get("loss")) > 0.1
 
 
 @pytest.mark.parametrize("quantizer, usage", [("rvq", 1.0), ("mcq", 0.25)])
@@ -2509,48 +2517,45 @@ def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_fo
 
 def test_train_two_ranks_are_one_process(tmp_path):
     """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch; also where two ranks begin and one
-    process goes on."""
+    process goes on from a checkpoint of theirs."""
     code = textwrap.dedent("""
         import os, sys, torch, train_tokenizer as t
-        fit, write = t.fit, t.write_log
+        fit = t.fit
 
         def kept(stage, *more):
             fit(stage, *more)
             if stage.name == "tokenizer":
                 torch.save(stage.model.state_dict(), f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}.pt")
-
-        def stops(stage, line, broken):
-            write(stage, line, broken)
-            if stage.name == "tokenizer" and str(line["step"]) == os.environ.get("STOPS"):
-                raise KeyboardInterrupt
-        t.fit, t.write_log = kept, stops
+        t.fit = kept
         t.cosine = lambda step, steps, warmup: (step + 1) / 50      # the beginning of a long run
         t.run(lambda: t.main(sys.argv[2:]))
         """)
     (tmp_path / "script.py").write_text(code)
     argv = [str(tmp_path / "script.py")]
     environment = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
-    flags = [*TINY, "--steps", "20", "--gan", "--gan-start", "0.8"]
+    flags = [*TINY, "--steps", "16", "--gan", "--gan-start", "0.8", "--keep-checkpoints", "4"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launch, stops, more in (("one", [], "", []), ("two", torchrun, "", []), ("both", torchrun, "14", []),
-                                      ("both", [], "", ["--resume"])):
-        os.makedirs(tmp_path / name, exist_ok=True)
+    for name, launch, more in (("one", [], []), ("two", torchrun, []), ("both", [], ["--resume"])):
         done = subprocess.run([sys.executable, *launch, *argv, str(tmp_path / name), *flags, *more, "--out", str(tmp_path / name / "run")],
-                              cwd=HERE,
-                              env={**environment, "STOPS": stops}, capture_output=True, text=True)
-        assert (done.returncode == 0) != bool(stops), done.stderr
-    assert "tokenizer: resumed at step 12 of 20" in done.stdout
+                              cwd=HERE, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if name == "two":
+            shutil.copytree(tmp_path / "two", tmp_path / "both")
+            os.rename(tmp_path / "both/run/state-2.pt", tmp_path / "both/run/state.pt")
+            os.remove(tmp_path / "both/run/metrics.json")
+    assert "tokenizer: resumed at step 8 of 16" in done.stdout
     first, second = (torch.load(tmp_path / f"two/rank{r}.pt", weights_only=True) for r in range(2))
     assert equal(first, second)
     metrics = [json.load(open(tmp_path / name / "run/metrics.json")) for name in ("one", "two")]
     assert metrics[0]["images"] == metrics[1]["images"] == 24 and metrics[1]["ranks"] == 2
-    assert all(abs(metrics[0][k] - metrics[1][k]) < 0.01 * abs(metrics[0][k]) for k in ("psnr", "ssim", "fd"))
+    for name, share in (("psnr", 0.01), ("ssim", 0.01), ("fd", 0.05)):      # of 24 images the distance moves with every code
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=share), name
     for stage in ("run/siglip", "run"):
         for other in ("two", "both"):
             curves = [[line["loss"] for line in log(tmp_path / name / stage) if "loss" in line] for name in ("one", other)]
             apart, largest = np.abs(np.subtract(*curves)), max(1, np.abs(curves[0]).max())
-            # The adversarial term, of the last four steps, magnifies rounding: a code that flips changes its adaptive weight.
-            assert len(apart) == (6 if "siglip" in stage else 20) and apart[:16].max() < 1e-5 * largest and apart.max() < 1e-3 * largest
+            # Rounding grows until a code flips, and the adversarial term, of the last three steps, magnifies that by its adaptive weight.
+            assert len(apart) == (6 if "siglip" in stage else 16) and apart[:12].max() < 1e-5 * largest and apart.max() < 1e-3 * largest
 
 
 def test_train_accumulation_is_the_whole_batch(run_folder, tmp_path):
@@ -2597,10 +2602,10 @@ def test_train_goes_on_from_another_tokenizer(run_folder, tmp_path, capsys):
 
 def test_train_with_lpips(run_folder, lpips_files, tmp_path, capsys):
     files = ["--vgg", str(lpips_files[0]), "--lpips", str(lpips_files[1])]
-    train(tmp_path / "run", "--siglip", str(run_folder / "siglip"), *files)
+    train(tmp_path / "run", "--siglip", str(run_folder / "siglip"), "--steps", "3", *files)
     assert all(line["perceptual"] > 0 for line in log(tmp_path / "run")
                if "loss" in line) and "perceptual term is off" not in capsys.readouterr().out
-    train(tmp_path / "without", "--siglip", str(run_folder / "siglip"))
+    train(tmp_path / "without", "--siglip", str(run_folder / "siglip"), "--steps", "1")
     assert capsys.readouterr().out.count("perceptual term is off") == 1
     assert "needs both files" in stopped(*TINY, *files[:2], "--out", str(tmp_path / "x"))
 
@@ -3239,7 +3244,8 @@ def test_train_evaluates_alone_on_the_held_out_images_of_the_run(run_folder, cap
                                                  / "val") and after["images"] == before["images"] == 6 and after["psnr"] == before["psnr"]
 
 
-def test_train_bench_writes_nothing(tmp_path, capsys):
+def test_train_bench_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
     train_tokenizer.main([*TINY, "--out", str(tmp_path / "run"), "--bench", "--no-muon"])       # whose products the dry run leaves out
     out = capsys.readouterr().out
     assert out.count("waiting for data") == 2 and not os.path.exists(tmp_path / "run")
@@ -3318,6 +3324,7 @@ def test_train_a_stage_is_freed_before_the_next():
 def test_train_stages_and_benches_begin_with_the_stage_before_freed(run_folder, tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(train_tokenizer, "begin_peak", begun.append)
+    monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "1")
     assert len(begun) == 1
     train_tokenizer.main([*TINY, "--siglip", str(run_folder / "siglip"), "--bench", "--gan", "--out", str(tmp_path)])
@@ -5540,7 +5547,7 @@ def test_train_mllm_accumulation_is_the_whole_batch(tokenizer_folder, tmp_path, 
 
 
 EVERY_ROW = tuple(replace(row, steps=3, batch=8) for row in train_mllm.NANO)
-SCRIPT = """import os, signal, train_mllm as t, train_tokenizer
+SCRIPT = """import os, shutil, signal, train_mllm as t, train_tokenizer
 Row, t.SCENES['nano'] = t.Row, 24
 t.STAGES['nano'], t.LATER = %r, %r
 write, train = train_tokenizer.write_log, t.train
@@ -5548,6 +5555,7 @@ def dies(stage, line, broken):
     write(stage, line, broken)
     if (os.environ.get('DIES') == f"{stage.name} {line['step']}" and os.environ['RANK'] == '1'
             and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'):
+        shutil.copytree(stage.args.out, f'{stage.args.out}-died')
         os.kill(os.getpid(), signal.SIGKILL)
 def told(stage, batches):
     train(stage, batches)
@@ -5630,22 +5638,17 @@ def test_train_mllm_shares_weights_where_one_rank_paints_and_the_other_does_not(
     assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)
 
 
-def test_train_mllm_a_killed_rank_comes_back(one_process, tokenizer_folder, tmp_path):
-    """torchrun starts all ranks again, and they go on from the last checkpoint."""
+def test_train_mllm_a_killed_rank_comes_back(one_process, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """torchrun starts all ranks again, and they go on from the last checkpoint; or one process, where two had shared the weights, does."""
     status, printed, errors = run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", "--resume", restarts=1, dies="stage-4-1 3")
     assert status == 0 and "stage-4-1: resumed at step 2 of 3" in printed, errors
     assert_same_training(one_process, tmp_path / "run")
-
-
-def test_train_mllm_goes_on_with_another_number_of_ranks(one_process, tokenizer_folder, tmp_path, monkeypatch, capsys):
-    """Begun by two that share the weights, finished by one."""
-    assert run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", dies="stage-4-1 3")[0] != 0
     shrink(monkeypatch, *EVERY_ROW, evaluates=lambda stage: stage.row.name == "4-2")
     capsys.readouterr()
-    train_tiny(tmp_path / "run", tokenizer_folder, "--eval-images", "16", "--resume")
+    train_tiny(tmp_path / "run-died", tokenizer_folder, "--eval-images", "16", "--resume")
     said = capsys.readouterr().out
     assert "stage-4-1: resumed at step 2 of 3" in said and said.count("is kept") == 4
-    assert_same_training(one_process, tmp_path / "run")
+    assert_same_training(one_process, tmp_path / "run-died")
 
 
 @pytest.fixture(scope="module")
