@@ -223,9 +223,10 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
         row = []
         for s in segments:
             if isinstance(s, Words):
-                wanted = [n for n in range(len(s.ids)) if s.loss and len(row) + n > 0]      # before a row's first token nothing predicts it
-                places += [(b, len(row) + n - 1) for n in wanted]
-                targets += [s.ids[n] for n in wanted]
+                first = 0 if row else 1         # nothing predicts a row's first token
+                if s.loss:
+                    places += [(b, place) for place in range(len(row) + first - 1, len(row) + len(s.ids) - 1)]
+                    targets += s.ids[first:]
                 row += s.ids
                 continue
             data, paint, loss = s
@@ -242,7 +243,8 @@ def pack(sequences: list, text: TextTokenizer, positions: int, left: bool = Fals
     longest = max(map(len, rows))
     check(limit is None or longest <= limit, f"a sequence of {longest} tokens, expected at most {limit}; shorten the text")
     long = lambda values: torch.tensor(values, dtype=torch.int64)
-    flat = lambda pairs: long([b * longest + (longest - len(rows[b])) * left + place for b, place in pairs])
+    starts = [b * longest + (longest - len(row)) * left for b, row in enumerate(rows)]
+    flat = lambda pairs: long([starts[b] + place for b, place in pairs])
     ids, mask = (nn.utils.rnn.pad_sequence(values, batch_first=True, padding_side="left" if left else "right")
                  for values in ([long(row) for row in rows], [torch.ones(len(row), dtype=torch.bool) for row in rows]))
     data = torch.stack([s.data for s in pictures]) if pictures else torch.zeros(0, positions, 1, 1, dtype=torch.int64)
@@ -370,7 +372,7 @@ class LLM(nn.Module):
 
     def hidden(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Embeddings x (B, T, C) -> states after the last norm (B, T, C). With a cache, x continues what is in it, and mask (B, T) bool is
-        false in padding, on either side (None: there is none). Without one, padding is on the right alone: nothing before it can see it."""
+        false in padding, on either side (None: there is none). Without a cache it is on the right alone: nothing before it can see it."""
         check(mask is None or cache is not None, "a mask without a cache: pad on the right, where nothing sees it, and leave the mask out")
         c, (B, T, _) = self.config, x.shape
         steps = torch.arange(T, device=x.device)
@@ -385,7 +387,7 @@ class LLM(nn.Module):
         d = c.hidden_size // c.num_attention_heads
         angle = place.clamp(min=0)[..., None] * c.rope_theta ** -(torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
         angle = torch.cat([angle, angle], -1)[:, None]                                                  # (B or 1, 1, T, d)
-        rope = [part.to(lower(x[:0]).dtype) for part in (angle.cos(), angle.sin())]
+        rope = [part.to(lower(x[:0]).dtype) for part in (angle.cos(), angle.sin())]                     # autocast's dtype, or x's own
         for n, layer in enumerate(self.model.layers):
             kept = () if cache is None else (slots, cache.k[n], cache.v[n])
             x = recomputed(self.checkpointing, lambda y, layer=layer, kept=kept: layer(y, rope, bias, *kept), x)

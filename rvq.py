@@ -95,15 +95,14 @@ def commitment_loss(z: Tensor, close: Tensor) -> Tensor:
 
 class Quantizer(nn.Module):
     """What every quantizer of vectors of `dim` = E numbers into `depth` = D codes out of `codebook_size` = K has in common: tables,
-    statistics, restarts. How it codes is its own `_search`: vectors x (M, E) -> codes (M, D); what each code was chosen for (M, D, W); the
-    approximations of x that commitment counts, the last one being what x is quantized to (M, D or 1, E).
+    statistics, restarts. A design says in `_search` how it codes.
 
     decay       of the EMA
     shared      one table for all depths (T = 1, as the authors' release), or one per depth (T = D)
     threshold   a code is dead when its EMA count is below this share of the average; it restarts at a random vector of the global batch
     grace       updates that a restarted code has to find its place before it can be called dead again
     seed        of the restarts
-    width       W, the numbers in a code vector; 0: E"""
+    width       W, the numbers in a code vector, where a design has another than E"""
 
     fused = False       # nearest codes by one kernel: CUDA alone
 
@@ -128,6 +127,11 @@ class Quantizer(nn.Module):
     def table(self, d: int) -> Tensor:
         """The table (K, W) of depth d."""
         return self.codebook[0 if self.shared else d]
+
+    def _search(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors x (M, E) -> codes (M, D); what each code was chosen for (M, D, W); the approximations of x that commitment counts, the
+        last one being what x is quantized to (M, D or 1, E)."""
+        raise NotImplementedError
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, N, E) -> z_q (B, N, E) whose gradient goes straight to z, codes (B, N, D), commitment loss (Eq. 1)."""
@@ -237,7 +241,7 @@ class ResidualVQ(Quantizer):
 
 class MultiCodebookVQ(Quantizer):
     """Multi-codebook quantizer: E numbers are D chunks of E/D, each coded by its own table of K x E/D, independently of the others.
-    `more`: see `Quantizer`. Raises ValueError where E is not a multiple of D."""
+    `more`: decay, threshold, grace, seed. Raises ValueError where E is not a multiple of D."""
 
     def __init__(self, dim: int, codebook_size: int, depth: int, **more):
         if dim % depth:

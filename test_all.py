@@ -786,6 +786,8 @@ def test_images_few_open_files(tmp_path, monkeypatch):
     data = images.ImageData(str(tmp_path), 8, seed=3)
     assert sorted(reds([data.sample(i)[0][None], 0, 0] for i in range(5))) == list(range(5))
     assert images._opened.cache_info().currsize == 2
+    sent = pickle.loads(pickle.dumps(data))     # to a worker that is no fork
+    assert all(torch.equal(data.sample(i)[0], sent.sample(i)[0]) for i in range(5))
 
 
 # --- samples, order, batches
@@ -2493,10 +2495,10 @@ def test_train_interrupted_and_resumed_is_uninterrupted(run_folder, tmp_path, mo
 @pytest.mark.parametrize("design, quantizer", [("naive", "mcq"), ("recon-shallow", "rvq"), ("quantised", "rvq"), ("dual-encoder", "mcq"),
                                                ("sde", "rvq"), ("recon-deep", "mcq"), ("sde-image", "rvq"), ("sde-semantic", "rvq")])
 def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_folder, tmp_path, monkeypatch, design, quantizer):
-    more = "--design", design, "--quantizer", quantizer, "--siglip", str(run_folder / "siglip"), "--eval-images", "4", *(["--gan",
-        "--gan-start", "0.25"] if DESIGNS[design].paints else [])
+    more = ("--design", design, "--quantizer", quantizer, "--siglip", str(run_folder / "siglip"), "--eval-images", "4", "--steps", "6",
+            "--save-every", "3", *(["--gan", "--gan-start", "0.25"] if DESIGNS[design].paints else []))
     train(tmp_path / "whole", *more)
-    with dying(monkeypatch, "tokenizer", 6):
+    with dying(monkeypatch, "tokenizer", 5):
         train(tmp_path / "parts", *more)
     train(tmp_path / "parts", *more, "--resume")
     whole, parts, siglip = (load_file(folder / "model.safetensors")
@@ -2533,7 +2535,7 @@ def test_train_two_ranks_are_one_process(tmp_path):
     (tmp_path / "script.py").write_text(code)
     argv = [str(tmp_path / "script.py")]
     environment = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
-    flags = [*TINY, "--steps", "16", "--gan", "--gan-start", "0.8", "--keep-checkpoints", "4"]
+    flags = [*TINY, "--steps", "12", "--gan", "--gan-start", "0.75", "--keep-checkpoints", "3"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch, more in (("one", [], []), ("two", torchrun, []), ("both", [], ["--resume"])):
         done = subprocess.run([sys.executable, *launch, *argv, str(tmp_path / name), *flags, *more, "--out", str(tmp_path / name / "run")],
@@ -2541,9 +2543,9 @@ def test_train_two_ranks_are_one_process(tmp_path):
         assert done.returncode == 0, done.stderr
         if name == "two":
             shutil.copytree(tmp_path / "two", tmp_path / "both")
-            os.rename(tmp_path / "both/run/state-2.pt", tmp_path / "both/run/state.pt")
+            os.rename(tmp_path / "both/run/state-1.pt", tmp_path / "both/run/state.pt")
             os.remove(tmp_path / "both/run/metrics.json")
-    assert "tokenizer: resumed at step 8 of 16" in done.stdout
+    assert "tokenizer: resumed at step 8 of 12" in done.stdout
     first, second = (torch.load(tmp_path / f"two/rank{r}.pt", weights_only=True) for r in range(2))
     assert equal(first, second)
     metrics = [json.load(open(tmp_path / name / "run/metrics.json")) for name in ("one", "two")]
@@ -2555,7 +2557,7 @@ def test_train_two_ranks_are_one_process(tmp_path):
             curves = [[line["loss"] for line in log(tmp_path / name / stage) if "loss" in line] for name in ("one", other)]
             apart, largest = np.abs(np.subtract(*curves)), max(1, np.abs(curves[0]).max())
             # Rounding grows until a code flips, and the adversarial term, of the last three steps, magnifies that by its adaptive weight.
-            assert len(apart) == (6 if "siglip" in stage else 16) and apart[:12].max() < 1e-5 * largest and apart.max() < 1e-3 * largest
+            assert len(apart) == (6 if "siglip" in stage else 12) and apart[:9].max() < 1e-5 * largest and apart.max() < 1e-3 * largest
 
 
 def test_train_accumulation_is_the_whole_batch(run_folder, tmp_path):
@@ -2986,14 +2988,13 @@ def test_train_second_signal_stops_at_once(run_folder, tmp_path, number):
 
 
 def test_train_a_signal_to_one_rank_stops_all_and_they_go_on(run_folder, tmp_path):
-    """Both save the same step; torchrun starts them again, and they end as if nothing had been."""
+    """Both save the same step; torchrun starts them again, and they end."""
     (tmp_path / "script.py").write_text("import os, train_tokenizer as "
                                         "t\nopen(f\"{os.path.dirname(__file__)}/{os.environ['TORCHELASTIC_RESTART_COUNT']}-"
                                         "{os.environ['RANK']}\", 'w').write(str(os.getpid()))\nt.run(t.main)\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
                 str(tmp_path / "script.py"), *STOPS, "--siglip", str(run_folder / "siglip"), "--resume", "--out"]
     env = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    assert subprocess.run([*torchrun, str(tmp_path / "whole")], cwd=HERE, env=env, capture_output=True).returncode == 0
     process = subprocess.Popen([*torchrun, str(tmp_path / "run")], cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
     until(lambda: logged(tmp_path / "run"))
@@ -3001,7 +3002,7 @@ def test_train_a_signal_to_one_rank_stops_all_and_they_go_on(run_folder, tmp_pat
     printed, errors = process.communicate(timeout=240)
     step = re.search(r"SIGTERM: tokenizer stopped after step (\d+)", printed)[1]
     assert process.returncode == 0 and f"tokenizer: resumed at step {step} of 12" in printed, errors
-    assert same_run(tmp_path / "whole", tmp_path / "run")
+    assert [line["step"] for line in log(tmp_path / "run") if "loss" in line] == [5, 10, 12]
 
 
 def killed_and_resumed(start, folder: Path, states: str, kills: int, rng: random.Random, longest: float) -> Counter:
@@ -3319,6 +3320,16 @@ def test_train_a_stage_is_freed_before_the_next():
         assert stage() is None
     finally:
         gc.enable()
+
+
+def test_train_bench_takes_the_median_of_rounds():
+    calls = []
+
+    def one():
+        calls.append(gc.isenabled())
+        time.sleep(0.01 if len(calls) <= 12 else 0.1)       # the last of three rounds of five is slow
+    seconds = train_tokenizer.seconds_of(one, torch.device("cpu"), times=5, warmup=2, rounds=3)
+    assert calls == [True] * 17 and gc.isenabled() and seconds == pytest.approx(0.012, rel=0.5)
 
 
 def test_train_stages_and_benches_begin_with_the_stage_before_freed(run_folder, tmp_path, monkeypatch):
@@ -3747,7 +3758,7 @@ def few_steps(patch):
                                                             batch=8))
 
 
-@pytest.mark.parametrize("name, seeds", [("3", 2), ("7", 1), ("10", 1),
+@pytest.mark.parametrize("name, seeds", [("3", 1), ("7", 1), ("10", 2),
                                          *(pytest.param(name, 1, marks=[is_slow, is_skipped]) for name in ("9", "trade"))])
 def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name, seeds):
     """Rows of one seed share a SigLIP for each number of layers; finished rows are found again, by other tables too; mean and spread are
@@ -3781,7 +3792,7 @@ def test_train_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypat
     count = len(begun)
     train_tokenizer.main(argv)
     train_tokenizer.main([*argv[:1], "10", *argv[2:]])
-    assert len(begun) == count + {"3": 4, "10": 0}.get(name, 2)      # dual is in all of them
+    assert len(begun) == count + {"3": 2, "10": 0}.get(name, 2)      # dual is in all of them
 
 
 def test_train_tables_compare_what_the_paper_does():
@@ -5611,19 +5622,23 @@ def assert_same_training(one, other):
     assert np.array_equal(*(np.load(glob.glob(str(run / "codes/*/pictures.npy"))[0]) for run in (one, other)))
 
 
-@pytest.mark.parametrize("ranks, flags", [(2, []), (2, ["--fsdp", "--accumulate", "2", "--checkpointing"]),
-                                          pytest.param(4, ["--fsdp"], marks=[is_slow, is_skipped])])
+def assert_equal_ranks(one_process, folder, ranks):
+    """Weights equal on all ranks after every stage, and a checkpoint as one process writes it."""
+    digests = {(folder / f"digest-{rank}").read_text() for rank in range(ranks)}
+    assert len(digests) == 1 and digests.pop().count("\n") == len(EVERY_ROW)
+    assert json.load(open(folder / "run/metrics.json"))["ranks"] == ranks
+    state = torch.load(folder / "run/state.pt", weights_only=True)
+    alone = torch.load(one_process / "state.pt", weights_only=True)
+    assert state.keys() == alone.keys() and state["optimizer"]["state"].keys() == alone["optimizer"]["state"].keys()
+
+
+@pytest.mark.parametrize("ranks, flags", [(2, []), pytest.param(4, ["--fsdp"], marks=[is_slow, is_skipped])])
 def test_train_mllm_several_ranks_are_one_process(one_process, tokenizer_folder, tmp_path, ranks, flags):
     """Every stage, the weights copied (DDP) or shared (FSDP)."""
     status, _, errors = run_ranks(tmp_path, tokenizer_folder, ranks, *flags)
     assert status == 0, errors
     assert_same_training(one_process, tmp_path / "run")
-    digests = {(tmp_path / f"digest-{rank}").read_text() for rank in range(ranks)}
-    assert len(digests) == 1 and digests.pop().count("\n") == len(EVERY_ROW)        # equal on all ranks
-    assert json.load(open(tmp_path / "run/metrics.json"))["ranks"] == ranks
-    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
-    alone = torch.load(one_process / "state.pt", weights_only=True)
-    assert state.keys() == alone.keys() and state["optimizer"]["state"].keys() == alone["optimizer"]["state"].keys()
+    assert_equal_ranks(one_process, tmp_path, ranks)
 
 
 def test_train_mllm_shares_weights_where_one_rank_paints_and_the_other_does_not(tokenizer_folder, tmp_path, monkeypatch):
@@ -5639,16 +5654,18 @@ def test_train_mllm_shares_weights_where_one_rank_paints_and_the_other_does_not(
 
 
 def test_train_mllm_a_killed_rank_comes_back(one_process, tokenizer_folder, tmp_path, monkeypatch, capsys):
-    """torchrun starts all ranks again, and they go on from the last checkpoint; or one process, where two had shared the weights, does."""
-    status, printed, errors = run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", "--resume", restarts=1, dies="stage-4-1 3")
+    """Two share the weights; torchrun starts them again, and they go on from the last checkpoint; or one process, of what they left."""
+    flags = ["--accumulate", "2", "--checkpointing", "--resume"]
+    status, printed, errors = run_ranks(tmp_path, tokenizer_folder, 2, "--fsdp", *flags, restarts=1, dies="stage-4-1 3")
     assert status == 0 and "stage-4-1: resumed at step 2 of 3" in printed, errors
-    assert_same_training(one_process, tmp_path / "run")
+    assert_equal_ranks(one_process, tmp_path, 2)
     shrink(monkeypatch, *EVERY_ROW, evaluates=lambda stage: stage.row.name == "4-2")
     capsys.readouterr()
-    train_tiny(tmp_path / "run-died", tokenizer_folder, "--eval-images", "16", "--resume")
+    train_tiny(tmp_path / "run-died", tokenizer_folder, "--eval-images", "16", *flags)
     said = capsys.readouterr().out
     assert "stage-4-1: resumed at step 2 of 3" in said and said.count("is kept") == 4
-    assert_same_training(one_process, tmp_path / "run-died")
+    for folder in ("run", "run-died"):
+        assert_same_training(one_process, tmp_path / folder)
 
 
 @pytest.fixture(scope="module")
@@ -5827,8 +5844,8 @@ def test_train_mllm_stopped_extraction_goes_on(captioned, tokenizer_folder, tmp_
     for folder in map(Path, glob.glob(str(tmp_path / "whole/codes/*"))):
         twin = tmp_path / "stopped/codes" / folder.name
         assert sorted(os.listdir(folder)) == sorted(os.listdir(twin)) == ["key.json", "pictures.npy", "said.jsonl", "said.npy"]
-        assert np.array_equal(*(np.load(f / "pictures.npy") for f in (folder, twin))) and [*train_mllm.Texts(folder)] == [
-            *train_mllm.Texts(twin)]
+        assert np.array_equal(*(np.load(f / "pictures.npy") for f in (folder, twin)))
+        assert [*train_mllm.Texts(folder)] == [*pickle.loads(pickle.dumps(train_mllm.Texts(twin)))]
 
 
 def test_train_mllm_caption_retrieval_counts_pictures(monkeypatch):
@@ -5948,7 +5965,7 @@ def test_train_mllm_benches_write_a_picture_of_growth_alone(tmp_path, monkeypatc
     there = [*TINY_MLLM, "--tokenizer", "nano", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
     monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, *_, **__: (one(), 0.5)[1])
-    first = ["ours: 500.0 ms until the first token"]
+    first, bench_growth = ["ours: 500.0 ms until the first token"], train_mllm.bench_growth
     for what, more, words in (("paint", (), ["1 at a time, 64 positions, guided: 0.500 s, 2.00 images/s",
                                              "16 at a time, 64 positions, guided: 0.500 s, 32.00 images/s"]),
                               ("answer", (), first), ("answer", ("--streams-in", "continuous"), first),
@@ -5959,6 +5976,8 @@ def test_train_mllm_benches_write_a_picture_of_growth_alone(tmp_path, monkeypatc
         if what == "answer":        # at an instant speed, tokens a second divide by zero
             took = iter((0.5, 1.0, 0.25, 0.75))
             monkeypatch.setattr(train_mllm, "seconds_of", lambda one, *_, **__: (one(), next(took))[1])
+        if len(more) > 2:
+            monkeypatch.setattr(train_mllm, "bench_growth", lambda *args: bench_growth(*args[:3], {"words": args[3]["words"]}, args[4]))
         train_mllm.main([*there, "--bench", what, *more])
         out = capsys.readouterr().out
         assert all(word in out for word in words), out
@@ -6088,7 +6107,7 @@ def test_train_mllm_takes_a_tokenizer_of_any_design(design_folders, tmp_path, mo
                                               "unified")
 
 
-@pytest.mark.parametrize("name", ["2", "4", "6", *(pytest.param(name, marks=[is_slow, is_skipped]) for name in ("5", "muse-6"))])
+@pytest.mark.parametrize("name", ["2", "6", *(pytest.param(name, marks=[is_slow, is_skipped]) for name in ("4", "5", "muse-6"))])
 def test_train_mllm_tables_train_what_they_name_and_nothing_twice(tmp_path, monkeypatch, capsys, name):
     few_steps(monkeypatch)
     shrink(monkeypatch, replace(TWO_ROWS[0], name="2", trains=PARTS[:2], steps=1, mixture=dict(question=1.0)),

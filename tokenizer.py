@@ -142,8 +142,9 @@ class VisionConfig(TowerConfig):
         check(numbers(self.pixel_mean) and numbers(self.pixel_std) and min(self.pixel_std) > 0, f"pixel_mean is {brief(self.pixel_mean)} "
               f"and pixel_std {brief(self.pixel_std)}, expected three numbers each, and deviations above 0")
         name, loads = self.timm.get("model_name"), any(word in key for key in self.timm for word in ("pretrained", "checkpoint"))
-        check(not self.timm or isinstance(name, str) and ":" not in name and not loads, f"timm is {brief(self.timm)}, expected the "
-              "model_name of an architecture, and its arguments: weights come from model.safetensors alone")
+        if self.timm and (not isinstance(name, str) or ":" in name or loads):
+            raise ValueError(f"timm is {brief(self.timm)}, expected the model_name of an architecture, and its arguments: "
+                             "weights come from model.safetensors alone")
 
     @property
     def grid(self) -> int:
@@ -238,7 +239,7 @@ _NANO = dict(vision=_sizes(96, 192, 6, 3, image_size=32, patch_size=4), text=_si
              codebook_size=256, depth=4, code_dim=32, decoder_channels=32, decoder_multipliers=(1, 1, 2), decoder_blocks=0,
              decoder_groups=8, decoder_in=64)
 PRESETS = {     # the last three, PAPER, are the papers' (Table 1): layers, K, D, E and decoder as released; the others are ours
-    "nano": _NANO,      # nano-64: as many positions on four times the pixels, real pictures on a CPU
+    "nano": _NANO,      # and as many positions on four times the pixels, for real pictures on a CPU:
     "nano-64": dict(_NANO, vision=dict(_NANO["vision"], image_size=64, patch_size=8), codebook_size=512, decoder_multipliers=(1, 1, 2, 2)),
     "small": dict(vision=_sizes(256, 1024, 8, 4, image_size=64, patch_size=8), text=_sizes(256, 512, 3, 4, vocab_size=257),
                   codebook_size=1024, depth=4, code_dim=32, decoder_channels=64, decoder_multipliers=(1, 2, 2, 4), decoder_blocks=1,
@@ -433,7 +434,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config, self.checkpointing, self.prefix = c, False, int(c.class_token)
         self.embeddings = VisionEmbeddings(c)
-        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*(Layer(c) for _ in range(c.num_hidden_layers)))})
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*(Layer(c) for _ in range(c.num_hidden_layers)))})     # for the names
         self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.head = nn.Linear(c.hidden_size, c.projection_dim, bias=False) if c.class_token else PoolingHead(c)
 
@@ -833,8 +834,8 @@ class Level(nn.Module):
         blocks, groups = c.decoder_blocks + 1, c.decoder_groups
         self.block = nn.ModuleList(ResBlock(i if n == 0 else o, o, groups) for n in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(o, groups) if coarsest else nn.Identity() for _ in range(blocks))
-        double = {} if finest else {"nearest": nn.Upsample(scale_factor=2.0), "conv": nn.Conv2d(o, o, 3, padding=1)}
-        self.upsample = nn.Sequential(OrderedDict(double))
+        self.upsample = nn.Identity() if finest else nn.Sequential(OrderedDict(
+            nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(o, o, 3, padding=1)))
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attn in zip(self.block, self.attn):

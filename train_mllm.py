@@ -20,6 +20,7 @@ stages, main; the plumbing is train_tokenizer.py's.
 
 import argparse
 import collections
+import copy
 import hashlib
 import itertools
 import json
@@ -226,7 +227,12 @@ class Texts:
     """Texts of pictures, one after the other or by number, mapped from disk: millions of captions are in no process's memory."""
 
     def __init__(self, folder: str):
-        self.lines, self.ends = np.memmap(os.path.join(folder, "said.jsonl"), mode="r"), np.load(os.path.join(folder, "said.npy"), "r")
+        self.folder, mapped = folder, (np.memmap(os.path.join(folder, "said.jsonl"), mode="r"),
+                                       np.load(os.path.join(folder, "said.npy"), mmap_mode="r"))
+        self.lines, self.ends = map(np.asarray, mapped)     # plain arrays are sliced twice as fast
+
+    def __reduce__(self):       # a worker that is no fork maps them itself
+        return Texts, (self.folder,)
 
     def __getitem__(self, i):       # past the last, an IndexError ends a loop
         return json.loads(self.lines[self.ends[i]:self.ends[i + 1]].tobytes())
@@ -422,7 +428,11 @@ class RecordSequences:
         for i in tqdm(range(ranks.rank, len(self.records), ranks.count), "reading records", leave=False, disable=not ranks.first):
             try:
                 shown, (kind, parts) = [], self.records[i]
-                made = self.segments(kind, parts, lambda image: shown.append(image.path) or nothing)        # not of those cut off
+
+                def noted(image):       # not those cut off
+                    shown.append(image.path)
+                    return nothing
+                made = self.segments(kind, parts, noted)
                 rows["good"].append((i, kind, self.tokens(made), shown))
             except ValueError as error:
                 rows["broken"].append((i, str(error)))
@@ -695,7 +705,7 @@ class MLLMStage(Stage):
         terms, total, depths, kinds = {}, 0.0, (1.0, *DEPTHS.get(self.args.preset, (1.0,))), self.data.kinds_of(step).keys()
         for name, value in self.wrapped(batch).items():
             stream, _, depth = name.partition("_")
-            depth = int(depth or 0)         # of words
+            depth = int(depth or 0)         # 0: words
             mean = value * self.scale[min(depth, 2)]
             total = total + LOSS[stream] * depths[min(depth, len(depths) - 1)] * mean
             if kinds & ({"paint", "edit", "document"} if depth else {"text", "caption", "question", "document"}):
@@ -838,7 +848,8 @@ def tables() -> dict[str, Table]:
         return System(label, name, dict(streams_in=reads, streams_out=paints, until="2" if paints == "none" else ""), paper or {},
                       tokenizer=(design, dict(design=design)))
     right = "understanding.all.right"
-    genai = lambda *scores: dict(zip([f"painting.{skill}" for skill in (*SKILLS[2:7], "all")], scores))
+    asked_by_genai = ("count", "differ", "compare", "negate", "universal", "all")
+    genai = lambda *scores: {f"painting.{skill}": score for skill, score in zip(asked_by_genai, scores)}
     continuous = lambda paper: row("features of the teacher, continuous", "dual", "continuous", "none", {right: paper})
     return {
         "2": Table("Table 2: reading what was trained to reconstruct", asked, (), [
@@ -1118,7 +1129,8 @@ def estimate(args):
         raise ValueError("--dry-run is of codes; leave out --streams-in continuous, --vocabulary, and an --llm that is no preset")
     tokenizer, ranks, count = preset_config(tokenizer_preset(args)), Ranks("cpu"), args.ranks or (8 if STAGES[args.preset] is PAPER else 1)
     config, text, _ = build(args, tokenizer)
-    many, args.text_data = argparse.Namespace(**vars(ranks) | dict(count=count)), ""
+    many, args.text_data = copy.copy(ranks), ""
+    many.count = count
 
     def maker(row):     # the data are real, and what is made of them below is fake
         data = DrySequences("", args, many, text, config)

@@ -453,6 +453,7 @@ class Stage:
 
     def loss(self, *part, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch -> what to differentiate, and its terms by name."""
+        raise NotImplementedError
 
     def after_step(self, bad: Tensor):
         """After the optimisers' step, which was skipped where bad."""
@@ -467,6 +468,7 @@ class Stage:
 
     def evaluate(self) -> dict:
         """Metrics; called on all ranks."""
+        return {}
 
     def about(self) -> dict:
         """More for metrics.json, once trained."""
@@ -725,9 +727,10 @@ def save_state(stage: Stage, step: int, seconds: float, since_log: dict):
     they share the weights. Raises OSError on all ranks where the first could not write; the checkpoint before it is then kept."""
     parts = {"model": stage.model, "optimizer": stage.optimizer, **stage.extra_state()}
     # on the CPU of the first rank alone, by single tensors, as the device may not hold all
-    cpu, failed = lambda x: x.cpu() if stage.ranks.first else None, None
+    cpu = lambda x: x.cpu() if stage.ranks.first else None
     state = tree_map(lambda x: cpu(whole(x)) if isinstance(x, Tensor) else x,
                      {**{name: part.state_dict() for name, part in parts.items()}, "since_log": since_log})
+    failed = None
     if stage.ranks.first:
         try:
             write_state(stage, {"stage": stage.name, "step": step, "seconds": seconds, "settings": stage.settings, **state})
@@ -791,9 +794,9 @@ def load_state(stage: Stage) -> tuple[int, float, dict | None]:
     except (KeyError, IndexError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint of this stage ({first_line(error)}); take an older copy of it") from None
     if stage.ranks.first:
-        path = os.path.join(stage.folder, "log.jsonl")
+        path, lines = os.path.join(stage.folder, "log.jsonl"), read_log(stage.folder)
         with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in read_log(stage.folder) if line["step"] <= step)
+            file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
         os.replace(path + ".tmp", path)
         for damaged_path, words in damaged:
             os.replace(damaged_path, damaged_path + ".damaged")
@@ -806,8 +809,9 @@ def differences(old: dict, new: dict) -> list[str]:
     """Settings that are others in `new` than in `old`, or in one of them alone; those inside dicts and lists by dotted names."""
     name = lambda path: ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
     old, new = ({name(path): value for path, value in tree_flatten_with_path(settings)[0]} for settings in (old, new))
-    short = lambda x: x if len(x := " ".join(str(x).split())) <= 80 else f"{x[:25]}...{x[-50:]}"
-    return [f"{key} {short(old.get(key))} -> {short(new.get(key))}" for key in new | old if old.get(key) != new.get(key)]
+    short = lambda x: x if len(x) <= 80 else f"{x[:25]}...{x[-50:]}"
+    said = lambda settings, key: short(" ".join(str(settings.get(key)).split()))
+    return [f"{key} {said(old, key)} -> {said(new, key)}" for key in new | old if old.get(key) != new.get(key)]
 
 
 def to_picture(images: Tensor) -> list[Image.Image]:
@@ -844,7 +848,7 @@ def draw_curves(log: list[dict], path: str):
 
 
 def draw_panels(series: dict[str, list], path: str, origin: bool = False, width: int = 300, height: int = 150):
-    """A PNG of a small panel per series of two points or more: {name: [(step, value), ...]}. origin: from (0, 0) on, each point marked."""
+    """A PNG of a small panel per series of two points or more: {name: [(step or size, value), ...]}. origin: from (0, 0), with dots."""
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
@@ -913,7 +917,8 @@ def seconds_of(one, device: torch.device, times: int = 1, warmup: int = 2, round
         return time.perf_counter()
     for _ in range(warmup):
         one()
-    return statistics.median(timeit.repeat(one, gc.enable, clock, rounds, times)) / times      # timeit would leave garbage alone
+    # timeit turns the collection of garbage off; its setup turns it on again
+    return statistics.median(timeit.repeat(one, gc.enable, clock, rounds, times)) / times
 
 
 def whole_step(stage: Stage, parts: list[tuple]):
@@ -1333,11 +1338,13 @@ class Data:
         ranks, local, accumulate = self.ranks, batch // self.ranks.count, self.args.accumulate
         check_batch(batch, ranks, accumulate)
 
+        def drawn(start):
+            for first in itertools.count(start * batch + ranks.rank * local, batch):
+                yield *self.train.batch(range(first, first + local), ranks.device), []
+
         def from_step(start):
-            seen, firsts = set(), itertools.count(start * batch + ranks.rank * local, batch)
-            loaded = (((*self.train.batch(range(n, n + local), ranks.device), []) for n in firsts) if self.worlds else
-                      self.train.load(batch, start, rank=ranks.rank, ranks=ranks.count, workers=self.args.workers,
-                                      pin=ranks.device.type == "cuda"))
+            seen, loaded = set(), drawn(start) if self.worlds else self.train.load(
+                batch, start, rank=ranks.rank, ranks=ranks.count, workers=self.args.workers, pin=ranks.device.type == "cuda")
             for images, captions, reports in loaded:
                 images, size = self._signed(images), local // accumulate
                 yield [(images[i:i + size], captions[i:i + size]) for i in range(0, local, size)], first_time(reports, seen)
@@ -1549,7 +1556,7 @@ def on_pictures(paths: list[str], tokenizer: DualTokenizer, teacher: nn.Module, 
 @torch.no_grad()
 def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, classes: tuple, captions: tuple) -> dict:
     """zero_shot on what `read_classes` returned, retrieval on what `read_captions` did, each through the codes and by the teacher."""
-    siglip, device, metrics = tokenizer.siglip_model, data.ranks.device, {}
+    was_training, siglip, device, metrics = tokenizer.training, tokenizer.siglip_model, data.ranks.device, {}
     tokenizer.eval()
     if classes:
         paths, labels, prompts = classes
@@ -1570,6 +1577,7 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
             data.ranks.say(f"  left out: {name} is not there")
         metrics |= {"retrieval_images": len(place), "retrieval_captions": len(kept),
                     "retrieval_missing": len(missing), "retrieval_broken": len(rows["broken"])}
+    tokenizer.train(was_training)
     return metrics
 
 
@@ -1637,7 +1645,8 @@ class SigLIPStage(Stage):
 
     @torch.no_grad()
     def evaluate(self):
-        siglip, data = self.model.eval(), self.data
+        siglip, data = self.model, self.data
+        siglip.eval()
         read = lambda captions: siglip.encode_text(siglip.text_ids(captions).to(data.ranks.device))
         rows = data.ranks.gather_rows(*({"image": siglip.encode_image(images), "text": read(captions), "captions": captions}
                                         for images, captions in data.validation()))
@@ -1832,7 +1841,8 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     s = SETTINGS[args.preset]
     weights = {name: args.semantic_weight * getattr(s.weights, name) for name in ("deep", "pooled", "cosine")}
     by_hand = {name: getattr(args, name) for name in ("data", "steps", "lr", "siglip_steps") if getattr(args, name)}
-    by_hand |= {name: value for name in ("gan", "muon", "gan_start", "shared_gradient") if (value := getattr(args, name)) not in (None, -1)}
+    by_hand |= {name: getattr(args, name) for name in ("gan", "muon", "gan_start", "shared_gradient")
+                if getattr(args, name) not in (None, -1)}       # which say that nothing was given
     s = replace(s, batch=args.batch_size or s.batch, siglip_batch=args.batch_size or s.siglip_batch,
                 weights=replace(s.weights, **weights), **by_hand)
     check(s.gan or args.gan_start == -1, "--gan-start would do nothing, for the adversarial term is off; leave it out, or add --gan")

@@ -28,6 +28,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import sys
 import tarfile
 import warnings
@@ -83,9 +84,9 @@ def decode(data, name="image", near=None):
 
 def _read_file(path, name):
     """-> bytes. Raises ValueError for what is no file, such as a device, which may have no end, or too large; OSError where nothing is."""
-    size = os.path.getsize(path)
-    if not os.path.isfile(path) or size > MAX_BYTES:
-        got = f"{size:,} bytes" if os.path.isfile(path) else "a folder, a pipe or a device"
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+        got = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "a folder, a pipe or a device"
         raise ValueError(f"{name}: {got}, expected a file of at most {MAX_BYTES:,} bytes")
     with open(path, "rb") as file:
         return file.read()
@@ -231,7 +232,7 @@ def _scan_shard(path, folder):
         return _scan_tar(path)
     scan = None
     try:
-        status, asked = os.stat(path), repr([os.path.abspath(path), sorted(SUFFIXES), MAX_BYTES])
+        status, asked = os.stat(path), repr(["scan 2", os.path.abspath(path), sorted(SUFFIXES), MAX_BYTES])
         key, stamp = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest(), [status.st_size, status.st_mtime_ns]
         file = os.path.join(folder, key + ".npz")
         if kept := _kept(file, stamp):
@@ -341,7 +342,8 @@ class ImageData:
         """Takes these records. `starts`, `sizes`: of the shards' runs among them; `loose`: indices of those shuffled as a whole."""
         starts = np.flatnonzero(np.r_[True, records["file"][1:] != records["file"][:-1]])
         sizes, tar = np.diff(starts, append=len(records)), (records["image"][starts] >= 0) & (len(records) > self.buffer)
-        self.records, self.train, self.starts, self.sizes, self.epoch = records, train, starts[tar], sizes[tar], None
+        self.records, self.train, self.starts, self.sizes = records, train, starts[tar], sizes[tar]
+        self.epoch = None       # `order` deals anew
         self.loose = np.flatnonzero(~np.repeat(tar, sizes)).astype(np.uint32)
         return self
 
