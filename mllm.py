@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from tokenizer import (attend, brief, check, check_fields, init, load_weights, lower, make_config, read_config, read_shards,
+from tokenizer import (attend, brief, check, check_fields, drawn, init, load_weights, lower, make_config, read_config, read_shards,
                        read_weights, recomputed, save_files, save_model, unbuilt)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,8 +462,8 @@ class DepthLayer(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.gate_up = nn.Parameter(torch.randn(sets, width, 2 * mlp) * width ** -0.5)
-        self.down = nn.Parameter(torch.randn(sets, mlp, width) * mlp ** -0.5)
+        self.gate_up = drawn(sets, width, 2 * mlp, std=width ** -0.5)
+        self.down = drawn(sets, mlp, width, std=mlp ** -0.5)
 
     def forward(self, x: Tensor, first: int = 0, cache: list | None = None) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (M, heads, d, C / heads) each
@@ -489,11 +489,11 @@ class VisualHead(nn.Module):
         super().__init__()
         width = c.head_width
         self.projector = nn.Sequential(nn.Linear(c.llm.hidden_size, width), nn.GELU(), nn.Linear(width, width))
-        self.code_in, self.depth = nn.Linear(c.code_dim, width, bias=False), nn.Parameter(torch.randn(c.depth, width) * 0.02)
+        self.code_in, self.depth = nn.Linear(c.code_dim, width, bias=False), drawn(c.depth, width, std=0.02)
         self.layers = nn.ModuleList(DepthLayer(width, c.head_heads, c.head_mlp, 1 if c.head_shared else c.depth)
                                     for _ in range(c.head_layers))
         self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.classifiers = nn.Parameter(torch.randn(c.depth, width, c.codebook_size) * width ** -0.5)
+        self.classifiers = drawn(c.depth, width, c.codebook_size, std=width ** -0.5)
 
     def inputs(self, h: Tensor, vectors: Tensor) -> Tensor:
         """Eq. 5: h (M, C), code vectors (M, d, E), the last not looked at -> what the depth transformer reads (M, d, head width)."""
@@ -622,7 +622,7 @@ class DualMLLM(nn.Module):
         self.config, width = c, c.llm.hidden_size
         self.llm = llm or LLM(c.llm)
         # Rows of their own, not of the LLM's table: so they train with the projector while the table is frozen.
-        self.marks = nn.Parameter(torch.randn(len(MARKS), width) * width ** -0.5)
+        self.marks = drawn(len(MARKS), width, std=width ** -0.5)
         read = c.feature_width if c.continuous else len(c.streams_in) * c.code_dim
         self.projector = nn.Sequential(nn.Linear(read, width), nn.GELU(), nn.Linear(width, width))
         self.heads = nn.ModuleDict({stream: VisualHead(c) for stream in c.streams_out})

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from rvq import QUANTIZERS
@@ -384,9 +385,9 @@ class Pixels(nn.Module):
 
     def __init__(self, c: VisionConfig):
         super().__init__()
-        mean, std = (torch.tensor(x)[:, None, None] for x in (c.pixel_mean, c.pixel_std))
-        self.register_buffer("scale", 0.5 / std, persistent=False)
-        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        scale, shift = zip(*((0.5 / std, (0.5 - mean) / std) for mean, std in zip(c.pixel_mean, c.pixel_std)))
+        self.register_buffer("scale", torch.tensor(scale)[:, None, None], persistent=False)
+        self.register_buffer("shift", torch.tensor(shift)[:, None, None], persistent=False)
         self.same = c.pixel_mean == c.pixel_std == [0.5] * 3        # SigLIP's
 
     def forward(self, images: Tensor) -> Tensor:
@@ -511,8 +512,9 @@ class SigLIP(nn.Module):
             self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
         self.apply(init)
         nn.init.normal_(self.text_model.embeddings.token_embedding.weight)  # padding is most of a text: small differences would drown in it
-        waves = 0.5 * _waves(vision.grid, vision.hidden_size)
-        self.vision_model.embeddings.position_embedding.weight.data[int(vision.class_token):] = waves
+        places = self.vision_model.embeddings.position_embedding.weight
+        if not places.is_meta:
+            places.data[int(vision.class_token):] = 0.5 * _waves(vision.grid, vision.hidden_size)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unit vectors (B, C)."""
@@ -622,6 +624,11 @@ def init(module: nn.Module, embedding: float = 0.2):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def drawn(*shape: int, std: float) -> nn.Parameter:
+    """Normal numbers of this deviation."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
 
 
 def _waves(grid: int, width: int) -> Tensor:
@@ -1243,10 +1250,17 @@ def built(make, weights: dict[str, Tensor], folder: str, timm: bool = False) -> 
     return model
 
 
+class Undrawn(TorchFunctionMode):
+    """`nn.init.normal_` draws nothing. For tensors without numbers torch would import its compiler to do so, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
 def unbuilt(make, folder: str) -> nn.Module:
     """make() on the meta device, where tensors have shapes alone. Raises ValueError for sizes that nothing has."""
     try:
-        with torch.device("meta"):
+        with Undrawn(), torch.device("meta"):
             return make()
     except (RuntimeError, ValueError, LookupError, ArithmeticError) as error:       # widths of 0, tensors of 2^70 numbers
         raise ValueError(f"{folder}/config.json describes what cannot be built ({first_line(error)}); copy it again") from None
