@@ -779,13 +779,13 @@ print(len(scanned), data.broken, images.hashlib.sha256(data.records.tobytes() + 
     assert rest == [("[]",) * 2, (images.hashlib.sha256(data.records.tobytes() + data.names).hexdigest(),) * 2]
 
 
-def test_images_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "_opened", functools.lru_cache(2)(images._opened.__wrapped__))
-    for k in range(5):
-        shard(tmp_path / f"{k}.tar", [k])
+def test_images_few_open_files(tmp_path):
+    many = images.OPEN_SHARDS + 2
+    for k in range(many):
+        shard(tmp_path / f"{k:02}.tar", [k])
     data = images.ImageData(str(tmp_path), 8, seed=3)
-    assert sorted(reds([data.sample(i)[0][None], 0, 0] for i in range(5))) == list(range(5))
-    assert images._opened.cache_info().currsize == 2
+    assert sorted(reds([data.sample(i)[0][None], 0, 0] for i in range(many))) == list(range(many))
+    assert images._opened.cache_info().currsize == images.OPEN_SHARDS
     sent = pickle.loads(pickle.dumps(data))     # to a worker that is no fork
     assert all(torch.equal(data.sample(i)[0], sent.sample(i)[0]) for i in range(5))
 
