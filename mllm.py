@@ -769,7 +769,7 @@ class DualMLLM(nn.Module):
         written, done = [], torch.zeros(len(rows), dtype=torch.bool, device=h.device)
         barred = torch.ones(self.config.llm.vocab_size, dtype=torch.bool, device=h.device)
         barred[[*text.ordinary, stop]] = False
-        for token in self.write_words(h, cache, longest, lambda logits, t: logits.masked_fill(barred, -math.inf).argmax(-1)):
+        for token in self.write_words(h, cache, longest, lambda logits: logits.masked_fill(barred, -math.inf).argmax(-1)):
             written.append(token)
             done |= token == stop
             if done.all():
@@ -778,9 +778,9 @@ class DualMLLM(nn.Module):
         return [text.decode(row[:row.index(stop)] if stop in row else row) for row in rows]
 
     def write_words(self, h: Tensor, cache: Cache, longest: int, pick):
-        """Tokens (B,), one after the other, each read before the next: h (B, C) is the state before the first; pick(logits, number)."""
+        """Tokens (B,), one after the other, each read before the next: h (B, C) is the state before the first; pick(logits)."""
         for t in range(longest):
-            token = pick(self.llm.head(h).float(), t)
+            token = pick(self.llm.head(h).float())
             yield token
             if t < longest - 1:
                 h = self.llm.hidden(self.llm.model.embed_tokens(token)[:, None], cache=cache)[:, -1]

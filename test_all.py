@@ -2519,7 +2519,7 @@ def test_train_designs_resume_exactly_and_leave_alone_what_does_not_train(run_fo
 
 
 def test_train_two_ranks_are_one_process(tmp_path):
-    """Codebooks bit-equal on both ranks, and the loss curve of one process with the same global batch; also where two ranks begin and one
+    """Codebooks and discriminators bit-equal on both ranks, and the losses of one process; also where two ranks begin and one
     process goes on from a checkpoint of theirs."""
     code = textwrap.dedent("""
         import os, sys, torch, train_tokenizer as t
@@ -2528,7 +2528,8 @@ def test_train_two_ranks_are_one_process(tmp_path):
         def kept(stage, *more):
             fit(stage, *more)
             if stage.name == "tokenizer":
-                torch.save(stage.model.state_dict(), f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}.pt")
+                weights = {**stage.model.state_dict(), **stage.discriminator.state_dict(prefix="discriminator.")}
+                torch.save(weights, f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}.pt")
         t.fit = kept
         t.cosine = lambda step, steps, warmup: (step + 1) / 50      # the beginning of a long run
         t.run(lambda: t.main(sys.argv[2:]))

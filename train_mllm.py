@@ -1085,7 +1085,7 @@ def bench_answering(ranks: Ranks, model: DualMLLM, words: int = 64):
     c, device = model.config, ranks.device
     nothing = torch.zeros(c.positions, c.feature_width) if c.continuous else torch.zeros(c.positions, len(c.streams), c.depth).long()
     begin = lambda: model._begin([turn(model.text, [Picture(nothing), "what colour is the circle?"])], words)
-    systems = {"ours": lambda n: list(model.write_words(*begin(), n, lambda logits, t: logits.argmax(-1)))}
+    systems = {"ours": lambda n: list(model.write_words(*begin(), n, lambda logits: logits.argmax(-1)))}
     try:
         import transformers
         with torch.device(device):
