@@ -323,12 +323,12 @@ class LLMAttention(nn.Module):
                                                  for width in (c.hidden_size, small, small))
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x, rope, mask, slots, cache_k, cache_v):
+    def forward(self, x, rope, bias, slots, cache_k, cache_v):
         q, k, v = (p(x).unflatten(2, (-1, self.width)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, heads, T, d)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache_k is not None:
             k, v = cache_k.index_copy_(2, slots, k.to(cache_k.dtype)), cache_v.index_copy_(2, slots, v.to(cache_v.dtype))
-        y = attend(q, k, v, mask, causal=mask is None)
+        y = attend(q, k, v, bias, causal=bias is None)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -348,8 +348,8 @@ class LLMLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps) for _ in range(2))
         self.self_attn, self.mlp = LLMAttention(c), SwiGLU(c)
 
-    def forward(self, x, rope, mask=None, slots=None, cache_k=None, cache_v=None):
-        x = x + self.self_attn(lower(self.input_layernorm(x)), rope, mask, slots, cache_k, cache_v)
+    def forward(self, x, rope, bias=None, slots=None, cache_k=None, cache_v=None):
+        x = x + self.self_attn(lower(self.input_layernorm(x)), rope, bias, slots, cache_k, cache_v)
         return x + self.mlp(lower(self.post_attention_layernorm(x)))
 
 
@@ -383,7 +383,9 @@ class LLM(nn.Module):
             cache.valid.index_copy_(1, slots, valid)
             order = torch.arange(cache.valid.shape[1], device=x.device)
             # (B, 1, T, length); padding sees itself: no empty softmax
-            bias = (order <= slots[:, None]) & (cache.valid[:, None, None] | (order == slots[:, None]))
+            seen = (order <= slots[:, None]) & (cache.valid[:, None, None] | (order == slots[:, None]))
+            bias = torch.zeros_like(seen, dtype=lower(x[:0]).dtype).masked_fill_(~seen, -math.inf)      # once for all layers
+            bias = bias.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1)
         d = c.hidden_size // c.num_attention_heads
         angle = place.clamp(min=0)[..., None] * c.rope_theta ** -(torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
         angle = torch.cat([angle, angle], -1)[:, None]                                                  # (B or 1, 1, T, d)
@@ -705,8 +707,9 @@ class DualMLLM(nn.Module):
             return str(error)
         return ""
 
-    def _begin(self, sequences: list, room: int, multiple: int = 1) -> tuple[Tensor, Cache]:
-        """Read the prompts, padded on the left -> state at their ends (B, C), a cache with room for more; of a `multiple` of slots."""
+    def _begin(self, sequences: list, room: int, multiple: int = 16) -> tuple[Tensor, Cache]:
+        """Read the prompts, padded on the left -> state at their ends (B, C), a cache with room for more, of a `multiple` of slots: CUDA's
+        attention would copy a bias of other widths in every layer."""
         limit, device = self.config.llm.max_position_embeddings, self.marks.device
         batch = pack(sequences, self.text, self.config.positions, left=True, limit=limit - room).to(device)
         x = self.embed(batch)
@@ -730,7 +733,7 @@ class DualMLLM(nn.Module):
         given = [[] if pictures is None else [Picture(p)] for p in (prompts if pictures is None else pictures.cpu())]
         rows = [turn(self.text, [*g, prompt]) + start for g, prompt in zip(given, prompts)]
         rows += [turn(self.text, [*g, ""]) + start for g in given if guided]
-        h, cache = self._begin(rows, c.positions, 64 if graph else 1)      # prompts of other lengths mostly find it compiled
+        h, cache = self._begin(rows, c.positions, 64 if graph else 16)     # prompts of other lengths mostly find it compiled
         own = (torch.Generator().manual_seed(seed) for seed in seeds or range(n))       # each sample's: it depends on no other
         noise = torch.stack([torch.rand(c.positions, len(c.streams), c.depth, generator=generator) for generator in own]).to(h.device)
         codes, new = torch.zeros(noise.shape, dtype=torch.int64, device=h.device), torch.zeros_like(noise[:, :1], dtype=torch.int64)

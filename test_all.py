@@ -3141,7 +3141,7 @@ def compiled(monkeypatch):
             made.append(type(part).__name__)
             return torch._dynamo.lookup_backend("eager" if "Layer" in made[-1] else "aot_eager")(graph, inputs)     # quicker
         return make
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda part: whole(part, backend=backend(part)))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **how: whole(part, backend=backend(part), **how))
     yield made
     torch.compiler.reset()
 
@@ -3150,14 +3150,14 @@ def test_train_compiled_goes_through_the_adversarial_term(run_folder, tmp_path, 
     """`adaptive_weight` looks at the decoder twice, from a later step on; and a layer has more variants than the eight after
     which torch no longer compiles it by default."""
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "4", "--gan", "--gan-start", "0.5", "--compile", "--checkpointing")
-    assert "Level" in compiled and compiled.count("Layer") > 8 and sum("adversarial" in line for line in log(tmp_path)) == 2
+    assert "ResBlock" in compiled and compiled.count("Layer") > 8 and sum("adversarial" in line for line in log(tmp_path)) == 2
 
 
 def test_train_bench_times_what_is_compiled(run_folder, tmp_path, compiled, monkeypatch):
     """Counting FLOPs comes first; compiled parts that are first called under a counter would never be compiled."""
     monkeypatch.setattr(train_tokenizer, "seconds_of", lambda one, device, times=1, **_: (one(), compiled.append("timed"), 1.0)[2])
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--bench", "--compile")
-    assert {"Layer", "Level"} <= {*compiled[:compiled.index("timed")]}
+    assert {"Layer", "ResBlock", "AttnBlock"} <= {*compiled[:compiled.index("timed")]}
 
 
 @pytest.mark.parametrize("failure, words, status", [(ValueError("no such file"), "error: no such file\n", 1),
@@ -3335,6 +3335,17 @@ def test_train_bench_takes_the_median_of_rounds():
     assert calls == [True] * 17 and gc.isenabled() and seconds == pytest.approx(0.012, rel=0.5)
 
 
+def test_train_checkpointing_keeps_one_block_at_a_time():
+    """Of a level with three, recomputed together, three fifths of the memory would stay."""
+    c = preset_config("siglip-l-256", decoder_channels=32, decoder_in=32)
+    decoder, x, peaks = sys.modules["tokenizer"].Decoder(c), torch.randn(1, 32, 16, 16), []
+    for on in (False, True):
+        for part in decoder.modules():
+            part.checkpointing = on
+        peaks.append(allocated(lambda: decoder(x).sum().backward()))
+    assert peaks[1] < 0.45 * peaks[0]
+
+
 def test_train_stages_and_benches_begin_with_the_stage_before_freed(run_folder, tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(train_tokenizer, "begin_peak", begun.append)
@@ -3342,7 +3353,7 @@ def test_train_stages_and_benches_begin_with_the_stage_before_freed(run_folder, 
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "1")
     assert len(begun) == 1
     train_tokenizer.main([*TINY, "--siglip", str(run_folder / "siglip"), "--bench", "--gan", "--out", str(tmp_path)])
-    assert len(begun) == 3      # with the adversarial term, and without
+    assert len(begun) == 5      # before and after FLOPs are counted, with the adversarial term and without
 
 
 def test_train_fast_vq_is_for_cuda_and_short_codes(monkeypatch, capsys):
@@ -5415,14 +5426,17 @@ def test_mllm_attention_in_bf16_is_that_in_fp32(kind):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     mask = (torch.rand(2, 1, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool) if kind == "mask" else None
-    exact = mllm.attend(q, k, v, mask, causal=kind == "causal")
+    bias = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    grouped = lambda bias, dtype: None if bias is None else bias.repeat(1, 1, 2, 1).to(dtype)
+    exact = mllm.attend(q, k, v, grouped(bias, torch.float32), causal=kind == "causal")
     torch.testing.assert_close(exact, F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == "causal", enable_gqa=True))
-    low = mllm.attend(q.bfloat16(), k, v, mask, causal=kind == "causal")
+    low = mllm.attend(q.bfloat16(), k, v, grouped(bias, torch.bfloat16), causal=kind == "causal")
     assert low.dtype == torch.bfloat16 and 0 < (low - exact).abs().max() < 0.05
     assert (mllm.attend(q, k, v) - exact).abs().max() > 0.5 or kind == "all"
     last = q.transpose(1, 2).contiguous().transpose(1, 2)[:, :, -1:]        # one position, laid out as the layers do
-    for got, expected in ((mllm.attend(last, k, v, None if mask is None else mask[:, :, -1:]), exact),
-                          (mllm.attend(last.bfloat16(), k, v, None if mask is None else mask[:, :, -1:]), low)):
+    row = None if bias is None else bias[:, :, -1:]
+    for got, expected in ((mllm.attend(last, k, v, grouped(row, torch.float32)), exact),
+                          (mllm.attend(last.bfloat16(), k, v, grouped(row, torch.bfloat16)), low)):
         torch.testing.assert_close(got, expected[:, :, -1:], atol=1e-5 if got.dtype == torch.float32 else 0.02, rtol=1e-4)
 
 
@@ -6047,7 +6061,6 @@ def test_train_mllm_dry_run_is_the_real_step(monkeypatch):
     config, text, _ = train_mllm.build(args, preset_config("nano"))
     ranks, row = train_tokenizer.Ranks("cpu"), replace(MIXED_ROW, batch=8)
     data = train_mllm.DrySequences("", args, ranks, text, config)
-    data.key, data.pictures = {}, np.zeros((1, 64, 2, 4), np.uint16)
     parts = next(iter(data.batches(row)(0)))[0]
     assert parts[0][0].ids.shape == (8, 64 + 2 + 40 + 2) and len(parts[0][0].learned) == 3  # of captions, questions, paintings and texts
     stage = lambda: train_mllm.MLLMStage(args, ranks, row, False, DualMLLM(config, text), DualTokenizer(preset_config("nano")), None, data,

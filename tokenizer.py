@@ -649,19 +649,22 @@ def lower(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention (B, heads, T, d), grouped where k and v have fewer heads. By hand in bf16 on a CPU, where torch's kernel is slow."""
-    if mask is not None and (n := q.shape[1] // k.shape[1]) > 1:    # a group's heads become places: few kernels take both
-        return attend(q.unflatten(1, (-1, n)).flatten(2, 3), k, v, mask.repeat(1, 1, n, 1)).unflatten(2, (n, -1)).flatten(1, 2)
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention (B, heads, T, d), grouped where k and v have fewer heads, n a group: then bias, which is added to the scores, has n times
+    T rows, (B, 1, n T, places). By hand where torch's kernels are slow: in bf16 on a CPU, and on CUDA over a handful of places, where flash
+    attention keeps 128 for each head of each row of the batch, and fails above some thousand rows."""
+    if bias is not None and (n := q.shape[1] // k.shape[1]) > 1:    # a group's heads become places: few kernels take both
+        return attend(q.unflatten(1, (-1, n)).flatten(2, 3), k, v, bias).unflatten(2, (n, -1)).flatten(1, 2)
+    few = bias is None and causal and q.shape[2] <= 16
     with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):       # meta has no autocast
         k, v = k.to(q.dtype), v.to(q.dtype)
-        if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        if not few if q.device.type != "cpu" else q.dtype != torch.bfloat16:
+            return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        if mask is None:
+        if bias is None:
             bias = q.new_full((q.shape[2], k.shape[2]), -math.inf).triu(1) if causal else q.new_zeros(())
         else:
-            bias = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf).expand(q.shape[0], q.shape[1], -1, -1).flatten(0, 1)
+            bias = bias.expand(q.shape[0], q.shape[1], -1, -1).flatten(0, 1)
         # one pass over (T, T) where scaling and masking are two more
         scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[3] ** -0.5)
         return scores.softmax(-1).unflatten(0, q.shape[:2]) @ v
@@ -669,7 +672,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 def recomputed(on: bool, function, x: Tensor) -> Tensor:
     """function(x), and, if on and gradients are wanted, once more in the backward pass instead of keeping what it computed."""
-    return checkpoint(function, x, use_reentrant=False) if on and torch.is_grad_enabled() else function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False) if on and torch.is_grad_enabled() else function(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -838,16 +841,16 @@ class Level(nn.Module):
 
     def __init__(self, i: int, o: int, c: TokenizerConfig, coarsest: bool, finest: bool):
         super().__init__()
-        blocks, groups = c.decoder_blocks + 1, c.decoder_groups
+        blocks, groups, self.checkpointing = c.decoder_blocks + 1, c.decoder_groups, False
         self.block = nn.ModuleList(ResBlock(i if n == 0 else o, o, groups) for n in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(o, groups) if coarsest else nn.Identity() for _ in range(blocks))
         self.upsample = nn.Identity() if finest else nn.Sequential(OrderedDict(
             nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(o, o, 3, padding=1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block, attn in zip(self.block, self.attn):
-            x = attn(block(x))
-        return self.upsample(x)
+        for part in (*map(nn.Sequential, self.block, self.attn), self.upsample):
+            x = recomputed(self.checkpointing, part, x)
+        return x
 
 
 class Decoder(nn.Module):
@@ -866,8 +869,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(x))))
         for level in reversed(self.up):     # up.0 is the finest
-            x = recomputed(self.checkpointing, level, x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = level(x)
+        return self.conv_out(recomputed(self.checkpointing, lambda x: lower(F.silu(self.norm_out(x))), x))
 
 
 class ConvEncoder(nn.Module):
@@ -876,7 +879,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, c: TokenizerConfig):
         super().__init__()
         widths, groups = [c.decoder_channels * m for m in c.decoder_multipliers], c.decoder_groups
-        self.checkpointing, top, w = False, len(widths) - 1, widths[-1]
+        top, w = len(widths) - 1, widths[-1]
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         halve = lambda n: nn.Identity() if n == top else nn.Conv2d(widths[n], widths[n], 3, stride=2, padding=1)
         self.down = nn.ModuleList(nn.Sequential(Level(widths[max(n - 1, 0)], widths[n], c, n == top, finest=True), halve(n))
@@ -887,7 +890,7 @@ class ConvEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = recomputed(self.checkpointing, level, x)
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -949,9 +952,9 @@ class DualTokenizer(nn.Module):
                 p.requires_grad_(True)
 
     def checkpointing(self, on: bool = True):
-        """Trade compute for memory: recompute the ViT's layers and the levels of decoder and encoder in the backward pass."""
-        for part in (self.siglip_model.vision_model, self.decoder, self.encoder):
-            if part is not None:
+        """Trade compute for memory: recompute the ViT's layers and the blocks of decoder and encoder in the backward pass."""
+        for part in self.modules():
+            if part is not self and hasattr(part, "checkpointing"):
                 part.checkpointing = on
 
     def sources(self, images: Tensor) -> dict[str, Tensor]:

@@ -328,6 +328,9 @@ class Sequences(torch.utils.data.Dataset):
 
         def steps(start):
             workers = self.args.workers if cuda else 0      # on a CPU they would only take the model's cores
+            if workers:     # which pass each tensor as an open file, and with --accumulate there are many
+                import resource     # not on Windows
+                resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
             loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=itertools.count(start), num_workers=workers,
                                                  pin_memory=cuda, worker_init_fn=start_worker,
                                                  prefetch_factor=4 if workers else None, generator=torch.Generator())
@@ -685,7 +688,7 @@ class MLLMStage(Stage):
         self.settings = json.loads(json.dumps({
             "stage": row.name, "preset": args.preset, "data": data.source, "pictures": data.key, "text": [pieces, args.text_length],
             "row": {**asdict(row), "mixture": data.mixture}, "muon": muon, "loss": [LOSS, DEPTHS.get(args.preset), LATER.get(args.preset)],
-            "config": asdict(model.config), "from": digest(model), **common(args, ranks)}))
+            "config": asdict(model.config), "from": "" if args.bench else digest(model), **common(args, ranks)}))
         for part, parameters in model.parts().items():
             for parameter in parameters:
                 parameter.requires_grad_(part in row.trains)
@@ -934,7 +937,7 @@ def main(argv=None, args=None):
     if args.bench == "growth":
         return bench_stage_growth(args, ranks)
     if args.bench and args.tokenizer in PRESETS:
-        tokenizer, source = DualTokenizer(preset_config(args.tokenizer)).eval(), args.data or "plain"       # random weights, for its shapes
+        tokenizer, source = DualTokenizer(preset_config(args.tokenizer)).eval(), args.data      # random weights, for its shapes
     else:
         tokenizer, source = DualTokenizer.from_pretrained(args.tokenizer), args.data or read_config(args.tokenizer).get("data")
         check(source, f"{args.tokenizer}/config.json does not say what the tokenizer was trained on; name the --data")
@@ -956,7 +959,8 @@ def main(argv=None, args=None):
         if changed := differences(asdict(model.config), asdict(config)):
             raise ValueError(f"{folder} is of another tokenizer or design ({'; '.join(changed)}); use its flags, or another --out")
     else:
-        model = DualMLLM(config, text, llm)
+        with torch.device(ranks.device if args.bench and not args.fsdp else "cpu"):     # a bench's weights, where drawing them is quick
+            model = DualMLLM(config, text, llm)
         model.take_tables(tables)
     model = model if args.fsdp else model.to(ranks.device)      # what is shared goes to the device part by part
 
@@ -975,7 +979,8 @@ def main(argv=None, args=None):
             raise ValueError(f"stage {row.name} is of captioned images, and --data is none; name some with --data, or another --stage")
     encode = encoder(config, tokenizer, args.tokenizer, args.teacher)
     look = judge(tokenizer, args.tokenizer, ranks) if source in shapes.DIFFICULTIES and config.streams_out and not args.bench else None
-    kind_of_data = WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else ImageSequences
+    kind_of_data = (WorldSequences if source in shapes.DIFFICULTIES else Sequences if source == "none" else
+                    ImageSequences if source else DrySequences)
     size = tokenizer.config.vision.image_size
     data = kind_of_data(source, args, ranks, text, config, size, encode)
     if args.conversations or args.documents:
@@ -988,7 +993,7 @@ def main(argv=None, args=None):
     if args.fsdp:
         ranks.shard(model, [*model.llm.model.layers, *model.heads.values()])
     ranks.say(f"{args.preset} on {ranks.device.type} x {ranks.count}, {precision(args, ranks)}, {parameters / 1e6:.1f} M parameters, "
-              f"data {source}, out {args.out}")
+              f"data {source or 'of the right sizes alone'}, out {args.out}")
 
     # ---- the stages, in order
     earlier = {}
@@ -1037,8 +1042,15 @@ def tokenizer_preset(args) -> str:
 
 
 class DrySequences(Sequences):
-    """A dry run's and --bench growth's: of one picture and --text-length bytes, or of these alone. No edits, which have two pictures."""
+    """A dry run's, and a bench's without data: of one picture, whose codes are 0, and --text-length bytes, or of these alone. No edits,
+    which have two pictures."""
     kinds = ("caption", "question", "paint", "text")
+
+    def __init__(self, source, args, ranks: Ranks, text: TextTokenizer, config: MLLMConfig, *_):
+        super().__init__(source, args, ranks, text, config)
+        one = (1, config.positions)
+        self.pictures = kept_form(torch.zeros(*one, config.feature_width) if config.continuous else
+                                  torch.zeros(*one, len(config.streams), config.depth).long())
 
     def sequence(self, kind, rng):
         return self.captioned(kind, 0, "a" * self.args.text_length, rng)
@@ -1114,8 +1126,6 @@ def bench_stage_growth(args, ranks: Ranks):
         config = replace(usual, llm=replace(usual.llm, max_position_embeddings=32_768, **wide),
                          **({what.replace(" ", "_"): size} if what in ("positions", "codebook size") else {}))
         data = DrySequences("", given, ranks, text, config)
-        data.pictures = kept_form(torch.zeros(1, config.positions, config.feature_width) if config.continuous else
-                                  torch.zeros(1, config.positions, len(config.streams), config.depth).long())
         parts, model = next(data.batches(row)(0))[0], DualMLLM(config, text).to(ranks.device)
         return MLLMStage(given, ranks, row, False, model, argparse.Namespace(config=tokenizer), None, data, None), parts
     bench_growth(args, ranks, f"stage-{row.name}", {
@@ -1134,7 +1144,6 @@ def estimate(args):
 
     def maker(row):     # the data are real, and what is made of them below is fake
         data = DrySequences("", args, many, text, config)
-        data.pictures = np.zeros((1, config.positions, len(config.streams), config.depth), np.uint16)
         parts = next(data.batches(row)(0))[0]
         return lambda: (MLLMStage(args, ranks, row, False, model, frozen, None, data, None), [(x.map(mode.from_tensor),) for x, in parts])
     makers = [maker(row) for row in named(stages_for(args, config, False), args)]

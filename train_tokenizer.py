@@ -269,6 +269,9 @@ class Ranks:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", self.device.index or int(os.environ.get("LOCAL_RANK", 0)))
                 torch.cuda.set_device(self.device)
+                # The thread that runs backward passes begins at the first one. If it began after the thread that pins memory, which
+                # sets the number of threads of later ones, compiled layers would be compiled again there, which checkpointing forbids.
+                torch.ones((), device=self.device, requires_grad=True).backward()
                 torch.backends.cudnn.allow_tf32 = False     # as for products: rounded features have other codes, and fp32 is wanted here
                 torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention takes a second to plan for each new length of a text
             torch.empty(1, device=self.device)
@@ -659,7 +662,8 @@ def summary(stage: Stage, done: int, sums: dict[str, Tensor], skipped: Tensor, n
 
 
 def evaluate_and_log(stage: Stage, step: int, log: bool = True):
-    stage.metrics = stage.evaluate()
+    with torch.compiler.set_stance("force_eager"):      # its batches have sizes of their own, each of which would be compiled
+        stage.metrics = stage.evaluate()
     metrics = {name: value for name, value in stage.metrics.items() if isinstance(value, float)}
     stage.ranks.say(f"{stage.name} {step}/{stage.steps}  evaluated: " + "  ".join(f"{name} {show(x)}" for name, x in metrics.items()))
     if stage.ranks.first and log:
@@ -928,8 +932,8 @@ def whole_step(stage: Stage, parts: list[tuple]):
 
 def bench(stage: Stage, batches, what: str = ""):
     """Time 20 steps of a stage and print what they take; writes nothing."""
-    begin_peak(stage.ranks.device)
     device, stream, waited, counter = stage.ranks.device, iter(batches(0)), [], flop_counter()
+    begin_peak(device)
     stage.wrapped = stage.ranks.wrap(stage.model)
 
     def one():
@@ -939,6 +943,8 @@ def bench(stage: Stage, batches, what: str = ""):
         whole_step(stage, parts)
     with torch.compiler.set_stance("force_eager"), counter:     # what is first met while counting is never compiled
         one()
+    one()               # where cuDNN tries its ways
+    begin_peak(device)  # the steps that were for counting and trying took more
     seconds = seconds_of(one, device, times=4)
     peak = next((flops for name, flops in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     used = f", {counter.get_total_flops() / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""
@@ -1332,15 +1338,16 @@ class Data:
         ranks.say(f"data: {n:,} images to train on, {held_out:,} held out; {epoch:,} of {n:,} samples an epoch{epochs}")
         check(held_out >= least, f"{held_out} images to evaluate on, expected at least {least}; add images, or name some with --val-data")
 
-    def batches(self, batch: int):
+    def batches(self, batch: int, captions: bool = True):
         """-> function of a start step that yields this rank's part of each global batch, without end: micro-batches (images (b, 3, H, W) on
-        the device in [-1, 1], captions), and reports. Step t is the same whatever ranks there are: rank r has the r-th block."""
+        the device in [-1, 1], captions, "" where the built-in world need not make any), and reports. Step t is the same whatever ranks
+        there are: rank r has the r-th block."""
         ranks, local, accumulate = self.ranks, batch // self.ranks.count, self.args.accumulate
         check_batch(batch, ranks, accumulate)
 
         def drawn(start):
             for first in itertools.count(start * batch + ranks.rank * local, batch):
-                yield *self.train.batch(range(first, first + local), ranks.device), []
+                yield *self.train.batch(range(first, first + local), ranks.device, captions), []
 
         def from_step(start):
             seen, loaded = set(), drawn(start) if self.worlds else self.train.load(
@@ -1585,11 +1592,14 @@ def evaluate_files(tokenizer: DualTokenizer, teacher: nn.Module, data: Data, cla
 # the two stages
 
 def compile_parts(*modules: nn.Module):
-    """torch.compile in place, region by region: transformer layers and the decoder's levels, not quantizers. Not the whole decoder either,
+    """torch.compile in place, region by region: transformer layers and the decoder's blocks, not quantizers. Not the whole decoder either,
     all of whose backward pass `adaptive_weight` would then take, and compiled ones cannot be taken twice. Weights keep their names."""
+    torch._dynamo.config.optimize_ddp = False       # it would cut layers up where DDP's buckets end
     torch._dynamo.config.recompile_limit = 64       # layers of one class share it: two towers, a teacher, with gradients and without
     for part in nn.ModuleList(modules).modules():
-        if type(part).__name__ in ("Layer", "Level", "LLMLayer", "DepthLayer"):
+        if type(part).__name__ in ("Layer", "ResBlock", "AttnBlock"):
+            part.compile(dynamic=False)     # kernels for maps of any size would not be channels-last
+        elif type(part).__name__ in ("LLMLayer", "DepthLayer"):
             part.compile()
         for block in part.model.blocks if isinstance(part, TimmTower) else ():
             block.compile()
@@ -1692,7 +1702,8 @@ class TokenizerStage(Stage):
             self.gan_lr = settings.gan_lr
             self.gan_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.gan_lr, betas=(0.5, 0.9), fused=True)
         self.codes, self.pictures, self.counted = None, None, {"gan_skipped": torch.zeros((), device=ranks.device)}
-        digests = {name: digest(x) for name, x in (("teacher", self.teacher), ("init", init), ("perceptual", self.perceptual)) if x}
+        digests = {name: "" if args.bench else digest(x)
+                   for name, x in (("teacher", self.teacher), ("init", init), ("perceptual", self.perceptual)) if x}
         self.settings = {"stage": self.name, "preset": args.preset, "data": data.drawn, "val_data": args.val_data, "steps": self.steps,
                          "batch": self.batch, "lr": self.lr, "muon": settings.muon, "weights": asdict(settings.weights),
                          "shared_gradient": self.model.shared_gradient, "gan": gan, "gan_start": settings.gan_start,
@@ -1862,6 +1873,7 @@ def main(argv=None, args=None, siglip_folder: str = ""):
     ranks = Ranks(args.device)
     if args.fast_vq and ranks.device.type != "cuda":
         raise ValueError(f"--fast-vq is a kernel for CUDA, and the device is {ranks.device.type}; leave it out")
+    torch.backends.cudnn.benchmark = ranks.device.type == "cuda"       # one image size per run
     if args.bench in ("quantizer", "growth"):
         return bench_quantizer(args, ranks) if args.bench == "quantizer" else bench_stage_growth(args, s, ranks, changes)
     args.init = args.init or (args.out if args.eval else "")
@@ -1888,7 +1900,6 @@ def main(argv=None, args=None, siglip_folder: str = ""):
 
     # ---- data
     side = config.vision.image_size
-    torch.backends.cudnn.benchmark = ranks.device.type == "cuda"       # one image size per run
     runs = {} if args.eval else {**({} if siglip else {"siglip": s.siglip_steps * s.siglip_batch}), "tokenizer": s.steps * s.batch}
     data = Data(s.data, args.val_data, side, args, ranks, runs)
     for batch in () if args.eval else (s.siglip_batch, s.batch):
@@ -1943,17 +1954,17 @@ def main(argv=None, args=None, siglip_folder: str = ""):
         ranks.say("the perceptual term is off: it needs --vgg and --lpips")
     stage = TokenizerStage(args, ranks, s, config, data, siglip, init, files)
     if args.bench:
-        bench(stage, data.batches(stage.batch))
+        bench(stage, data.batches(stage.batch, captions=False))
         without = ""
         for term, name, off in (("adversarial term", "gan_from", stage.steps + 1), ("LPIPS", "perceptual", None)):
             if getattr(stage, name) != off:
                 setattr(stage, name, off)
                 without += f", without {term}"
-                bench(stage, data.batches(stage.batch), without)
+                bench(stage, data.batches(stage.batch, captions=False), without)
     elif args.resume and kept(stage) and not any(files):
         ranks.say(f"tokenizer: {stage.folder} is kept, since it is finished")
     else:
-        train(stage, data.batches(stage.batch))
+        train(stage, data.batches(stage.batch, captions=False))
         paths = ["curves.png", *([os.path.join("samples", "reconstructions.png")] if stage.model.design.paints else [])]
         ranks.say("pictures: " + ", ".join(path for path in (os.path.join(stage.folder, path) for path in paths) if os.path.exists(path)))
 

@@ -219,10 +219,11 @@ class World:
         shift = held * (1 + bits[:, 6:] // n % (n - 1))
         return torch.where(common == 1, shape + shift, shape) % n, torch.where(common == 1, colour, colour + shift) % n
 
-    def batch(self, indices, device="cpu") -> tuple[Tensor, list[str]]:
-        """Images (B, 3, size, size) float32 in [-1, 1] on the device, and their captions."""
+    def batch(self, indices, device="cpu", captions: bool = True) -> tuple[Tensor, list[str]]:
+        """Images (B, 3, size, size) float32 in [-1, 1] on the device, and their captions, which take longer to make, or "" for each."""
         scenes = self.scenes(indices)
-        return render(scenes, self.size, device), [caption(scene, roll).text for scene, roll in zip(scenes, scenes.roll.tolist())]
+        said = [caption(scene, roll).text for scene, roll in zip(scenes, scenes.roll.tolist())] if captions else [""] * len(indices)
+        return render(scenes, self.size, device), said
 
 
 # ---------------------------------------------------------------- drawing
@@ -269,7 +270,8 @@ def _ground(look: Tensor, size: int, device) -> Tensor:
     kind, cos, sin, frequency, phase = table.to(device, non_blocking=True)
     ticks = (torch.arange(size, device=device) + 0.5) / size - 0.5
     along = cos * ticks + sin * ticks[:, None]                                                       # (B, H, W)
-    lattice = (_draw(look[:, 4:7] @ torch.tensor([1, 256, 65536]), 196) % 256 / 255).view(-1, 1, 14, 14).to(device, non_blocking=True)
+    lattice = (_draw(look[:, 4:7] @ torch.tensor([1, 256, 65536]), 196) % 256).to(torch.uint8)      # small, as a copy that is not to wait
+    lattice = lattice.to(device, non_blocking=True).view(-1, 1, 14, 14) / 255
     noise = F.interpolate(lattice, (size, size), mode="bilinear", align_corners=True)[:, 0]
     stripes = 0.5 + (torch.sin(along * frequency + phase) * 1.5).clamp(-0.5, 0.5)
     blend = torch.where(kind == 1, along * 0.7 + 0.5, torch.where(kind == 2, stripes, noise)) * (kind > 0)
