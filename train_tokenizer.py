@@ -3,7 +3,7 @@
     python train_tokenizer.py                                 # a CPU, minutes, the built-in world -> out/tokenizer
     python train_tokenizer.py --preset small                  # one GPU, textured world
     torchrun --nproc_per_node=8 train_tokenizer.py --preset so400m-384 --siglip google/siglip-so400m-patch14-384 --workers 8 \\
-        --compile --checkpointing --accumulate 2 --data "cc12m/{00000..01242}.tar"
+        --compile --checkpointing --data "cc12m/{00000..01242}.tar"
     python train_tokenizer.py --data photos --preset nano-64  # a folder of pictures with captions
     python train_tokenizer.py --design naive --out out/naive  # one codebook for both losses, or another of tokenizer.DESIGNS
     python train_tokenizer.py --table 3 --seeds 3             # all rows of the paper's Table 3, and the table -> out/tables
