@@ -3146,11 +3146,15 @@ def compiled(monkeypatch):
     torch.compiler.reset()
 
 
-def test_train_compiled_goes_through_the_adversarial_term(run_folder, tmp_path, compiled):
+def test_train_compiled_goes_through_the_adversarial_term(run_folder, tmp_path, compiled, monkeypatch):
     """`adaptive_weight` looks at the decoder twice, from a later step on; and a layer has more variants than the eight after
-    which torch no longer compiles it by default."""
+    which torch no longer compiles it by default. Evaluation compiles nothing: its batches would each need their own."""
+    stage, made = train_tokenizer.TokenizerStage, []
+    evaluate = stage.evaluate
+    monkeypatch.setattr(stage, "evaluate", lambda self: (made.append(len(compiled)), evaluate(self), made.append(len(compiled)))[1])
     train(tmp_path, "--siglip", str(run_folder / "siglip"), "--steps", "4", "--gan", "--gan-start", "0.5", "--compile", "--checkpointing")
     assert "ResBlock" in compiled and compiled.count("Layer") > 8 and sum("adversarial" in line for line in log(tmp_path)) == 2
+    assert made[0] == made[1] > 0
 
 
 def test_train_bench_times_what_is_compiled(run_folder, tmp_path, compiled, monkeypatch):

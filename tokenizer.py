@@ -870,7 +870,7 @@ class Decoder(nn.Module):
         x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(x))))
         for level in reversed(self.up):     # up.0 is the finest
             x = level(x)
-        return self.conv_out(recomputed(self.checkpointing, lambda x: lower(F.silu(self.norm_out(x))), x))
+        return self.conv_out(recomputed(self.checkpointing, lambda x: F.silu(self.norm_out(x)), x))
 
 
 class ConvEncoder(nn.Module):
