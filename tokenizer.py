@@ -655,10 +655,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
     attention keeps 128 for each head of each row of the batch, and fails above some thousand rows."""
     if bias is not None and (n := q.shape[1] // k.shape[1]) > 1:    # a group's heads become places: few kernels take both
         return attend(q.unflatten(1, (-1, n)).flatten(2, 3), k, v, bias).unflatten(2, (n, -1)).flatten(1, 2)
-    few = bias is None and causal and q.shape[2] <= 16
+    by_hand = q.dtype == torch.bfloat16 if q.device.type == "cpu" else bias is None and causal and q.shape[2] <= 16
     with torch.autocast("cpu" if q.device.type == "meta" else q.device.type, enabled=False):       # meta has no autocast
         k, v = k.to(q.dtype), v.to(q.dtype)
-        if not few if q.device.type != "cpu" else q.dtype != torch.bfloat16:
+        if not by_hand:
             return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         if bias is None:

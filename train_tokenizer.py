@@ -271,7 +271,7 @@ class Ranks:
                 torch.cuda.set_device(self.device)
                 # The thread that runs backward passes begins at the first one. If it began after the thread that pins memory, which
                 # sets the number of threads of later ones, compiled layers would be compiled again there, which checkpointing forbids.
-                torch.ones((), device=self.device, requires_grad=True).backward()
+                torch.ones(1, device=self.device, requires_grad=True).sum().backward()
                 torch.backends.cudnn.allow_tf32 = False     # as for products: rounded features have other codes, and fp32 is wanted here
                 torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention takes a second to plan for each new length of a text
             torch.empty(1, device=self.device)
