@@ -209,7 +209,7 @@ def shared_flags(p: argparse.ArgumentParser, tables, benches: tuple):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     g.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                    help="auto: bf16 autocast on CUDA and on a CPU with AVX-512 BF16, else fp32; quantizers are always fp32")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile layers and the decoder's levels")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile layers and the decoder's blocks")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations to save memory")
     g.add_argument("--workers", type=int, default=2, help="processes that decode images; the built-in world needs none")
     g = p.add_argument_group("run")
@@ -1690,7 +1690,9 @@ class TokenizerStage(Stage):
         for quantizer in self.model.quantizers.values():
             quantizer.fused = args.fast_vq
         gan = settings.gan and self.model.design.paints
-        self.perceptual = load_lpips(args.vgg, args.lpips).to(ranks.device) if args.vgg and self.model.design.paints else None
+        self.perceptual = None
+        if args.vgg and self.model.design.paints:       # channels last, as a GPU's convolutions in bf16 want it
+            self.perceptual = load_lpips(args.vgg, args.lpips).to(ranks.device, memory_format=torch.channels_last)
         if args.compile:
             compile_parts(self.model, self.teacher)
         matrices = [p for name, p in self.model.named_parameters()
